@@ -1,0 +1,1 @@
+"""Device profiles, probing of the local machine, memory and speed prediction."""

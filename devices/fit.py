@@ -1,0 +1,210 @@
+"""Will a model fit a device, and how fast can it decode at best: predicted from bytes alone.
+
+Nothing here needs weights, an export or the device. What is predicted, and on which assumptions:
+
+- The file holds each row of the scheme table; the program around them is not counted.
+- ExecuTorch maps the file, and XNNPACK copies each linear weight into its own packed layout when
+  the program is loaded, of about the same size; the file's pages of it are then given back. So
+  `resident_bytes` counts the linears once, `peak_bytes` both the mapped file and the packed copy.
+  Checked with executorch 1.5.1 on four linears of 4096 x 4096: at 64 MiB of int8 and at 256 MiB
+  of float32, the peak lay one file's size above the memory held after loading, and what was held
+  grew by the difference of the two files. Mapped pages are clean: short of memory, the system can
+  drop them while loading, which is what the verdict `tight` relies on.
+- The KV cache is float32, allocated for the full context: [1, context, KV heads, head_dim], for
+  keys and for values, per attention layer. The conv state is float32: kernel - 1 positions.
+- Activations are float32 and planned for the longest prompt: the residual stream plus the widest
+  pair of intermediate results alive at once in a layer, for each position, and the logits of one.
+- The process itself (interpreter, libraries) is not counted; `USABLE_RAM` leaves room for it.
+- To decode a token, an engine reads all weights once, except that it looks up one row of the
+  embedding, and the keys and values of the positions before it and its own. No engine can decode
+  faster than the memory delivers those bytes: the ceiling. Arithmetic may keep it lower.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+from edgekit.errors import EdgekitError
+
+FLOAT_BYTES = 4
+USABLE_RAM = 0.75  # of what is installed; the rest is the operating system's and other programs'
+GIB = 1024**3
+DEFAULT_CONTEXT = 2048
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+Verdict = Literal["fits", "tight", "does not fit"]
+
+
+class ModelShape(Protocol):
+    """What a prediction needs of a model; `edgekit.models.config.ModelConfig` has it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Effective width of the feed-forward layers."""
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """`conv` or `full_attention`, one per layer."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and of values."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+
+    @property
+    def conv_kernel(self) -> int:
+        """Taps of the short convolution."""
+
+    @property
+    def max_context(self) -> int:
+        """Positions that the model can take."""
+
+
+class WeightRow(Protocol):
+    """One row of a resolved scheme table; `edgekit.quantize.recipe.Resolved` is one."""
+
+    @property
+    def tensor(self) -> str:
+        """Checkpoint name; tied models have rows for the embedding and for `lm_head.weight`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size with scales."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A prediction, in bytes.
+
+    `weight_bytes` are those read per decoded token, `kv_bytes_per_position` those of one position
+    of all KV caches together.
+    """
+
+    context: int
+    depth: int
+    file_bytes: int
+    packed_bytes: int
+    kv_cache_bytes: int
+    conv_state_bytes: int
+    activation_bytes: int
+    resident_bytes: int
+    peak_bytes: int
+    weight_bytes: int
+    kv_bytes_per_position: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Return what decoding the token after `depth` others must read."""
+        return self.weight_bytes + self.kv_bytes_per_position * (self.depth + 1)
+
+    def decode_ceiling(self, gb_per_s: float) -> float:
+        """Return the tokens per second that memory of `gb_per_s` (1e9 bytes) allows at most."""
+        return gb_per_s * 1e9 / self.bytes_per_token
+
+    def verdict(self, ram_bytes: int) -> Verdict:
+        """Judge against RAM of which the model may use the share `USABLE_RAM`.
+
+        `tight`: only while the system drops pages of the mapped file, so loading may be slow.
+        """
+        usable = ram_bytes * USABLE_RAM
+        if self.peak_bytes <= usable:
+            return "fits"
+        return "tight" if self.resident_bytes <= usable else "does not fit"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the prediction as JSON's types."""
+        return {**asdict(self), "bytes_per_token": self.bytes_per_token}
+
+
+def predict(
+    model: ModelShape,
+    rows: Sequence[WeightRow],
+    context: int,
+    depth: int = 0,
+    packs_linears: bool = True,
+) -> Fit:
+    """Predict for a context of `context` positions, decoding after `depth` of them.
+
+    `packs_linears` False is an engine that multiplies from the mapped file itself.
+    Raises `EdgekitError` for a context that the model cannot take or a depth outside of it, and
+    `ValueError` for a table without embedding or head.
+    """
+    _check_positions(model, context, depth)
+    embedding_row = _embedding_row_bytes(rows)
+    file_bytes = sum(row.nbytes for row in rows)
+    embedding = sum(row.nbytes for row in rows if row.tensor == EMBEDDING)
+    packed = sum(row.nbytes for row in rows if is_linear(row)) if packs_linears else 0
+    kv = kv_bytes_per_position(model)
+    conv = conv_state_bytes(model)
+    activations = activation_bytes(model, context)
+    state = kv * context + conv + activations
+    return Fit(
+        context=context,
+        depth=depth,
+        file_bytes=file_bytes,
+        packed_bytes=packed,
+        kv_cache_bytes=kv * context,
+        conv_state_bytes=conv,
+        activation_bytes=activations,
+        resident_bytes=file_bytes + state,  # the linears once: packed, or in the file
+        peak_bytes=file_bytes + packed + state,
+        weight_bytes=file_bytes - embedding + embedding_row,
+        kv_bytes_per_position=kv,
+    )
+
+
+def is_linear(row: WeightRow) -> bool:
+    """Tell matrices that are multiplied from the embedding, norms and convolutions."""
+    return len(row.shape) == 2 and row.tensor != EMBEDDING
+
+
+def kv_bytes_per_position(model: ModelShape) -> int:
+    """Return the keys and values of one position in all attention layers, float32."""
+    attention = sum(kind == "full_attention" for kind in model.layer_types)
+    return attention * 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES
+
+
+def conv_state_bytes(model: ModelShape) -> int:
+    """Return the last kernel - 1 inputs of all short convolutions, float32."""
+    conv = sum(kind == "conv" for kind in model.layer_types)
+    return conv * (model.conv_kernel - 1) * model.hidden_size * FLOAT_BYTES
+
+
+def activation_bytes(model: ModelShape, prompt: int) -> int:
+    """Estimate the planned activations of a prompt: see the assumptions above.
+
+    The widest moment of a convolution layer holds B, C and x (3 d), that of a feed-forward layer
+    both of its products (2 F).
+    """
+    widest = max(3 * model.hidden_size, 2 * model.intermediate_size)
+    return FLOAT_BYTES * (prompt * (model.hidden_size + widest) + model.vocab_size)
+
+
+def _embedding_row_bytes(rows: Sequence[WeightRow]) -> int:
+    table = {row.tensor: row for row in rows}
+    if EMBEDDING not in table or HEAD not in table:
+        raise ValueError(f"the scheme table needs the rows {EMBEDDING} and {HEAD}")
+    return table[EMBEDDING].nbytes // table[EMBEDDING].shape[0]
+
+
+def _check_positions(model: ModelShape, context: int, depth: int) -> None:
+    if not 1 <= context <= model.max_context:
+        raise EdgekitError(f"context is {context}; this model takes 1 to {model.max_context}")
+    if not 0 <= depth < context:
+        raise EdgekitError(f"depth is {depth}; a context of {context} allows 0 to {context - 1}")

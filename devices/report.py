@@ -1,0 +1,182 @@
+"""Devices and predictions as text for a terminal."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from edgekit.devices.fit import GIB, USABLE_RAM, Fit
+from edgekit.devices.probe import Cache, Cluster, Machine, probe
+from edgekit.devices.profile import LOCAL, DeviceProfile, bundled_profiles, find_profile
+from edgekit.tables import markdown_table
+
+UNKNOWN = "unknown"
+
+
+def describe_devices(name: str | None = None, as_json: bool = False) -> str:
+    """Return what `edgekit devices` prints: all devices, or the one called `name`.
+
+    Raises `EdgekitError` for an unknown name.
+    """
+    if name is None:
+        profiles, machine = bundled_profiles(), probe()
+        listed = {LOCAL: machine.to_dict(), "profiles": [p.to_dict() for p in profiles]}
+        return json.dumps(listed, indent=2) if as_json else devices_table(profiles, machine)
+    if name.lower() == LOCAL:
+        machine = probe()
+        return json.dumps(machine.to_dict(), indent=2) if as_json else machine_text(machine)
+    profile = find_profile(name)
+    return json.dumps(profile.to_dict(), indent=2) if as_json else profile_text(profile)
+
+
+def devices_table(profiles: Sequence[DeviceProfile], machine: Machine) -> str:
+    """List this machine and every profile, one row each."""
+    header = ["device", "name", "CPU", "ISA features", "GB/s", "RAM GB"]
+    local = [
+        LOCAL,
+        machine.device or "this machine",
+        machine.cpu or UNKNOWN,
+        _words(machine.isa),
+        "measured by fit",
+        UNKNOWN if machine.ram_bytes is None else f"{machine.ram_bytes / GIB:.1f}",
+    ]
+    return markdown_table(header, [local, *map(_profile_row, profiles)], "llllll")
+
+
+def profile_text(profile: DeviceProfile) -> str:
+    """Describe one profile."""
+    return _facts(
+        {
+            "device": profile.id,
+            "name": profile.name,
+            "aliases": ", ".join(profile.aliases) or None,
+            "CPU": profile.cpu,
+            "ISA features": _words(profile.isa),
+            "peak bandwidth": _unit(profile.peak_gb_per_s, "GB/s"),
+            "sustained bandwidth": _unit(profile.sustained_gb_per_s, "GB/s"),
+            "RAM": _ram_options(profile) + (" GB" if profile.ram_gb else ""),
+            "page size": profile.page_size,
+            "source": profile.source,
+        }
+        | ({"note": profile.note} if profile.note else {})
+    )
+
+
+def machine_text(machine: Machine) -> str:
+    """Describe the probed machine."""
+    now = machine.conditions
+    load = now.load_average
+    sensors = [f"{reading.sensor} {reading.celsius:.1f} C" for reading in now.temperatures]
+    clocks = sorted({round(mhz) for mhz in now.frequency_mhz if mhz is not None})
+    return _facts(
+        {
+            "device": LOCAL,
+            "name": machine.device,
+            "CPU": machine.cpu,
+            "vendor": machine.vendor,
+            "architecture": machine.architecture,
+            "ISA features": _words(machine.isa),
+            "cores": _cores(machine),
+            "clusters": ", ".join(map(_cluster, machine.clusters)) or None,
+            "clock now": f"{clocks[0]}-{clocks[-1]} MHz" if clocks else None,
+            "caches": ", ".join(map(_cache, machine.caches)) or None,
+            "RAM": _of(now.ram_available_bytes, machine.ram_bytes, "available"),
+            "swap": _of(now.swap_used_bytes, machine.swap_bytes, "used"),
+            "page size": machine.page_bytes and f"{machine.page_bytes // 1024} KiB",
+            "temperatures": ", ".join(sensors) or None,
+            "load average": load and " ".join(f"{value:.2f}" for value in load),
+            "system": machine.os,
+            "kernel": machine.kernel,
+            "Python": machine.python,
+        }
+    )
+
+
+def fit_text(
+    fit: Fit, title: str, ram_bytes: Sequence[int], bandwidth: tuple[float, str] | None
+) -> str:
+    """Show a prediction: memory by part, a verdict per RAM size, the decode ceiling.
+
+    `ram_bytes` are the sizes to judge; `bandwidth` is GB/s and what kind of figure it is.
+    """
+    verdicts = [[f"{size / GIB:.4g} GB", fit.verdict(size)] for size in ram_bytes]
+    parts = [title, "", _memory_table(fit), ""]
+    if verdicts:
+        share = f"{USABLE_RAM:.0%} of it may be used"
+        parts += [markdown_table([f"RAM ({share})", "verdict"], verdicts, "ll"), ""]
+    else:
+        parts += ["The device's RAM is unknown: give --ram GB for a verdict.", ""]
+    return "\n".join([*parts, _decode_line(fit, bandwidth)])
+
+
+def _memory_table(fit: Fit) -> str:
+    rows = {
+        "file": fit.file_bytes,
+        "packed copy of the linears": fit.packed_bytes,
+        f"KV cache, {fit.context} positions": fit.kv_cache_bytes,
+        "conv state": fit.conv_state_bytes,
+        "activations (estimate)": fit.activation_bytes,
+        "total while loading": fit.peak_bytes,
+        "total that must stay": fit.resident_bytes,
+    }
+    cells = [[label, f"{size / 1e6:,.1f}"] for label, size in rows.items()]
+    return markdown_table(["memory", "MB"], cells, "lr")
+
+
+def _decode_line(fit: Fit, bandwidth: tuple[float, str] | None) -> str:
+    reads = f"{fit.bytes_per_token / 1e6:,.1f} MB per token after {fit.depth} positions"
+    if bandwidth is None:
+        return f"Decoding reads {reads}; its ceiling is unknown without a bandwidth (--bandwidth)."
+    speed, kind = bandwidth
+    ceiling = fit.decode_ceiling(speed)
+    return f"Decode ceiling: {ceiling:.1f} tok/s ({reads} at {speed:.1f} GB/s, {kind})."
+
+
+def _profile_row(profile: DeviceProfile) -> list[str]:
+    bandwidth = profile.bandwidth
+    speed = UNKNOWN if bandwidth is None else f"{bandwidth[0]:g} {bandwidth[1]}"
+    features = _words(profile.isa)
+    return [profile.id, profile.name, profile.cpu, features, speed, _ram_options(profile)]
+
+
+def _ram_options(profile: DeviceProfile) -> str:
+    return ", ".join(f"{size:g}" for size in profile.ram_gb) or "varies"
+
+
+def _facts(facts: Mapping[str, str | int | None]) -> str:
+    width = max(map(len, facts))
+    return "\n".join(f"{key:<{width}}  {value or UNKNOWN}" for key, value in facts.items())
+
+
+def _words(words: Sequence[str] | None) -> str:
+    return UNKNOWN if words is None else " ".join(words) or "none known"
+
+
+def _unit(value: float | None, unit: str) -> str | None:
+    return None if value is None else f"{value:g} {unit}"
+
+
+def _of(part: int | None, whole: int | None, what: str) -> str | None:
+    if whole is None:
+        return None
+    seen = UNKNOWN if part is None else f"{part / GIB:.1f}"
+    return f"{whole / GIB:.1f} GiB, {seen} {what}"
+
+
+def _cores(machine: Machine) -> str | None:
+    if machine.logical_cores is None:
+        return None
+    return f"{machine.physical_cores or UNKNOWN} physical, {machine.logical_cores} logical"
+
+
+def _cluster(cluster: Cluster) -> str:
+    span = f"{_mhz(cluster.min_mhz)}-{_mhz(cluster.max_mhz)} MHz"
+    governor = f"governor {cluster.governor or UNKNOWN}"
+    return f"{len(cluster.cpus)}x {cluster.core or UNKNOWN} ({span}, {governor})"
+
+
+def _mhz(value: float | None) -> str:
+    return "?" if value is None else f"{value:.0f}"
+
+
+def _cache(cache: Cache) -> str:
+    letter = {"data": "d", "instruction": "i"}.get(cache.kind, "")
+    return f"L{cache.level}{letter} {cache.instances} x {cache.bytes // 1024} KiB"

@@ -1,0 +1,86 @@
+"""The options by which a user chooses a recipe, for every command that quantizes."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.errors import EdgekitError
+
+if TYPE_CHECKING:
+    from edgekit.quantize.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RecipeChoice:
+    """What the user asked for: a preset, one scheme for all linears, or a file."""
+
+    preset: str | None = None
+    scheme: str | None = None
+    file: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """A short name for files: the preset, the scheme or the stem of the recipe's file."""
+        return self.preset or self.scheme or (self.file.stem if self.file else "int8")
+
+    def recipe(self) -> "Recipe":
+        """Return the recipe; int8 where nothing was asked for."""
+        from edgekit.quantize.recipe import Recipe, preset, uniform
+        from edgekit.quantize.scheme import Scheme
+
+        if self.file is not None:
+            return Recipe.load(self.file)
+        if self.scheme is not None:
+            return uniform(Scheme.parse(self.scheme))
+        return preset(self.preset or "int8")
+
+
+def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --int8, --int4, --float, --scheme and --recipe; pass them on as `choice`.
+
+    At most one may be given: EdgekitError names the two that exclude each other.
+    """
+
+    @functools.wraps(function)
+    def with_choice(**options: Any) -> Any:  # noqa: ANN401 - click's options are of any type
+        names = ("int8", "int4", "float_", "scheme", "recipe_file")
+        return function(choice=_choice({name: options.pop(name) for name in names}), **options)
+
+    for option in (
+        click.option(
+            "--recipe",
+            "recipe_file",
+            metavar="FILE",
+            type=click.Path(path_type=Path),
+            help="TOML or JSON rules: a regular expression to a scheme, first match wins.",
+        ),
+        click.option(
+            "--scheme",
+            metavar="SCHEME",
+            help="w8, w8gN, w4, w4gN or float for all linears; at 4 bits the embedding and the "
+            "head stay int8.",
+        ),
+        click.option("--float", "float_", is_flag=True, help="Quantize nothing."),
+        click.option("--int4", is_flag=True, help="int4 in groups of 32; embedding and head int8."),
+        click.option("--int8", is_flag=True, help="int8 per channel, all matrices  [default]"),
+    ):
+        with_choice = option(with_choice)
+    return with_choice
+
+
+def _choice(options: dict[str, Any]) -> RecipeChoice:
+    flags = {"float_": "--float", "recipe_file": "--recipe"}
+    given = [name for name, value in options.items() if value]
+    if len(given) > 1:
+        first, second = (flags.get(name, f"--{name}") for name in given[:2])
+        raise EdgekitError(f"{first} and {second} exclude each other: give one of them")
+    name = given[0] if given else "int8"
+    if name == "recipe_file":
+        return RecipeChoice(file=options[name])
+    if name == "scheme":
+        return RecipeChoice(scheme=options[name])
+    return RecipeChoice(preset=name.rstrip("_"))

@@ -1,0 +1,134 @@
+"""`edgekit bench`: prefill and decode speed, latency, load time and memory of artifacts."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from edgekit.errors import EdgekitError
+
+
+def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """Read whole numbers separated by commas, as llama-bench takes them: `128,512`."""
+    parts = value.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 128,512")
+    return tuple(int(part) for part in parts)
+
+
+@click.command()
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-p",
+    "--prompt",
+    "prompts",
+    metavar="N[,N...]",
+    callback=_counts,
+    default="512",
+    show_default=True,
+    help="Tokens to prefill; 0 skips.",
+)
+@click.option(
+    "-n",
+    "--generate",
+    "generates",
+    metavar="N[,N...]",
+    callback=_counts,
+    default="128",
+    show_default=True,
+    help="Tokens to decode; 0 skips.",
+)
+@click.option(
+    "-d",
+    "--depth",
+    "depths",
+    metavar="N[,N...]",
+    callback=_counts,
+    default="0",
+    show_default=True,
+    help="Tokens already in the state, filled outside the time.",
+)
+@click.option(
+    "-r",
+    "--repetitions",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Timed repetitions of each test, after one warm-up.",
+)
+@click.option(
+    "-t", "--threads", type=click.IntRange(1), help="CPU threads  [default: physical cores]"
+)
+@click.option(
+    "--cooldown",
+    "cooldown_s",
+    metavar="SECONDS",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Rest before every repetition.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the token ids.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record instead of the tables.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write the JSON record to a file.",
+)
+@click.option("--force", is_flag=True, help="Overwrite the file of --output.")
+def command(
+    artifacts: tuple[Path, ...],
+    prompts: tuple[int, ...],
+    generates: tuple[int, ...],
+    depths: tuple[int, ...],
+    repetitions: int,
+    threads: int | None,
+    cooldown_s: float,
+    seed: int,
+    as_json: bool,
+    output: Path | None,
+    force: bool,
+) -> None:
+    """Measure ARTIFACT folders by llama-bench's conventions.
+
+    Token ids are random, one warm-up precedes each test, and every repetition starts from a fresh
+    state. -p, -n and -d take several values: -p 128,512. Several artifacts are measured in turn,
+    repetition by repetition, and compared with the first.
+    """
+    if output is not None:
+        _check_writable(output, force)
+    from edgekit.runtime.bench import bench
+
+    try:
+        record = bench(
+            artifacts,
+            prompts=prompts,
+            generates=generates,
+            depths=depths,
+            repetitions=repetitions,
+            threads=threads,
+            cooldown_s=cooldown_s,
+            seed=seed,
+            progress=_show if sys.stderr.isatty() else None,
+        )
+    finally:
+        if sys.stderr.isatty():
+            click.echo("\r\x1b[K", nl=False, err=True)
+    from edgekit.runtime.table import render
+
+    click.echo(record.to_json() if as_json else render(record))
+    if output is not None:
+        record.save(output)  # last: a full disk does not cost the figures just printed
+
+
+def _check_writable(output: Path, force: bool) -> None:
+    """Find out before the measuring, which may take long, that its record has no place."""
+    if output.exists() and not force:
+        raise EdgekitError(f"{output} exists: choose another --output, or --force to overwrite it")
+    if not output.parent.is_dir():
+        raise EdgekitError(f"cannot write {output}: there is no folder {output.parent}")
+
+
+def _show(done: int, total: int, label: str) -> None:
+    """Rewrite one line of the terminal; the engine idles meanwhile."""
+    click.echo(f"\r\x1b[K[{done}/{total}] {label}", nl=False, err=True)

@@ -1,0 +1,13 @@
+"""`edgekit devices`: the known devices and this machine."""
+
+import click
+
+
+@click.command("devices")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+def command(name: str | None, as_json: bool) -> None:
+    """List the known devices and this machine ("local"), or the facts of one."""
+    from edgekit.devices.report import describe_devices
+
+    click.echo(describe_devices(name, as_json))

@@ -1,0 +1,103 @@
+"""`edgekit export`: from a model's name to a verified artifact folder."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.commands._recipe_options import RecipeChoice, recipe_options
+
+if TYPE_CHECKING:
+    from edgekit.export import Plan
+
+
+@click.command()
+@click.argument("model")
+@click.option("--target", required=True, metavar="TARGET", help="executorch")
+@recipe_options
+@click.option("--context", type=int, metavar="N", help="Positions to make room for  [default: 2048]")
+@click.option(
+    "-o",
+    "--output",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder to make  [default: MODEL-TARGET-RECIPE]",
+)
+@click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
+@click.option("--random-weights", is_flag=True, help="The model's shapes with random weights.")
+@click.option("--dry-run", is_flag=True, help="Print what each tensor would be stored as; stop.")
+@click.option("--force", is_flag=True, help="Replace an artifact of the same name.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def command(
+    model: str,
+    target: str,
+    choice: RecipeChoice,
+    context: int | None,
+    output: Path | None,
+    revision: str | None,
+    random_weights: bool,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Export MODEL (a name of `edgekit models`, a hub id or a local folder) for an engine.
+
+    Quantizes once, writes the engine's file, runs it in the engine and compares its logits with
+    the model's. The folder appears only when all of that has succeeded.
+    """
+    from edgekit.quiet import quiet_imports
+
+    with quiet_imports():
+        from edgekit.export import export, plan_export
+        from edgekit.exporters.artifact import check_output
+        from edgekit.progress import stage_printer
+        from edgekit.quantize.recipe import warnings
+
+    if output is not None and not dry_run:
+        check_output(output, force)
+    plan = plan_export(
+        model, target, choice.recipe(), context, revision, random_weights=random_weights or dry_run
+    )
+    for warning in warnings(plan.rows):
+        click.echo(f"edgekit: warning: {warning}", err=True)
+    if dry_run:
+        _show_plan(plan, as_json)
+        return
+    folder = output or Path(f"{Path(plan.source.id).name.lower()}-{target}-{choice.label}")
+    check_output(folder, force)
+    if not as_json:
+        _show_plan(plan, as_json)
+    manifest = export(plan, folder, force, stage_printer())
+    if as_json:
+        click.echo(json.dumps({"artifact": str(folder), **manifest}))
+    else:
+        _show_result(folder, manifest["verification"])
+
+
+def _show_plan(plan: "Plan", as_json: bool) -> None:
+    from edgekit.quantize.table import format_table, table_json, total_bytes
+
+    if as_json:
+        tensors = table_json(plan.rows, plan.tied)
+        total = total_bytes(plan.rows, plan.tied)
+        click.echo(json.dumps({"model": plan.source.id, "tensors": tensors, "bytes": total}))
+    else:
+        click.echo(format_table(plan.rows, plan.tied))
+
+
+def _show_result(folder: Path, found: dict[str, Any]) -> None:
+    from edgekit.tables import markdown_table
+
+    rows = [
+        [
+            f"engine against {name}",
+            f"{found[f'kld_engine_vs_{key}']:.6f}",
+            f"{found[f'top1_engine_vs_{key}']:.1%}",
+        ]
+        for name, key in (("quantized model", "quantized"), ("float model", "float"))
+    ]
+    click.echo(f"\nverified over {found['positions']} positions of {found['tokens']} tokens")
+    click.echo(markdown_table(["", "mean KLD", "same top-1"], rows))
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    click.echo(f"\n{folder}: {size / 1e6:,.1f} MB")

@@ -1,0 +1,170 @@
+"""`edgekit fit`: will a model fit a device, and how fast can it decode at best."""
+
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.commands._recipe_options import RecipeChoice, recipe_options
+from edgekit.errors import EdgekitError
+
+if TYPE_CHECKING:
+    from edgekit.devices.fit import Fit
+
+LOCAL = "local"
+
+
+def _positive(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Refuse what is no size: click's FloatRange lets `nan` through."""
+    if value is not None and not 0 < value < 1e9:
+        raise click.BadParameter(f"{value:g} is not a number above 0")
+    return value
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A device as a prediction needs it: RAM sizes in bytes, GB/s and what kind of figure it is."""
+
+    device: str
+    ram_bytes: tuple[int, ...]
+    bandwidth: tuple[float, str] | None
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--device",
+    metavar="NAME",
+    default=LOCAL,
+    show_default=True,
+    help="A device that `edgekit devices` lists; local is this machine.",
+)
+@recipe_options
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Positions of the caches  [default: 2048, or the model's limit]",
+)
+@click.option(
+    "--depth",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    show_default=True,
+    help="Positions before the decoded token.",
+)
+@click.option(
+    "--ram", type=float, callback=_positive, metavar="GB", help="Judge against this much RAM."
+)
+@click.option(
+    "--bandwidth",
+    type=float,
+    callback=_positive,
+    metavar="GB/S",
+    help="Use this instead of the known bandwidth.",
+)
+@click.option(
+    "--no-measure", is_flag=True, help="Leave this machine's bandwidth, and so speed, unknown."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the prediction as JSON.")
+def command(
+    model: str,
+    device: str,
+    choice: RecipeChoice,
+    context: int | None,
+    depth: int,
+    ram: float | None,
+    bandwidth: float | None,
+    no_measure: bool,
+    as_json: bool,
+) -> None:
+    """Predict the memory and the decode ceiling of MODEL on a device, before any export.
+
+    No weights are needed. MODEL is a name that `edgekit models` lists, a hub id or a folder.
+    """
+    device = device.lower()
+    target = _target(device, ram, bandwidth)
+    fit, name = _predict(model, choice, context, depth)
+    if device == LOCAL and bandwidth is None and not no_measure:
+        target = replace(target, bandwidth=_measure())
+    facts = _facts(fit, name, choice, target)
+    click.echo(json.dumps(facts, indent=2) if as_json else _text(fit, name, choice, target))
+
+
+def _predict(
+    model: str, choice: RecipeChoice, context: int | None, depth: int
+) -> "tuple[Fit, str]":
+    from edgekit.devices.fit import DEFAULT_CONTEXT, predict
+    from edgekit.models.source import resolve_model
+    from edgekit.quantize.recipe import EMBEDDING, HEAD, resolve
+
+    source = resolve_model(model, random_weights=True)
+    shapes = source.config.tensor_shapes()
+    # A tied model has no tensor for its head, but the head is stored and read all the same.
+    rows = resolve(choice.recipe(), shapes | {HEAD: shapes[EMBEDDING]})
+    positions = context or min(DEFAULT_CONTEXT, source.config.max_context)
+    return predict(source.config, rows, positions, depth), source.id
+
+
+def _target(device: str, ram: float | None, bandwidth: float | None) -> _Target:
+    from edgekit.devices.fit import GIB
+
+    known = _this_machine() if device == LOCAL else _profile(device)
+    return _Target(
+        known.device,
+        known.ram_bytes if ram is None else (int(ram * GIB),),
+        known.bandwidth if bandwidth is None else (bandwidth, "given"),
+    )
+
+
+def _profile(name: str) -> _Target:
+    from edgekit.devices.fit import GIB
+    from edgekit.devices.profile import find_profile
+
+    profile = find_profile(name)
+    ram = tuple(int(size * GIB) for size in profile.ram_gb)
+    return _Target(profile.id, ram, profile.bandwidth)
+
+
+def _this_machine() -> _Target:
+    from edgekit.devices.probe import probe
+
+    ram = probe().ram_bytes
+    return _Target(LOCAL, () if ram is None else (ram,), None)
+
+
+def _measure() -> tuple[float, str]:
+    """Measure; the load is told because other programs' reading lowers the figure."""
+    from edgekit.devices.bandwidth import measure_read_bandwidth
+    from edgekit.devices.conditions import conditions
+
+    load = conditions().load_average
+    try:
+        result = measure_read_bandwidth()
+    except EdgekitError as error:
+        raise EdgekitError(f"{error}, or give --no-measure") from error
+    busy = "" if load is None else f" at load {load[0]:.1f}"
+    return result.gb_per_s, f"measured with {result.threads} threads{busy}"
+
+
+def _facts(fit: "Fit", name: str, choice: RecipeChoice, target: _Target) -> dict[str, Any]:
+    speed = None if target.bandwidth is None else target.bandwidth[0]
+    return {
+        "model": name,
+        "recipe": choice.label,
+        "device": target.device,
+        "bytes": fit.to_dict(),
+        "ram": [{"bytes": size, "verdict": fit.verdict(size)} for size in target.ram_bytes],
+        "bandwidth_gb_per_s": speed,
+        "bandwidth_kind": target.bandwidth and target.bandwidth[1],
+        "decode_ceiling_tok_per_s": speed and fit.decode_ceiling(speed),
+    }
+
+
+def _text(fit: "Fit", name: str, choice: RecipeChoice, target: _Target) -> str:
+    from edgekit.devices.report import fit_text
+
+    title = f"{name}, {choice.label}, on {target.device}"
+    return fit_text(fit, title, target.ram_bytes, target.bandwidth)

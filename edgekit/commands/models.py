@@ -1,0 +1,40 @@
+"""`edgekit models`: the models known by name, and which of them lie on this machine."""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from edgekit.models.source import ModelRow
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of the table.")
+def command(as_json: bool) -> None:
+    """List the models known by name: parameters, licence, hub id, and what is local."""
+    from edgekit.models.source import list_models
+
+    rows = list_models()
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+    else:
+        click.echo(_table(rows))
+
+
+def _table(rows: "list[ModelRow]") -> str:
+    lines = [("name", "parameters", "licence", "hub id", "local")]
+    for row in rows:
+        names = ", ".join((row.name, *row.aliases))
+        place = row.hub_id or "(bundled)"
+        lines.append((names, f"{row.parameters:,}", row.licence, place, _size(row.local_bytes)))
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    return "\n".join(
+        f"{name:<{widths[0]}}  {count:>{widths[1]}}  {licence:<{widths[2]}}  {hub:<{widths[3]}}  {at}"
+        for name, count, licence, hub, at in lines
+    )
+
+
+def _size(count: int | None) -> str:
+    return "no" if count is None else f"yes, {count / 1e6:,.0f} MB"

@@ -1,0 +1,110 @@
+"""`edgekit quantize`: codes and scales of a model in one safetensors file."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.commands._recipe_options import RecipeChoice, recipe_options
+
+if TYPE_CHECKING:
+    from edgekit.models.source import ModelSource
+    from edgekit.quantize.recipe import Resolved
+
+
+@click.command()
+@click.argument("model")
+@recipe_options
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Where to write  [default: MODEL-RECIPE.safetensors]",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Print the table of schemes and bytes, write nothing."
+)
+@click.option("--random-weights", is_flag=True, help="The model's shapes with random weights.")
+@click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+def command(
+    model: str,
+    choice: RecipeChoice,
+    output: Path | None,
+    dry_run: bool,
+    random_weights: bool,
+    revision: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Quantize MODEL: a name of `edgekit models`, a hub id or a local folder.
+
+    Prints what each tensor is stored as, its bytes, and the signal to quantization noise ratio.
+    """
+    from edgekit.models.source import resolve_model
+    from edgekit.quantize.recipe import resolve, tied_shapes, warnings
+    from edgekit.quantize.write import check_output
+
+    recipe = choice.recipe()
+    if output is not None and not dry_run:
+        check_output(output, force)
+    # Shapes are all that a dry run needs: no weights are read or downloaded for it.
+    source = resolve_model(model, revision=revision, random_weights=random_weights or dry_run)
+    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    rows = resolve(recipe, shapes)
+    for warning in warnings(rows):
+        click.echo(f"edgekit: warning: {warning}", err=True)
+    path = None if dry_run else output or Path(f"{_last(source.id)}-{choice.label}.safetensors")
+    sqnr = None if path is None else _write(source, rows, tied, path, force)
+    _show(source, rows, tied, sqnr, path, as_json)
+
+
+def _write(
+    source: "ModelSource",
+    rows: "list[Resolved]",
+    tied: dict[str, str],
+    path: Path,
+    force: bool,
+) -> dict[str, float]:
+    """Quantize into `path`, with progress on a terminal; return each tensor's SQNR."""
+    from edgekit.quantize.write import check_output, quantize_to_file
+
+    check_output(path, force)
+    get = source.checkpoint.tensor
+    if not sys.stderr.isatty():
+        return quantize_to_file(rows, get, path, tied)
+    with click.progressbar(length=len(rows), label="quantizing", file=sys.stderr) as bar:
+        return quantize_to_file(rows, get, path, tied, on_tensor=lambda _: bar.update(1))
+
+
+def _show(
+    source: "ModelSource",
+    rows: "list[Resolved]",
+    tied: dict[str, str],
+    sqnr: dict[str, float] | None,
+    path: Path | None,
+    as_json: bool,
+) -> None:
+    from edgekit.quantize.table import format_table, table_json, total_bytes
+
+    if not as_json:
+        click.echo(format_table(rows, tied, sqnr))
+        if path is not None:
+            click.echo(f"wrote {path}")
+        return
+    record: dict[str, Any] = {
+        "model": {"id": source.id, "revision": source.revision},
+        "tensors": table_json(rows, tied, sqnr),
+        "bytes": total_bytes(rows, tied),
+        "file": None if path is None else str(path),
+    }
+    click.echo(json.dumps(record, indent=2))
+
+
+def _last(model_id: str) -> str:
+    """Return the part of a hub id that names the model."""
+    return model_id.rsplit("/", 1)[-1]

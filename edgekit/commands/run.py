@@ -1,0 +1,164 @@
+"""`edgekit run`: generate text from an artifact."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.errors import EdgekitError
+
+if TYPE_CHECKING:
+    from edgekit.models.tokenizer import Tokenizer
+    from edgekit.runtime.chat import Chat
+    from edgekit.runtime.engine import Engine
+    from edgekit.runtime.generate import Generation
+    from edgekit.runtime.sampling import SamplingParams
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is: no chat template.")
+@click.option("--system", metavar="TEXT", help="System message.")
+@click.option("-n", "--max-tokens", type=int, help="Most tokens to generate.")
+@click.option(
+    "--temperature", "--temp", type=float, default=0.3, show_default=True, help="0 is greedy."
+)
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="1 is off.")
+@click.option("--min-p", type=float, default=0.15, show_default=True, help="0 is off.")
+@click.option(
+    "--repeat-penalty",
+    type=float,
+    default=1.05,
+    show_default=True,
+    help="On the last 64 tokens; 1 is off.",
+)
+@click.option("--seed", type=int, help="Makes the text reproducible.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@click.option("-t", "--threads", type=int, help="Default: the physical cores.")
+@click.option("--json", "as_json", is_flag=True, help="Text and figures as JSON, at the end.")
+def command(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """Generate text from ARTIFACT, a folder that `edgekit export` wrote.
+
+    PROMPT is one message to the model. It is read from standard input where that is not a
+    terminal or PROMPT is `-`; in a terminal without a PROMPT a chat begins. The text ends where
+    the model ends it, at --max-tokens, at a --stop or with the context.
+    """
+    with _interruptible(as_json):
+        text = _prompt(prompt)
+        if text is None:
+            _refuse_in_chat(raw=options["raw"], json=as_json)
+        _run(artifact, text, as_json, options)
+
+
+@contextlib.contextmanager
+def _interruptible(as_json: bool) -> Iterator[None]:
+    """Ctrl-C ends the line and the command, with the status a shell expects of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(err=as_json)
+        sys.exit(130)
+
+
+def _prompt(given: str | None) -> str | None:
+    """Return the prompt; None where a chat is wanted."""
+    if given is None and sys.stdin is not None and sys.stdin.isatty():
+        return None
+    return _standard_input() if given in (None, "-") else given
+
+
+def _standard_input() -> str:
+    """Read all of standard input, less the newline with which `echo` ends its text."""
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    try:
+        return data.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        at = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise EdgekitError(f"standard input is not UTF-8: {at}") from error
+
+
+def _refuse_in_chat(**flags: bool) -> None:
+    for name, given in flags.items():
+        if given:
+            raise EdgekitError(f"--{name} needs a PROMPT (or text on standard input)")
+
+
+def _run(path: Path, text: str | None, as_json: bool, options: dict[str, Any]) -> None:
+    """Check everything that costs nothing, then load the engine and generate."""
+    from edgekit.exporters.artifact import Artifact
+    from edgekit.models.tokenizer import Tokenizer
+    from edgekit.runtime.chat import Chat
+    from edgekit.runtime.engine import load_engine
+    from edgekit.runtime.generate import generate
+
+    params = _params(options)
+    artifact = Artifact.open(path)
+    tokenizer = Tokenizer.load(artifact.folder)
+    ids = None if text is None else _prompt_ids(tokenizer, text, options)
+    engine = load_engine(artifact.target, artifact.model_path, options["threads"])
+    limits = {"max_tokens": options["max_tokens"], "stop_strings": options["stop"]}
+    with contextlib.closing(engine):
+        if ids is None:
+            _converse(
+                Chat(engine, tokenizer, params, artifact.eos_ids, options["system"], **limits)
+            )
+            return
+        answer = generate(engine, tokenizer, ids, params, eos_ids=artifact.eos_ids, **limits)
+        if as_json:
+            _print_json(path, engine, answer)
+        else:
+            _stream(answer)
+
+
+def _params(options: dict[str, Any]) -> "SamplingParams":
+    from edgekit.runtime.sampling import SamplingParams
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
+    return SamplingParams(**{name: options[name] for name in names})
+
+
+def _prompt_ids(tokenizer: "Tokenizer", text: str, options: dict[str, Any]) -> list[int]:
+    from edgekit.runtime.chat import first_messages, prompt_ids
+
+    if options["raw"]:
+        return tokenizer.encode(text)
+    if not text.strip():
+        raise EdgekitError("the prompt is empty")
+    return prompt_ids(
+        tokenizer, [*first_messages(options["system"]), {"role": "user", "content": text}]
+    )
+
+
+def _stream(answer: "Generation") -> None:
+    for piece in answer:
+        _write(piece)
+    _write("\n")
+    click.echo(answer.result().summary(), err=True)
+
+
+def _print_json(path: Path, engine: "Engine", answer: "Generation") -> None:
+    for _ in answer:
+        pass
+    facts = {"artifact": str(path), "engine": engine.name, "version": engine.version}
+    click.echo(json.dumps(facts | answer.result().to_dict(), indent=2))
+
+
+def _converse(chat: "Chat") -> None:
+    from edgekit.runtime.chat import converse
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (its import gives `input` line editing)
+
+    click.echo("/reset starts a new conversation, /exit ends it", err=True)
+    converse(chat, lambda: input("> "), _write, lambda line: click.echo(line, err=True))
+
+
+def _write(text: str) -> None:
+    """Write model text at once, as UTF-8 whatever the locale."""
+    click.echo(text.encode(), nl=False)

@@ -1,0 +1,13 @@
+"""The two ways an edgekit command can fail; both reach the user as one line on stderr."""
+
+
+class EdgekitError(Exception):
+    """A user's mistake: the message names the thing, what was given and what to do (exit 2)."""
+
+    exit_status = 2
+
+
+class VerificationError(EdgekitError):
+    """An exported file does not compute what the model computes (exit 1, no artifact left)."""
+
+    exit_status = 1

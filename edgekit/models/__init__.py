@@ -1,0 +1,1 @@
+"""Checkpoints, configurations, tokenizers and one file per model family."""

@@ -1,0 +1,184 @@
+"""The eager reference: an LFM2 of plain torch operators, float or quantized.
+
+It defines what an export must compute. Weights are read when they are used and forgotten after,
+so a model that is larger than memory in float32 runs through here one matrix at a time.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from edgekit.models.checkpoint import WeightSource
+from edgekit.models.config import ModelConfig
+from edgekit.models.lfm2 import LFM2
+from edgekit.models.rope import rope_tables
+from edgekit.models.weights import ReadWeight, floats, row_block
+from edgekit.quantize.tensor import QuantizedTensor
+
+
+def build_eager(config: ModelConfig, read: ReadWeight, context: int) -> LFM2:
+    """Return the reference model for up to `context` positions, its weights read by `read`."""
+    return LFM2(EagerBlocks(read), config, context).eval()
+
+
+def float_reader(config: ModelConfig, source: WeightSource) -> Callable[[str], Tensor]:
+    """Return a reader of the checkpoint's own values, in which a tied head is the embedding."""
+
+    def read(name: str) -> Tensor:
+        if name == "lm_head.weight" and config.tie_embeddings:
+            name = "model.embed_tokens.weight"
+        return source.tensor(name)
+
+    return read
+
+
+def fake_quantize_tokens(x: Tensor) -> Tensor:
+    """Quantize each token's activations `[n, width]` to int8 and back, as engines do at run time.
+
+    Asymmetric, with a range that contains 0 (arXiv 1806.08342, section 2.1):
+    `scale = (max - min) / 255`, `zero = round(-128 - min / scale)`.
+    """
+    low = x.amin(-1, keepdim=True).clamp(max=0)
+    high = x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+    zero = (-128 - low / scale).round()
+    codes = ((x / scale).round() + zero).clamp(-128, 127)
+    return (codes - zero) * scale
+
+
+class EagerBlocks:
+    """`edgekit.models.lfm2.Blocks` in plain torch operators."""
+
+    def __init__(self, read: ReadWeight) -> None:
+        self._read = read
+
+    def embedding(self, name: str) -> nn.Module:
+        """Rows of the table."""
+        return _Embedding(self._read, name)
+
+    def linear(self, name: str, part: int = 0, parts: int = 1) -> nn.Module:
+        """Multiply by the dequantized weight; activations are quantized where the weight is."""
+        return _Linear(self._read, name, part, parts)
+
+    def rms_norm(self, name: str, eps: float) -> nn.Module:
+        """RMSNorm in float32."""
+        return _RmsNorm(floats(self._read(name)), eps)
+
+    def short_conv(self, name: str, kernel: int) -> nn.Module:
+        """Depthwise `conv1d` after the state."""
+        return _ShortConv(floats(self._read(name)))
+
+    def attention(self, config: ModelConfig, context: int) -> nn.Module:
+        """`scaled_dot_product_attention` over a static cache."""
+        return _Attention(config, context)
+
+    def rope(self, config: ModelConfig, context: int) -> nn.Module:
+        """Slices of precomputed tables."""
+        return _Rope(config, context)
+
+    def rotate(self, head_dim: int) -> nn.Module:
+        """Swap the halves."""
+        return _Rotate()
+
+
+class _Embedding(nn.Module):
+    def __init__(self, read: ReadWeight, name: str) -> None:
+        super().__init__()
+        self._read, self._name = read, name
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight = self._read(self._name)
+        if isinstance(weight, Tensor):
+            return weight[tokens].float()
+        # Only the rows that are used are dequantized; a row has its own scales.
+        rows = QuantizedTensor(
+            weight.codes[tokens],
+            weight.scales[tokens],
+            bits=weight.bits,
+            group_size=weight.group_size,
+            axis=weight.axis,
+        )
+        return rows.dequantize()
+
+
+class _Linear(nn.Module):
+    def __init__(self, read: ReadWeight, name: str, part: int, parts: int) -> None:
+        super().__init__()
+        self._read, self._name, self._part, self._parts = read, name, part, parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = row_block(self._read(self._name), self._part, self._parts)
+        if isinstance(weight, QuantizedTensor):
+            x = fake_quantize_tokens(x)
+        return _matmul(x, weight)
+
+
+def _matmul(x: Tensor, weight: QuantizedTensor | Tensor) -> Tensor:
+    """Return `x @ weight.T`, with at most some 64 MB of the weight in float32 at a time."""
+    parts = max(1, weight.shape[0] * weight.shape[1] // (1 << 24))
+    while weight.shape[0] % parts:
+        parts += 1
+    blocks = (floats(row_block(weight, part, parts)) for part in range(parts))
+    return torch.cat([nn.functional.linear(x, block) for block in blocks], dim=-1)
+
+
+class _RmsNorm(nn.Module):
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self._weight, self._eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps) * self._weight
+
+
+class _ShortConv(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self._weight = weight
+
+    def forward(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        padded = torch.cat([state, u])
+        y = nn.functional.conv1d(padded.t()[None], self._weight, groups=u.shape[1])[0].t()
+        return y, padded[-state.shape[0] :]
+
+
+class _Attention(nn.Module):
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, config: ModelConfig, context: int) -> None:
+        super().__init__()
+        shape = (context, config.num_kv_heads, config.head_dim)
+        self.register_buffer("keys", torch.zeros(shape), persistent=False)
+        self.register_buffer("values", torch.zeros(shape), persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        end = start + q.shape[0]
+        self.keys[start:end] = k
+        self.values[start:end] = v
+        positions = torch.arange(start, end)
+        mask = torch.arange(end)[None, :] <= positions[:, None]
+        mixed = nn.functional.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            self.keys[:end].transpose(0, 1)[None],
+            self.values[:end].transpose(0, 1)[None],
+            attn_mask=mask,
+            enable_gqa=True,
+        )
+        return mixed[0].transpose(0, 1)
+
+
+class _Rope(nn.Module):
+    def __init__(self, config: ModelConfig, context: int) -> None:
+        super().__init__()
+        self._cos, self._sin = rope_tables(config, context)
+
+    def forward(self, start: int, n: int) -> tuple[Tensor, Tensor]:
+        return self._cos[start : start + n], self._sin[start : start + n]
+
+
+class _Rotate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([-second, first], dim=-1)

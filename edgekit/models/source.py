@@ -1,0 +1,133 @@
+"""From what a user names (a short name, a folder, a hub id) to a configuration and weights."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekit.errors import EdgekitError
+from edgekit.models.catalogue import CatalogueModel, catalogue, find_model, unknown_model
+from edgekit.models.checkpoint import Checkpoint, WeightSource
+from edgekit.models.config import ModelConfig
+from edgekit.models.random_weights import RandomCheckpoint
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model ready to be exported.
+
+    `id` is the hub id, the catalogue name or the folder's name; `revision` the hub's commit, or
+    None; `folder` holds the tokenizer's files, or is None for random weights without a folder.
+    """
+
+    id: str
+    revision: str | None
+    config: ModelConfig
+    checkpoint: WeightSource
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One line of `edgekit models`; `local_bytes` is None for a model that is not on this machine."""
+
+    name: str
+    aliases: tuple[str, ...]
+    parameters: int
+    licence: str
+    hub_id: str | None
+    local_bytes: int | None
+
+
+def list_models() -> list[ModelRow]:
+    """Return the catalogue with what of it is bundled or complete in the hub's local cache."""
+    from edgekit.models.hub import cached_bytes  # see _from_hub
+
+    rows = []
+    for model in catalogue().values():
+        if model.folder is not None:
+            size: int | None = sum(file.stat().st_size for file in model.folder.iterdir())
+        else:
+            size = cached_bytes(model.hub_id or "")
+        count = model.config.parameter_count
+        rows.append(ModelRow(model.name, model.aliases, count, model.licence, model.hub_id, size))
+    return rows
+
+
+def resolve_model(
+    name: str,
+    revision: str | None = None,
+    random_weights: bool = False,
+    offline: bool = False,
+) -> ModelSource:
+    """Find a model by catalogue name, local folder or hub id; download it if needed.
+
+    A catalogue name wins over a folder of the same name; `./NAME` means the folder. The stored
+    tensors' names and shapes are checked against config.json before this returns.
+    """
+    known = find_model(name)
+    if known is not None:
+        return _from_catalogue(known, revision, random_weights, offline)
+    if name and _exists(Path(name)):
+        if Path(name).is_dir():
+            return _from_folder(_refuse_revision(name, revision), Path(name), random_weights)
+        raise EdgekitError(f"{name}: is a file; give the folder that holds config.json")
+    if not _HUB_ID.fullmatch(name):
+        raise unknown_model(name)
+    return _from_hub(name, revision, random_weights, offline)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def _from_catalogue(
+    model: CatalogueModel, revision: str | None, random_weights: bool, offline: bool
+) -> ModelSource:
+    if model.folder is not None:
+        return _from_folder(_refuse_revision(model.name, revision), model.folder, random_weights)
+    assert model.hub_id is not None
+    if not random_weights:
+        return _from_hub(model.hub_id, revision, random_weights, offline)
+    if revision is not None:
+        raise EdgekitError(
+            f"{model.name}: random weights are of no revision; leave --revision out, "
+            f"or give the hub id {model.hub_id} to use that revision's config.json"
+        )
+    return ModelSource(model.hub_id, None, model.config, RandomCheckpoint(model.config), None)
+
+
+def _from_folder(name: str, folder: Path, random_weights: bool) -> ModelSource:
+    if not (folder / "config.json").is_file():
+        raise EdgekitError(f"{folder}: holds no config.json, so it is not a model folder")
+    config = ModelConfig.load(folder)
+    return ModelSource(name, None, config, _weights(folder, config, random_weights), folder)
+
+
+def _from_hub(
+    hub_id: str, revision: str | None, random_weights: bool, offline: bool
+) -> ModelSource:
+    from edgekit.models.hub import download  # pulls in an HTTP client that folders do not need
+
+    folder = download(hub_id, revision, offline=offline, weights=not random_weights)
+    source = _from_folder(hub_id, folder, random_weights)
+    return ModelSource(hub_id, folder.name, source.config, source.checkpoint, folder)
+
+
+def _weights(folder: Path, config: ModelConfig, random_weights: bool) -> WeightSource:
+    if random_weights:
+        return RandomCheckpoint(config)
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.validate(config)
+    return checkpoint
+
+
+def _refuse_revision(name: str, revision: str | None) -> str:
+    """Return the name that goes into manifests: no path of the user's machine."""
+    if revision is not None:
+        raise EdgekitError(f"{name}: is a local folder; --revision is for models on the hub")
+    return Path(name).resolve().name or name

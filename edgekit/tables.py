@@ -1,0 +1,49 @@
+"""Aligned Markdown tables: the one way in which every command prints rows."""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:
+    """Return a Markdown table whose columns line up in a terminal too.
+
+    `align` holds one letter per column, `l` or `r`. Columns it does not name are right-aligned
+    when every cell in them starts like a number, and left-aligned otherwise. A `|` or a line
+    break inside a cell is escaped so that it cannot break the table. No newline at the end.
+
+    Raises `ValueError` when a row and the headers differ in length or `align` is malformed.
+    """
+    if len(align) > len(headers) or set(align) - {"l", "r"}:
+        raise ValueError(f"align must be at most {len(headers)} letters l or r: {align!r}")
+    for row in rows:
+        if len(row) != len(headers):
+            raise ValueError(f"{len(headers)} headers but a row of {len(row)} cells: {row!r}")
+    cells = [[_escape(cell) for cell in row] for row in (headers, *rows)]
+    columns = list(zip(*cells, strict=True))
+    sides = [side or _natural_side(column[1:]) for column, side in zip_longest(columns, align)]
+    widths = [max(3, *map(len, column)) for column in columns]
+    lines = [_line(row, widths, sides) for row in cells]
+    rule = [_rule(width, side) for width, side in zip(widths, sides, strict=True)]
+    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
+
+
+def _escape(cell: str) -> str:
+    return " ".join(cell.split("\n")).replace("|", "\\|")
+
+
+def _natural_side(cells: Sequence[str]) -> str:
+    """Numbers go right, so that digits line up; an empty cell or a dash says nothing."""
+    said = [cell for cell in cells if cell not in ("", "-")]
+    return "r" if said and all(cell.lstrip("+-~<>")[:1].isdigit() for cell in said) else "l"
+
+
+def _rule(width: int, side: str) -> str:
+    return "-" * (width - 1) + ":" if side == "r" else "-" * width
+
+
+def _line(row: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -> str:
+    padded = (
+        cell.rjust(width) if side == "r" else cell.ljust(width)
+        for cell, width, side in zip(row, widths, sides, strict=True)
+    )
+    return "| " + " | ".join(padded) + " |"

@@ -1,0 +1,1 @@
+"""Exporters: one file per target, the artifact folder and its verification."""

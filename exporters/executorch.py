@@ -1,0 +1,65 @@
+"""Target `executorch`: a `.pte` whose linears run in XNNPACK, for ExecuTorch's LLM runners."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import EdgekitError
+from edgekit.models.config import ModelConfig
+from edgekit.models.weights import Weight
+from edgekit.quantize.recipe import EMBEDDING, Resolved
+
+MODEL_FILE = "model.pte"
+LINEAR_SCHEMES = "float, w8, w4 and w4gN"
+PACKAGES = ("executorch", "torch")
+
+
+def check_rows(rows: Sequence[Resolved]) -> None:
+    """Refuse, before any work, a scheme that XNNPACK cannot hold."""
+    for row in rows:
+        grouped_int8 = row.scheme.bits == 8 and row.scheme.granularity == "group"
+        if grouped_int8 and row.tensor != EMBEDDING:
+            raise EdgekitError(
+                f"{row.tensor}: target executorch cannot hold {row.scheme.name}; for linear "
+                f"layers XNNPACK holds {LINEAR_SCHEMES}"
+            )
+
+
+def export_pte(
+    config: ModelConfig,
+    weights: Mapping[str, Weight],
+    context: int,
+    path: Path,
+    progress: Callable[[str], None],
+) -> None:
+    """Write the model as `path`: the weights' codes and scales become its constants verbatim."""
+    from edgekit.exporters.xnnpack_blocks import XnnpackBlocks
+    from edgekit.exporters.xnnpack_lowering import lower, trace, write_program
+    from edgekit.models.lfm2 import LFM2
+
+    progress("tracing")
+    model = LFM2(XnnpackBlocks(weights.__getitem__), config, context).eval()
+    program = lower(trace(model), runner_metadata(config, context), progress)
+    progress("writing the program")
+    write_program(program, path)
+
+
+def runner_metadata(config: ModelConfig, context: int) -> dict[str, Any]:
+    """Return the constant methods that ExecuTorch's LLM runner reads (extension/llm/runner)."""
+    return {
+        "get_max_seq_len": context,
+        "get_max_context_len": context,
+        "get_n_layers": config.num_layers,
+        "get_vocab_size": config.vocab_size,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+        "get_bos_id": config.bos_id,
+        "get_eos_ids": list(config.eos_ids),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decided the file's bytes."""
+    return {name: metadata.version(name) for name in PACKAGES}

@@ -1,0 +1,190 @@
+"""Does the exported file, run in its engine, compute what the model computes?"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgekit.errors import EdgekitError, VerificationError
+from edgekit.models.lfm2 import LFM2
+
+MAX_KLD = 0.003
+"""Most nats that the engine's distribution may stray, on average, from the eager quantized model.
+
+Both multiply the same codes, but sum in another order: 8-bit rounding of activations that falls
+the other way moves logits a little. A dropped scale or a stale state moves them by whole nats.
+The same bound holds between one prompt in one piece and in chunks or token by token, which an
+engine also sums in other orders; the same prompt after a reset must give identical logits.
+"""
+
+Logits = NDArray[np.float32]
+
+
+class Engine(Protocol):
+    """What verification needs of an engine."""
+
+    context: int
+
+    def prefill(self, tokens: Sequence[int]) -> Logits:
+        """Process tokens; logits of the last."""
+        ...
+
+    def decode(self, token: int) -> Logits:
+        """Process one token; its logits."""
+        ...
+
+    def reset(self) -> None:
+        """Start a new sequence."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Logits `[tokens, vocab]` of every position: of the float model and of the eager codes."""
+
+    tokens: list[int]
+    float_logits: Logits
+    quantized_logits: Logits
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared. KLD are means in nats over the positions, top-1 are shares of them."""
+
+    tokens: int
+    positions: int
+    kld_engine_vs_quantized: float
+    kld_engine_vs_float: float
+    kld_quantized_vs_float: float
+    top1_engine_vs_quantized: float
+    top1_engine_vs_float: float
+    max_logit_difference: float
+    kld_chunked_vs_whole_prefill: float
+    kld_decode_vs_prefill_at_end: float
+    second_prompt_identical: bool
+    lengths: list[int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures and the bounds they were held to, for the manifest."""
+        return {"verified": True, "max_kld": MAX_KLD, **asdict(self)}
+
+
+def reference(tokens: list[int], float_model: LFM2, quantized_model: LFM2) -> Reference:
+    """Run both eager models over the tokens, one matrix in float memory at a time."""
+    batch, start = torch.tensor([tokens]), torch.zeros(1, dtype=torch.long)
+    with torch.inference_mode():
+        return Reference(
+            tokens,
+            float_model.all_logits(batch, start).numpy(),
+            quantized_model.all_logits(batch, start).numpy(),
+        )
+
+
+def verify(engine: Engine, expected: Reference) -> Verification:
+    """Compare; VerificationError where a bound is exceeded or a state is stale."""
+    tokens = expected.tokens
+    half = max(1, len(tokens) // 2)
+    rows = [engine.prefill(tokens[:half])]
+    rows += [engine.decode(token) for token in tokens[half:]]
+    actual = np.stack(rows)
+    if not np.isfinite(actual).all():
+        raise VerificationError("verification: the exported file's logits are not finite")
+    quantized = expected.quantized_logits[half - 1 :]
+    exact = expected.float_logits[half - 1 :]
+
+    chunked, identical = _repeat(engine, tokens[:half], actual[0])
+    lengths, at_end = _check_lengths(engine, tokens)
+    result = Verification(
+        tokens=len(tokens),
+        positions=len(rows),
+        kld_engine_vs_quantized=kld(quantized, actual),
+        kld_engine_vs_float=kld(exact, actual),
+        kld_quantized_vs_float=kld(exact, quantized),
+        top1_engine_vs_quantized=top1(quantized, actual),
+        top1_engine_vs_float=top1(exact, actual),
+        max_logit_difference=float(np.abs(quantized - actual).max()),
+        kld_chunked_vs_whole_prefill=chunked,
+        kld_decode_vs_prefill_at_end=at_end,
+        second_prompt_identical=identical,
+        lengths=lengths,
+    )
+    _check_bounds(result)
+    return result
+
+
+def kld(reference_logits: Logits, logits: Logits) -> float:
+    """Mean Kullback-Leibler divergence of softmax(logits) from softmax(reference), in nats."""
+    p, q = _log_softmax(reference_logits), _log_softmax(logits)
+    return float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
+
+
+def top1(reference_logits: Logits, logits: Logits) -> float:
+    """Return the share of positions whose most likely token agrees."""
+    return float(np.mean(reference_logits.argmax(-1) == logits.argmax(-1)))
+
+
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def _repeat(engine: Engine, tokens: list[int], first: Logits) -> tuple[float, bool]:
+    """Prefill the same tokens again whole, then in uneven chunks, each after a reset."""
+    engine.reset()
+    whole = engine.prefill(tokens)
+    engine.reset()
+    cut = max(1, len(tokens) // 3)
+    chunked = whole
+    for chunk in (tokens[:1], tokens[1:cut], tokens[cut:]):
+        if chunk:
+            chunked = engine.prefill(chunk)
+    return kld(whole, chunked), bool(np.array_equal(first, whole))
+
+
+def _check_lengths(engine: Engine, tokens: list[int]) -> tuple[list[int], float]:
+    """Run prompts of 1, max - 1 and max tokens; one more must be refused, nothing may break."""
+    longest = engine.context
+    text = (tokens * (longest // len(tokens) + 1))[:longest]
+    engine.reset()
+    engine.prefill(text[:1])
+    engine.reset()
+    full = engine.prefill(text)
+    _must_refuse(engine, text, longest)
+    engine.reset()
+    difference = 0.0
+    if longest > 1:
+        engine.prefill(text[:-1])
+        difference = kld(full, engine.decode(text[-1]))
+        engine.reset()
+    return sorted({1, longest - 1 or 1, longest}), difference
+
+
+def _must_refuse(engine: Engine, text: list[int], longest: int) -> None:
+    for attempt in (lambda: engine.decode(text[0]), lambda: engine.prefill([*text, text[0]])):
+        try:
+            attempt()
+        except EdgekitError:
+            engine.reset()
+            continue
+        raise VerificationError(f"verification: position {longest + 1} of {longest} was accepted")
+
+
+def _check_bounds(result: Verification) -> None:
+    for what, found in (
+        ("the file against the quantized model", result.kld_engine_vs_quantized),
+        ("prefill in chunks against prefill in one piece", result.kld_chunked_vs_whole_prefill),
+        ("decode against prefill at the context's end", result.kld_decode_vs_prefill_at_end),
+    ):
+        if not found <= MAX_KLD:  # also true for NaN
+            raise VerificationError(
+                f"verification: {what}: {found:.4g} nats, the bound is {MAX_KLD}; nothing was "
+                "written"
+            )
+    if not result.second_prompt_identical:
+        raise VerificationError(
+            "verification: the same prompt after a reset gives other logits; nothing was written"
+        )

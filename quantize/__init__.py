@@ -1,0 +1,1 @@
+"""Quantization: codes, schemes and recipes. Imports torch and numpy only."""

@@ -1,0 +1,207 @@
+"""Quantized tensors in a safetensors file.
+
+For a tensor `name` the file holds `name.codes` (packed, see `edgekit.quantize.packing`),
+`name.scales` (bfloat16 where one per group and exact so, else float32) and, where it has them,
+`name.zero_points` and `name.codebook`; a float tensor is held under its own name. The metadata
+`edgekit` is JSON: a format version and, per quantized tensor, shape, bits, group_size, axis and
+signed. A tensor that is another one's object under a second name is `{"same_as": first}`.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from edgekit.errors import EdgekitError
+from edgekit.quantize.packing import pack, unpack
+from edgekit.quantize.tensor import QuantizedTensor, scales_shape
+
+FORMAT_VERSION = 1
+_PARTS = ("codes", "scales", "zero_points", "codebook")
+
+Stored = QuantizedTensor | Tensor
+Contents = dict[str, Stored]
+
+
+def save_quantized(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write tensors to `path` at once: a temporary file beside it, then a rename.
+
+    An existing file is replaced. Raises ValueError where two names would collide in the file and
+    EdgekitError where it cannot be written.
+    """
+    arrays, entries = _flatten(tensors)
+    metadata = {"edgekit": json.dumps({"format_version": FORMAT_VERSION, "tensors": entries})}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors leaves 0600
+        save_file(arrays, temporary, metadata=metadata)
+        temporary.chmod(mode)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise EdgekitError(f"{path}: cannot be written: {_one_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_quantized(path: Path) -> Contents:
+    """Read what `save_quantized` wrote; EdgekitError in one line where the file is anything else."""
+    if not path.is_file():
+        raise EdgekitError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            entries = _read_entries(path, file.metadata())
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise EdgekitError(f"{path}: cannot be read: {_one_line(error)}") from error
+    return _assemble(path, entries, arrays)
+
+
+def _flatten(tensors: Mapping[str, Stored]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the file's arrays and the metadata's entries."""
+    arrays: dict[str, Tensor] = {}
+    entries: dict[str, Any] = {}
+    first_name: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first = first_name.setdefault(id(tensor), name)
+        if first != name:
+            entries[name] = {"same_as": first}
+            continue
+        for key, array in _arrays(name, tensor).items():
+            if key in arrays:
+                raise ValueError(f"{name}: {key!r} is already the name of another tensor")
+            arrays[key] = array
+        if isinstance(tensor, QuantizedTensor):
+            entries[name] = _describe(tensor)
+    return arrays, entries
+
+
+def _describe(tensor: QuantizedTensor) -> dict[str, Any]:
+    return {
+        "shape": list(tensor.shape),
+        "bits": tensor.bits,
+        "group_size": tensor.group_size,
+        "axis": tensor.axis,
+        "signed": tensor.signed,
+    }
+
+
+def _arrays(name: str, tensor: Stored) -> dict[str, Tensor]:
+    if isinstance(tensor, Tensor):
+        return {name: tensor.contiguous()}
+    codes = tensor.codes.contiguous()
+    arrays = {
+        "codes": codes
+        if tensor.bits == 8
+        else pack(codes.reshape(_rows(tensor.shape)), tensor.bits),
+        "scales": _narrow(tensor.scales, tensor.group_size),
+        # A zero point is a code, so one byte holds it.
+        "zero_points": None
+        if tensor.zero_points is None
+        else tensor.zero_points.to(tensor.codes.dtype),
+        "codebook": tensor.codebook,
+    }
+    return {f"{name}.{part}": array for part, array in arrays.items() if array is not None}
+
+
+def _narrow(scales: Tensor, group_size: int | None) -> Tensor:
+    """Return scales of groups as bfloat16, unless that would change them."""
+    narrow = scales.to(torch.bfloat16)
+    exact = group_size is not None and bool((narrow.to(torch.float32) == scales).all())
+    return (narrow if exact else scales).contiguous()
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A scalar packs as a row of one."""
+    return shape or (1,)
+
+
+def _read_entries(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    """Return the metadata's entries; EdgekitError where they are not ours."""
+    text = (metadata or {}).get("edgekit")
+    if text is None:
+        raise EdgekitError(f"{path}: holds no quantized tensors (no edgekit metadata)")
+    document = json.loads(text)
+    if not isinstance(document, dict) or not isinstance(document.get("tensors"), dict):
+        raise EdgekitError(f"{path}: its edgekit metadata lists no tensors")
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise EdgekitError(
+            f"{path}: format version {version!r}, this edgekit reads {FORMAT_VERSION}"
+        )
+    return dict(document["tensors"])
+
+
+def _assemble(path: Path, entries: dict[str, Any], arrays: dict[str, Tensor]) -> Contents:
+    """Build the tensors; EdgekitError names the one at fault."""
+    result: Contents = {}
+    aliases: dict[str, str] = {}
+    for name, entry in entries.items():
+        try:
+            _check_entry(entry)
+            if "same_as" in entry:
+                aliases[name] = entry["same_as"]
+            else:
+                result[name] = _quantized(name, entry, arrays)
+        except (ValueError, RuntimeError) as error:
+            raise EdgekitError(f"{path}: {name}: {_one_line(error)}") from error
+    result |= arrays  # what is left is float
+    for name, first in aliases.items():
+        if first not in result or first in aliases:
+            raise EdgekitError(f"{path}: {name}: is said to be {first!r}, which is not there")
+        result[name] = result[first]
+    return result
+
+
+def _check_entry(entry: object) -> None:
+    """Raise ValueError where a tensor's metadata is not of the types that `_describe` gives."""
+    if not isinstance(entry, dict):
+        reason = "is no object"
+    elif set(entry) == {"same_as"}:
+        reason = "" if isinstance(entry["same_as"], str) else "names no tensor"
+    elif set(entry) != {"shape", "bits", "group_size", "axis", "signed"}:
+        reason = "has other keys than shape, bits, group_size, axis and signed"
+    else:
+        shape, signed = entry["shape"], entry["signed"]
+        numbers = [entry["bits"], entry["group_size"] or 0, entry["axis"] or 0]
+        is_shape = isinstance(shape, list) and all(type(size) is int for size in shape)
+        fits = is_shape and type(signed) is bool and all(type(value) is int for value in numbers)
+        reason = "" if fits else "has a value of the wrong type"
+    if reason:
+        raise ValueError(f"its metadata {reason}")
+
+
+def _quantized(name: str, entry: dict[str, Any], arrays: dict[str, Tensor]) -> QuantizedTensor:
+    """Take a tensor's parts out of `arrays` and put them together."""
+    codes, scales, zeros, codebook = (arrays.pop(f"{name}.{part}", None) for part in _PARTS)
+    if codes is None or scales is None:
+        raise ValueError("its codes or scales are missing")
+    shape, bits, signed = tuple(entry["shape"]), entry["bits"], entry["signed"]
+    if bits != 8:
+        codes = unpack(codes, bits, _rows(shape)[-1], signed)
+        codes = codes.reshape(shape) if tuple(codes.shape) == _rows(shape) else codes
+    if tuple(codes.shape) != shape or (codes.dtype == torch.int8) != signed:
+        raise ValueError(f"expected codes of shape {shape}, got {tuple(codes.shape)}")
+    expected = scales_shape(shape, entry["axis"], entry["group_size"])
+    if scales.dtype not in (torch.bfloat16, torch.float32) or tuple(scales.shape) != expected:
+        raise ValueError(f"expected scales of shape {expected}, got {tuple(scales.shape)}")
+    return QuantizedTensor(
+        codes=codes,
+        scales=scales.to(torch.float32),
+        zero_points=None if zeros is None else zeros.to(torch.int32),
+        bits=bits,
+        group_size=entry["group_size"],
+        axis=entry["axis"],
+        codebook=codebook,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """Return a library's message without its line breaks and stack frames."""
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,68 @@
+"""The resolved table as text and as JSON, for every command that shows one."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgekit.quantize.recipe import Resolved, shared_rows
+
+
+def total_bytes(rows: Sequence[Resolved], tied: Mapping[str, str]) -> int:
+    """Return the bytes of all rows; codes that two names share count once."""
+    shared = shared_rows(rows, tied)
+    return sum(row.nbytes for row in rows if row.tensor not in shared)
+
+
+def table_json(
+    rows: Sequence[Resolved], tied: Mapping[str, str], sqnr: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Return one object per row.
+
+    `same_as` names the tensor whose codes a row shares; `sqnr_db` is there when `sqnr` is given,
+    null for tensors without quantization noise.
+    """
+    shared = shared_rows(rows, tied)
+    table = []
+    for row in rows:
+        entry = {**row.to_dict(), "range": row.range}
+        if row.tensor in shared:
+            entry["same_as"] = shared[row.tensor]
+        if sqnr is not None:
+            ratio = sqnr.get(row.tensor, math.inf)
+            entry["sqnr_db"] = round(ratio, 2) if math.isfinite(ratio) else None
+        table.append(entry)
+    return table
+
+
+def format_table(
+    rows: Sequence[Resolved], tied: Mapping[str, str], sqnr: Mapping[str, float] | None = None
+) -> str:
+    """Return the table as aligned text with a last line of totals (no newline at the end)."""
+    header = ["tensor", "scheme", "range", "shape", "bytes"]
+    lines = [header if sqnr is None else [*header, "SQNR dB"]]
+    for entry in table_json(rows, tied, sqnr):
+        cells = [
+            entry["tensor"],
+            entry["scheme"],
+            entry["range"] or "-",
+            "x".join(map(str, entry["shape"])),
+            "shared" if "same_as" in entry else f"{entry['bytes']:,}",
+        ]
+        if sqnr is not None:
+            ratio = entry["sqnr_db"]
+            cells.append("-" if ratio is None else f"{ratio:.1f}")
+        lines.append(cells)
+    total = total_bytes(rows, tied)
+    return f"{_align(lines)}\n{len(rows)} tensors, {total:,} bytes ({total / 1e6:,.1f} MB)"
+
+
+def _align(lines: Sequence[Sequence[str]]) -> str:
+    """Pad columns; from the fourth on they are numbers and stand to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if index > 3 else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in lines
+    )

@@ -1,0 +1,61 @@
+"""Quantizing a model into one safetensors file."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edgekit.errors import EdgekitError
+from edgekit.quantize.apply import Applied, apply, sqnr_db
+from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.storage import Stored, save_quantized
+from edgekit.quantize.tensor import QuantizedTensor
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Raise EdgekitError where `path` cannot become the output, before any work is done."""
+    if path.is_dir():
+        raise EdgekitError(f"{path}: is a folder; give the name of a .safetensors file")
+    if not path.parent.is_dir():
+        raise EdgekitError(f"{path}: the folder {path.parent} does not exist")
+    if path.exists() and not force:
+        raise EdgekitError(f"{path}: exists already; --force overwrites it")
+
+
+def quantize_to_file(
+    rows: Sequence[Resolved],
+    get_tensor: Callable[[str], Tensor],
+    path: Path,
+    tied: Mapping[str, str] | None = None,
+    on_tensor: Callable[[str], None] | None = None,
+) -> dict[str, float]:
+    """Write the codes and scales of `rows` to `path` and return each tensor's SQNR in dB.
+
+    Float tensors are written as float32, what the table counts, and are not in the result.
+    `get_tensor` and `tied` are those of `quantize_tensors`; `on_tensor` hears each name when it
+    is done. Raises EdgekitError naming the tensor, or the file where it cannot be written.
+    """
+    contents: dict[str, Stored] = {}
+    sqnr: dict[str, float] = {}
+    for applied in apply(rows, get_tensor, tied):
+        _add(applied, contents, sqnr)
+        if on_tensor is not None:
+            on_tensor(applied.row.tensor)
+    save_quantized(path, contents)
+    return sqnr
+
+
+def _add(applied: Applied, contents: dict[str, Stored], sqnr: dict[str, float]) -> None:
+    """Add one tensor to the file's contents and measure it, unless that was done before."""
+    name, value = applied.row.tensor, applied.value
+    if applied.same_as is not None:
+        contents[name] = contents[applied.same_as]
+        if applied.same_as in sqnr:
+            sqnr[name] = sqnr[applied.same_as]
+    elif isinstance(value, QuantizedTensor):
+        assert applied.weight is not None  # only a repeated value has none
+        contents[name] = value
+        sqnr[name] = sqnr_db(applied.weight, value)
+    else:
+        contents[name] = value.to(torch.float32)

@@ -1,0 +1,271 @@
+"""The benchmark: llama-bench's conventions, one process per artifact, repetitions interleaved.
+
+Random token ids, no tokenization and no sampling in the time, one warm-up per test, a fresh
+state per repetition. With several artifacts the repetitions alternate A B A B, so that a change
+of the machine's state meets all of them and ratios hold where absolute figures do not.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from edgekit import __version__
+from edgekit.devices.bandwidth import measure_read_bandwidth
+from edgekit.devices.conditions import Conditions, conditions
+from edgekit.devices.probe import Machine, probe
+from edgekit.errors import EdgekitError
+from edgekit.exporters.artifact import Artifact
+from edgekit.models.config import ModelConfig
+from edgekit.runtime.engine import physical_cores
+from edgekit.runtime.gates import check_gates
+from edgekit.runtime.record import (
+    ArtifactResult,
+    Bandwidth,
+    Interference,
+    Memory,
+    Record,
+    Sample,
+    Settings,
+    Shape,
+    ShapeResult,
+    Traffic,
+)
+from edgekit.runtime.traffic import count_schemes, decode_traffic
+from edgekit.runtime.worker_process import WorkerProcess, worker_processes
+
+DEFAULT_SEED = 0
+
+Progress = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what comes next)."""
+
+
+def bench(
+    artifacts: Sequence[Path],
+    prompts: Sequence[int] = (512,),
+    generates: Sequence[int] = (128,),
+    depths: Sequence[int] = (0,),
+    repetitions: int = 5,
+    threads: int | None = None,
+    cooldown_s: float = 0.0,
+    seed: int = DEFAULT_SEED,
+    progress: Progress | None = None,
+) -> Record:
+    """Measure every artifact at every test and return the record of raw samples.
+
+    A test is each of `prompts` (prefill) and `generates` (decode) at each of `depths`, in tokens;
+    0 skips one. `threads` defaults to the physical cores this process may use; `cooldown_s`
+    is slept before every repetition. Raises `EdgekitError` before anything runs for a test that
+    no artifact's context can hold, and when an artifact's process dies.
+    """
+    machine = probe()
+    settings = Settings(
+        prompts=tuple(prompts),
+        generates=tuple(generates),
+        depths=tuple(depths),
+        repetitions=repetitions,
+        threads=physical_cores() if threads is None else threads,
+        cooldown_s=cooldown_s,
+        seed=seed,
+    )
+    shapes = plan(settings)
+    subjects = _open(artifacts)
+    for subject in subjects:
+        _check_context(subject, shapes)
+    return _run(subjects, shapes, settings, machine, progress or _silent)
+
+
+def plan(settings: Settings) -> list[Shape]:
+    """Return the tests in llama-bench's order; raises `EdgekitError` when none is left."""
+    tests = [("pp", n) for n in settings.prompts] + [("tg", n) for n in settings.generates]
+    shapes = [
+        Shape("pp" if kind == "pp" else "tg", tokens, depth)
+        for depth in settings.depths
+        for kind, tokens in tests
+        if tokens
+    ]
+    if not shapes:
+        raise EdgekitError("-p 0 and -n 0 leave nothing to measure: give one of them tokens")
+    return list(dict.fromkeys(shapes))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """An opened artifact, under the name that tables and errors give it."""
+
+    name: str
+    artifact: Artifact
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One repetition to come: of which subject, of which test."""
+
+    subject: int
+    shape: Shape
+    warm_up: bool
+
+
+def _open(paths: Sequence[Path]) -> list[_Subject]:
+    if not paths:
+        raise EdgekitError("bench needs at least one artifact folder")
+    opened = [Artifact.open(path) for path in paths]
+    return [
+        _Subject(
+            name,
+            artifact,
+            decode_traffic(artifact.manifest["tensors"], ModelConfig.load(artifact.folder)),
+        )
+        for name, artifact in zip(_distinct_names(paths), opened, strict=True)
+    ]
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Name artifacts by folder; by path where folders share a name; numbered where paths do."""
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return [
+        f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    ]
+
+
+def _check_context(subject: _Subject, shapes: Sequence[Shape]) -> None:
+    for shape in shapes:
+        if shape.positions > subject.artifact.context:
+            option = "-p" if shape.kind == "pp" else "-n"
+            at = f" at -d {shape.depth}" if shape.depth else ""
+            raise EdgekitError(
+                f"{subject.name}: {option} {shape.tokens}{at} needs {shape.positions} positions "
+                f"but the artifact's context is {subject.artifact.context}: "
+                "ask for less, or export with a larger --context"
+            )
+
+
+def _steps(subjects: int, shapes: Sequence[Shape], repetitions: int) -> Iterator[_Step]:
+    """Yield per test: a warm-up of every subject, then the subjects in turn, again and again."""
+    for shape in shapes:
+        for round_ in range(repetitions + 1):
+            for subject in range(subjects):
+                yield _Step(subject, shape, warm_up=round_ == 0)
+
+
+def _run(
+    subjects: Sequence[_Subject],
+    shapes: Sequence[Shape],
+    settings: Settings,
+    machine: Machine,
+    progress: Progress,
+) -> Record:
+    started = datetime.now(UTC)
+    before = conditions()
+    progress(0, 1, "read bandwidth")
+    bandwidth_before = measure_read_bandwidth(settings.threads)
+    with worker_processes([subject.name for subject in subjects]) as workers:
+        loads = [
+            _load(subject, worker, settings.threads)
+            for subject, worker in zip(subjects, workers, strict=True)
+        ]
+        samples = _measure(subjects, workers, shapes, settings, progress)
+        peaks = [worker.peak_bytes for worker in workers]
+    bandwidth = Bandwidth(bandwidth_before, measure_read_bandwidth(settings.threads))
+    return Record(
+        edgekit_version=__version__,
+        timestamp_utc=started.isoformat(timespec="seconds"),
+        machine=machine.to_dict(),
+        settings=settings,
+        conditions_before=before.to_dict(),
+        conditions_after=conditions().to_dict(),
+        bandwidth=bandwidth,
+        artifacts=tuple(
+            _artifact_result(subject, load, peak, results)
+            for subject, load, peak, results in zip(subjects, loads, peaks, samples, strict=True)
+        ),
+    )
+
+
+def _load(subject: _Subject, worker: WorkerProcess, threads: int) -> dict[str, Any]:
+    artifact = subject.artifact
+    return worker.load(artifact.target, str(artifact.model_path.resolve()), threads)
+
+
+def _measure(
+    subjects: Sequence[_Subject],
+    workers: Sequence[WorkerProcess],
+    shapes: Sequence[Shape],
+    settings: Settings,
+    progress: Progress,
+) -> list[list[ShapeResult]]:
+    """Run all steps; returns per subject one result per test."""
+    start = conditions()
+    taken: dict[tuple[int, Shape], list[Sample]] = {}
+    steps = list(_steps(len(subjects), shapes, settings.repetitions))
+    for done, step in enumerate(steps):
+        progress(done, len(steps), f"{step.shape.name} {subjects[step.subject].name}")
+        if step.warm_up:
+            workers[step.subject].measure(_warm_up(step.shape), settings.seed)
+            continue
+        time.sleep(settings.cooldown_s)
+        order = sum(map(len, taken.values()))
+        sample = _sample(workers[step.subject], step.shape, settings.seed, order, start)
+        taken.setdefault((step.subject, step.shape), []).append(sample)
+    progress(len(steps), len(steps), "read bandwidth")
+    return [
+        [ShapeResult(shape, tuple(taken[subject, shape])) for shape in shapes]
+        for subject in range(len(subjects))
+    ]
+
+
+def _warm_up(shape: Shape) -> Shape:
+    """llama-bench warms a prefill by the whole prompt and a decode by one token."""
+    return replace(shape, depth=0, tokens=shape.tokens if shape.kind == "pp" else 1)
+
+
+def _sample(
+    worker: WorkerProcess, shape: Shape, seed: int, order: int, start: Conditions
+) -> Sample:
+    now = conditions()
+    reply = worker.measure(shape, seed)
+    return Sample(
+        order=order,
+        elapsed_ns=reply["elapsed_ns"],
+        token_ns=tuple(reply["token_ns"]),
+        first_token_ns=reply["first_token_ns"],
+        interference=Interference(**reply["interference"]),
+        gates=check_gates(start, now),
+        conditions=now.to_dict(),
+    )
+
+
+def _artifact_result(
+    subject: _Subject,
+    load: dict[str, Any],
+    peak: int | None,
+    tests: Sequence[ShapeResult],
+) -> ArtifactResult:
+    artifact = subject.artifact
+    return ArtifactResult(
+        name=subject.name,
+        path=str(artifact.folder),
+        target=artifact.target,
+        model=artifact.manifest["model"],
+        schemes=count_schemes(artifact.manifest["tensors"]),
+        file_bytes=artifact.model_path.stat().st_size,
+        context=artifact.context,
+        engine=load["engine"],
+        engine_version=load["version"],
+        affinity=tuple(load["affinity"]),
+        import_ns=load["import_ns"],
+        load_ns=load["load_ns"],
+        memory=Memory(peak=peak, before_load=load["before_load_bytes"]),
+        traffic=subject.traffic,
+        tests=tuple(tests),
+    )
+
+
+def _silent(done: int, total: int, label: str) -> None:
+    """Report nothing."""

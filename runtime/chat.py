@@ -1,0 +1,163 @@
+"""A conversation over one engine, and the loop that holds it in a terminal."""
+
+from collections.abc import Callable, Collection, Sequence
+
+from edgekit.errors import EdgekitError
+from edgekit.models.tokenizer import Tokenizer
+from edgekit.runtime.engine import Engine
+from edgekit.runtime.generate import Generation, GenerationResult, generate
+from edgekit.runtime.sampling import SamplingParams
+
+Message = dict[str, str]
+
+
+def first_messages(system: str | None) -> list[Message]:
+    """Return the messages a conversation starts from."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Return the ids of messages in the model's chat template, which brings its own bos."""
+    return tokenizer.encode(tokenizer.chat(list(messages)), add_special=False)
+
+
+class Chat:
+    """Turns of a conversation; what the engine has processed is kept from turn to turn."""
+
+    messages: list[Message]
+    _asked: list[Message]
+    _processed: list[int]
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        eos_ids: Collection[int],
+        system: str | None = None,
+        max_tokens: int | None = None,
+        stop_strings: Sequence[str] = (),
+    ) -> None:
+        """Start a conversation; `max_tokens` and `stop_strings` hold for each answer."""
+        self.engine = engine
+        self._tokenizer = tokenizer
+        self._params = params
+        self._eos_ids = eos_ids
+        self._system = system
+        self._max_tokens = max_tokens
+        self._stop_strings = stop_strings
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new conversation."""
+        self.messages = first_messages(self._system)
+        self._forget()
+
+    def ask(self, text: str) -> Generation:
+        """Prepare the answer to a question; `EdgekitError` where it does not fit the context.
+
+        Until its answer is kept, a question leaves no trace in the conversation.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = prompt_ids(self._tokenizer, messages)
+        if not self._continues(ids):
+            self._forget()
+        answer = generate(
+            self.engine,
+            self._tokenizer,
+            ids,
+            self._params,
+            self._max_tokens,
+            self._stop_strings,
+            self._eos_ids,
+        )
+        self._asked = messages
+        return answer
+
+    def keep(self, answer: Generation) -> GenerationResult:
+        """Make the answer, whole or interrupted, a part of the conversation."""
+        result = answer.result()
+        self.messages = [*self._asked, {"role": "assistant", "content": result.text}]
+        if result.reason == "interrupted":
+            self._forget()  # the signal may have come between a forward pass and its count
+        else:
+            self._processed = answer.processed
+        return result
+
+    def _continues(self, ids: list[int]) -> bool:
+        """Whether a prompt goes on from what the engine holds.
+
+        The last answer may encode to other ids than those it was generated as, and an answer that
+        was begun and not kept has moved the engine on.
+        """
+        held = len(self._processed)
+        return self.engine.position == held < len(ids) and ids[:held] == self._processed
+
+    def _forget(self) -> None:
+        self._processed = []
+        self.engine.reset()
+
+
+def converse(
+    chat: Chat,
+    read: Callable[[], str],
+    write: Callable[[str], None],
+    note: Callable[[str], None],
+) -> None:
+    """Hold a conversation until `/exit`, the end of input or a full context.
+
+    `read` returns a line or raises `EOFError`; `write` takes the model's text, `note` a line
+    about it. Ctrl-C ends an answer, not the conversation.
+    """
+    while True:
+        try:
+            if not _turn(chat, read, write, note):
+                return
+        except KeyboardInterrupt:
+            note("Ctrl-D or /exit ends the chat")
+
+
+def _turn(
+    chat: Chat,
+    read: Callable[[], str],
+    write: Callable[[str], None],
+    note: Callable[[str], None],
+) -> bool:
+    """Read a line and do what it says; False where the conversation ends."""
+    try:
+        line = read().strip()
+    except EOFError:
+        return False
+    except UnicodeDecodeError as error:
+        note(f"the input is not UTF-8: {error.reason} at byte {error.start}")
+        return True
+    if line == "/reset":
+        chat.reset()
+        note("new conversation")
+        return True
+    if not line:
+        return True
+    return line != "/exit" and _answer(chat, line, write, note)
+
+
+def _answer(
+    chat: Chat, question: str, write: Callable[[str], None], note: Callable[[str], None]
+) -> bool:
+    """Answer one question; False where the conversation cannot go on."""
+    try:
+        answer = chat.ask(question)
+    except EdgekitError as error:
+        note(f"{error}; /reset starts a new conversation")
+        return True
+    try:
+        for piece in answer:
+            write(piece)
+    except KeyboardInterrupt:
+        pass  # the text so far is the answer
+    result = chat.keep(answer)
+    write("\n")
+    note(result.summary())
+    if result.reason == "context":
+        note(f"the context of {chat.engine.context} tokens is full: the chat ends here")
+        return False
+    return True

@@ -1,0 +1,180 @@
+"""What every engine offers, what every engine checks, and how one is opened by name."""
+
+import importlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.errors import EdgekitError
+
+Logits = NDArray[np.float32]
+TokenIds = NDArray[np.int64]
+
+# Each module offers `open_engine(model_path, threads) -> Engine`; only the one asked for is
+# imported, because an engine brings its own run time.
+ENGINES = {
+    "executorch": "edgekit.runtime.executorch_engine",
+    "torch": "edgekit.runtime.torch_engine",
+}
+
+
+class Engine(Protocol):
+    """One loaded model and the state of one sequence.
+
+    `name` and `version` are the engine's, `context` is the number of positions its state holds,
+    `position` the number of tokens processed since the last reset. The logits returned are the
+    caller's own: no later call changes them.
+    """
+
+    name: str
+    version: str
+    context: int
+    vocab_size: int
+
+    @property
+    def position(self) -> int:
+        """Number of tokens processed since the last reset."""
+        ...
+
+    def prefill(self, tokens: Sequence[int]) -> Logits:
+        """Process tokens after those already processed; logits `[vocab_size]` of the last one."""
+        ...
+
+    def decode(self, token: int) -> Logits:
+        """Process one token; logits `[vocab_size]`."""
+        ...
+
+    def reset(self) -> None:
+        """Forget every token; the next prefill starts a new sequence."""
+        ...
+
+    def close(self) -> None:
+        """Release the model; the engine cannot be used afterwards."""
+        ...
+
+
+class OneSequenceEngine(ABC):
+    """The part of an engine that is the same everywhere: checks, chunks, the position."""
+
+    name: str
+    version: str
+    context: int
+    vocab_size: int
+    longest_chunk: int
+    """The most tokens that one forward pass takes."""
+
+    def __init__(self) -> None:
+        """Start an open engine at position 0; the subclass sets the attributes above."""
+        self._position = 0
+        self._open = True
+
+    @abstractmethod
+    def _forward(self, tokens: TokenIds, position: int) -> Logits:
+        """Run `1 <= n <= longest_chunk` checked tokens that start at `position`."""
+
+    @property
+    def position(self) -> int:
+        """Number of tokens processed since the last reset."""
+        return self._position
+
+    def prefill(self, tokens: Sequence[int]) -> Logits:
+        """Process tokens after those already processed; logits `[vocab_size]` of the last one.
+
+        Raises `EdgekitError` before any work when there are no tokens, one is outside the
+        vocabulary or they do not fit the context.
+        """
+        if not self._open:
+            raise EdgekitError(f"the {self.name} engine is closed")
+        ids = check_tokens(tokens, self._position, self.context, self.vocab_size)
+        for chunk in np.split(ids, range(self.longest_chunk, len(ids), self.longest_chunk)):
+            logits = self._forward(chunk, self._position)
+            self._position += len(chunk)
+        return logits
+
+    def decode(self, token: int) -> Logits:
+        """Process one token; logits `[vocab_size]`."""
+        return self.prefill((token,))
+
+    def reset(self) -> None:
+        """Forget every token: a model's state starts anew whenever it is run at position 0."""
+        self._position = 0
+
+    def close(self) -> None:
+        """Release the model; the engine cannot be used afterwards."""
+        self._open = False
+
+    def __enter__(self) -> Self:
+        """Return the engine, which the `with` block closes."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the engine."""
+        self.close()
+
+
+def load_engine(name: str, model_path: Path, threads: int | None = None) -> Engine:
+    """Open a model file in the engine of that name, with one thread per physical core by default.
+
+    Raises `EdgekitError` for an unknown engine, a number of threads below 1, or a file that the
+    engine refuses.
+    """
+    if name not in ENGINES:
+        raise EdgekitError(f"unknown engine {name!r}; the engines are {', '.join(sorted(ENGINES))}")
+    if threads is not None and threads < 1:
+        raise EdgekitError(f"threads must be at least 1, not {threads}")
+    module = importlib.import_module(ENGINES[name])
+    return cast(Engine, module.open_engine(Path(model_path), threads))
+
+
+def check_tokens(tokens: Sequence[int], position: int, context: int, vocab_size: int) -> TokenIds:
+    """Return the ids as an array; raise `EdgekitError` where the engine cannot process them."""
+    count = len(tokens)
+    if count == 0:
+        raise EdgekitError("the prompt holds no token")
+    if position + count > context:
+        raise EdgekitError(_does_not_fit(count, position, context))
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise EdgekitError("token ids must be a flat sequence of integers")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise EdgekitError(f"token id {bad} is outside the vocabulary of {vocab_size}")
+    return ids.astype(np.int64, copy=False)
+
+
+def _does_not_fit(count: int, position: int, context: int) -> str:
+    if position == 0:
+        return f"prompt of {count} tokens does not fit the context of {context}"
+    tokens = "1 token" if count == 1 else f"{count} tokens"
+    return f"{tokens} after the {position} processed do not fit the context of {context}"
+
+
+def physical_cores() -> int:
+    """Return the number of physical cores this process may run on.
+
+    Two hardware threads of one core share its multipliers and its path to memory, so a second
+    one slows matrix work down more often than not.
+    """
+    allowed = os.sched_getaffinity(0)
+    siblings = {_siblings(cpu) for cpu in allowed}
+    return max(1, len(siblings))
+
+
+def _siblings(cpu: int) -> str:
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return str(cpu)  # no topology: count each hardware thread as a core

@@ -1,0 +1,181 @@
+"""A benchmark record as Markdown: what was measured, on what, and what disturbed it."""
+
+from collections.abc import Mapping, Sequence
+
+from edgekit.runtime.record import ArtifactResult, Record, Sample, ShapeResult
+from edgekit.tables import markdown_table
+
+_NOTHING = "-"
+
+
+def render(record: Record) -> str:
+    """Return the record's tables, a line on the machine, and a line per disturbance."""
+    parts = [_machine_line(record), _artifact_table(record), _speed_table(record)]
+    if len(record.artifacts) > 1:
+        parts.append(_ratio_table(record))
+    parts += ["\n".join(_notes(record))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _machine_line(record: Record) -> str:
+    machine, settings, bandwidth = record.machine, record.settings, record.bandwidth
+    isa = ", ".join(machine["isa"] or ()) or "ISA features unreadable"
+    threads = _count(settings.threads, "thread")
+    order = ", interleaved" if len(record.artifacts) > 1 else ""
+    return (
+        f"{machine['cpu'] or 'unknown CPU'} ({isa}); {threads}; "
+        f"{_count(settings.repetitions, 'repetition')}{order}; edgekit {record.edgekit_version}; "
+        f"{record.timestamp_utc}\n"
+        f"read bandwidth {bandwidth.before.gb_per_s:.1f} GB/s before, "
+        f"{bandwidth.after.gb_per_s:.1f} after ({threads})"
+    )
+
+
+def _artifact_table(record: Record) -> str:
+    headers = [
+        "artifact",
+        "model",
+        "schemes",
+        "file MB",
+        "engine",
+        "load ms",
+        "peak MB",
+        "before load MB",
+    ]
+    rows = [
+        [
+            artifact.name,
+            str(artifact.model["id"]),
+            ", ".join(f"{count['tensors']} {name}" for name, count in artifact.schemes.items()),
+            _megabytes(artifact.file_bytes),
+            f"{artifact.engine} {artifact.engine_version}",
+            f"{artifact.load_ns / 1e6:.1f}",
+            _megabytes(artifact.memory.peak),
+            _megabytes(artifact.memory.before_load),
+        ]
+        for artifact in record.artifacts
+    ]
+    return markdown_table(headers, rows, align="lllrlrrr")
+
+
+def _speed_table(record: Record) -> str:
+    headers = [
+        "artifact",
+        "test",
+        "tok/s",
+        "median",
+        "TTFT ms",
+        "p50 ms",
+        "p95 ms",
+        "GB/s",
+        "of bandwidth",
+    ]
+    rows = [
+        _speed_row(record, artifact, test)
+        for artifact in record.artifacts
+        for test in artifact.tests
+    ]
+    return markdown_table(headers, rows, align="llrrrrrrr")
+
+
+def _speed_row(record: Record, artifact: ArtifactResult, test: ShapeResult) -> list[str]:
+    summary = test.summary(artifact.traffic, record.bandwidth)
+    speed = summary["tokens_per_second"]
+    mark = " !" if test.disturbed else ""
+    cells = [artifact.name, test.shape.name, _mean_and_spread(speed) + mark]
+    cells.append(f"{speed['median']:.{_decimals(speed['median'])}f}")
+    if test.shape.kind == "pp":
+        return [*cells, f"{summary['ttft_ms']['mean']:.1f}", *[_NOTHING] * 4]
+    latency = summary["inter_token_ms"]
+    return [
+        *cells,
+        _NOTHING,
+        f"{latency['p50']:.2f}",
+        f"{latency['p95']:.2f}",
+        f"{summary['read_gb_per_s']:.1f}",
+        f"{summary['bandwidth_share']:.0%}",
+    ]
+
+
+def _ratio_table(record: Record) -> str:
+    first = record.artifacts[0].name
+    rows = [
+        [
+            ratio["artifact"],
+            ratio["test"],
+            f"{ratio['median']:.2f}x",
+            f"{ratio['min']:.2f}-{ratio['max']:.2f}",
+        ]
+        for ratio in record.ratios()
+    ]
+    return markdown_table(
+        ["artifact", "test", f"speed against {first}", "min-max of pairs"], rows, align="llrr"
+    )
+
+
+def _notes(record: Record) -> list[str]:
+    """Say what disturbed the run: load beside it, gates that did not pass, weights in cache."""
+    samples = [
+        sample
+        for artifact in record.artifacts
+        for test in artifact.tests
+        for sample in test.samples
+    ]
+    return [*_load_note(samples), *_gate_notes(samples), *_cache_notes(record)]
+
+
+def _load_note(samples: Sequence[Sample]) -> list[str]:
+    seen = [sample.interference for sample in samples if sample.interference.visible]
+    if not seen:
+        return []
+    other = max(one.other or 0.0 for one in seen)
+    waited = max(one.waited or 0.0 for one in seen)
+    return [
+        f"! other load was visible in {len(seen)} of {len(samples)} repetitions: up to "
+        + f"{other:.0%} of the CPUs, and threads waited up to {waited:.0%} of their time"
+    ]
+
+
+def _gate_notes(samples: Sequence[Sample]) -> list[str]:
+    failed: dict[tuple[str, str], list[float]] = {}
+    for sample in samples:
+        for gate in sample.gates:
+            if gate.passed is False:
+                failed.setdefault((gate.name, gate.limit), []).append(gate.value or 0.0)
+    return [
+        f"{name} was not {limit} before {len(values)} of {len(samples)} repetitions "
+        + f"(up to {max(values):,.0f})"
+        for (name, limit), values in failed.items()
+    ]
+
+
+def _cache_notes(record: Record) -> list[str]:
+    """Memory bandwidth bounds only what memory must deliver."""
+    caches = record.machine["caches"]
+    last = max((cache["level"] for cache in caches), default=0)
+    size = sum(cache["bytes"] * cache["instances"] for cache in caches if cache["level"] == last)
+    return [
+        f"{artifact.name}: the weights of a token ({_megabytes(artifact.traffic.weight_bytes)} MB)"
+        + f" fit the last-level cache ({_megabytes(size)} MB): bandwidth is no limit to it"
+        for artifact in record.artifacts
+        if artifact.traffic.weight_bytes <= size
+    ]
+
+
+def _mean_and_spread(speed: Mapping[str, float]) -> str:
+    """Two decimals as llama-bench prints, none where they would be noise."""
+    mean, stdev = speed["mean"], speed["stdev"]
+    decimals = _decimals(mean)
+    return f"{mean:.{decimals}f}" + ("" if stdev is None else f" ± {stdev:.{decimals}f}")
+
+
+def _decimals(rate: float) -> int:
+    return 0 if rate >= 1000 else 2
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def _megabytes(size: int | None) -> str:
+    return _NOTHING if size is None else f"{size / 1e6:.1f}"

@@ -1,0 +1,64 @@
+"""The reference engine: a torch module run eagerly."""
+
+from pathlib import Path
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from edgekit.errors import EdgekitError
+from edgekit.models.eager import build_eager, float_reader
+from edgekit.models.source import resolve_model
+from edgekit.runtime.engine import Logits, OneSequenceEngine, TokenIds, physical_cores
+
+# The state is allocated for the whole context, and models state windows of 128,000 tokens.
+DEFAULT_CONTEXT = 2048
+
+
+class TorchEngine(OneSequenceEngine):
+    """Runs a module `forward(tokens int64 [1, n], input_pos int64 [1]) -> float [1, vocab]`.
+
+    The module keeps its state in buffers and starts it anew at position 0.
+    """
+
+    name = "torch"
+    version = str(torch.__version__)
+
+    def __init__(
+        self, module: nn.Module, context: int, vocab_size: int, threads: int | None = None
+    ) -> None:
+        """Run `module`, whose state holds `context` positions."""
+        super().__init__()
+        torch.set_num_threads(threads or physical_cores())
+        self.context = self.longest_chunk = context
+        self.vocab_size = vocab_size
+        self._module: nn.Module | None = module.eval()
+
+    @classmethod
+    def from_model(cls, name: str, context: int | None = None, threads: int | None = None) -> Self:
+        """Open a catalogue name, hub id or folder as the float model it is."""
+        source = resolve_model(name)
+        longest = source.config.max_context
+        if context is not None and not 1 <= context <= longest:
+            raise EdgekitError(f"context must be 1 to {longest} for {source.id}, not {context}")
+        context = context or min(longest, DEFAULT_CONTEXT)
+        read = float_reader(source.config, source.checkpoint)
+        module = build_eager(source.config, read, context)
+        return cls(module, context, source.config.vocab_size, threads)
+
+    def _forward(self, tokens: TokenIds, position: int) -> Logits:
+        module = cast(nn.Module, self._module)
+        with torch.inference_mode():
+            start = torch.tensor([position], dtype=torch.int64)
+            logits: Tensor = module(torch.from_numpy(tokens).view(1, -1), start)
+            return cast(Logits, logits.float().view(-1).numpy().copy())
+
+    def close(self) -> None:
+        """Release the module."""
+        super().close()
+        self._module = None
+
+
+def open_engine(model_path: Path, threads: int | None) -> TorchEngine:
+    """Open a model folder in Hugging Face layout."""
+    return TorchEngine.from_model(str(model_path), threads=threads)

@@ -1,0 +1,175 @@
+"""The catalogue, how a name becomes a model, and `edgekit models`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from edgekit.commands.models import command
+from edgekit.errors import EdgekitError
+from edgekit.models import catalogue as module
+from edgekit.models.catalogue import catalogue, find_model
+from edgekit.models.checkpoint import Checkpoint
+from edgekit.models.config import ModelConfig
+from edgekit.models.random_weights import RandomCheckpoint
+from edgekit.models.source import resolve_model
+
+TINY = Path(module.__file__).parent / "lfm2_tiny"
+PUBLISHED = {  # from the model cards at https://huggingface.co/LiquidAI
+    "lfm2-350m": 354_483_968,
+    "lfm2-350m-extract": 354_483_968,
+    "lfm2-350m-math": 354_483_968,
+    "lfm2-350m-enjp-mt": 354_483_968,
+    "lfm2-700m": 742_489_344,
+    "lfm2-1.2b": 1_170_340_608,
+    "lfm2-1.2b-extract": 1_170_340_608,
+    "lfm2-1.2b-rag": 1_170_340_608,
+    "lfm2-1.2b-tool": 1_170_340_608,
+    "lfm2-2.6b": 2_569_272_320,
+    "lfm2.5-230m": 229_693_184,
+    "lfm2.5-350m": 354_483_968,
+    "lfm2.5-1.2b-instruct": 1_170_340_608,
+    "lfm2.5-1.2b-base": 1_170_340_608,
+    "lfm2.5-2.6b": 2_697_198_592,
+}
+RAW: dict[str, Any] = {
+    "model_type": "lfm2",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "layer_types": ["conv", "full_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "eos_token_id": 7,
+}
+
+
+def make_folder(folder: Path, **changes: object) -> Path:
+    """Write a whole tiny model; `changes` go into its config.json alone."""
+    folder.mkdir(parents=True)
+    source = RandomCheckpoint(ModelConfig.from_dict(RAW))
+    tensors = {name: source.tensor(name) for name in source.shapes()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(RAW | changes))
+    return folder
+
+
+def test_every_model_has_its_published_size() -> None:
+    assert set(catalogue()) == {"lfm2-tiny", *PUBLISHED}
+    for name, count in PUBLISHED.items():
+        model = catalogue()[name]
+        assert model.config.parameter_count == count
+        assert model.hub_id is not None
+        assert model.hub_id.lower() == f"liquidai/{name}"
+        assert model.licence == "LFM Open License v1.0"
+
+
+def test_names_are_found_in_any_case_and_by_alias() -> None:
+    assert find_model("LFM2-1.2B") is catalogue()["lfm2-1.2b"]
+    assert find_model("lfm2.5-1.2b") is catalogue()["lfm2.5-1.2b-instruct"]
+    assert find_model("lfm2-1.2") is None
+
+
+@pytest.mark.parametrize("name", ["lfm2-350m", "lfm2.5-1.2b", "lfm2.5-230m", "lfm2.5-2.6b"])
+def test_random_weights_need_no_files(name: str) -> None:
+    source = resolve_model(name, random_weights=True)
+    model = find_model(name)
+    assert model is not None
+    assert (source.id, source.revision, source.folder) == (model.hub_id, None, None)
+    assert source.checkpoint.shapes() == model.config.tensor_shapes()
+
+
+def test_random_weights_have_no_revision() -> None:
+    with pytest.raises(EdgekitError, match="random weights are of no revision"):
+        resolve_model("lfm2-350m", revision="main", random_weights=True)
+
+
+@pytest.mark.skipif(not (TINY / "config.json").exists(), reason="lfm2-tiny is not there")
+def test_the_bundled_model_is_found_by_name() -> None:
+    source = resolve_model("lfm2-tiny")
+    assert (source.id, source.revision, source.folder) == ("lfm2-tiny", None, TINY)
+    assert source.checkpoint.tensor("model.embedding_norm.weight").dtype == torch.bfloat16
+
+
+def test_a_folder_is_a_model(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "mine")
+    source = resolve_model(str(folder))
+    assert (source.id, source.revision, source.folder) == ("mine", None, folder)
+    assert isinstance(source.checkpoint, Checkpoint)
+    again = resolve_model(str(folder), random_weights=True)
+    assert isinstance(again.checkpoint, RandomCheckpoint)
+    assert again.folder == folder
+
+
+def test_a_catalogue_name_wins_over_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(tmp_path / "lfm2-350m")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("lfm2-350m", random_weights=True).id == "LiquidAI/LFM2-350M"
+    assert resolve_model("./lfm2-350m").config.hidden_size == 16
+
+
+def test_a_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "org" / "name")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("org/name").folder == Path("org/name")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lfm2-1.2", "unknown model 'lfm2-1.2': .* did you mean lfm2-1.2b"),
+        ("lfm2.5-350", "did you mean lfm2.5-350m"),
+        ("gpt", "`edgekit models` lists the known ones"),
+        ("a/b/c", "not a catalogue name, a model folder or a hub id"),
+        ("", "unknown model ''"),
+        ("x\ny", r"unknown model 'x\\ny'"),
+        ("x" * 5000, "unknown model"),
+    ],
+)
+def test_unknown_names_are_one_line(name: str, message: str) -> None:
+    with pytest.raises(EdgekitError, match=message) as caught:
+        resolve_model(name, offline=True)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_folders_that_are_no_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EdgekitError, match=f"{tmp_path}: holds no config.json"):
+        resolve_model(str(tmp_path))
+    file = tmp_path / "model.gguf"
+    file.touch()
+    with pytest.raises(EdgekitError, match="is a file; give the folder"):
+        resolve_model(str(file))
+    with pytest.raises(EdgekitError, match="1 of the wrong shape: model.embed_tokens.weight"):
+        resolve_model(str(make_folder(tmp_path / "other", vocab_size=33)))
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "mine")
+    with pytest.raises(EdgekitError, match="is a local folder; --revision is for models on the"):
+        resolve_model(str(folder), revision="main")
+
+
+@pytest.mark.skipif(not (TINY / "config.json").exists(), reason="lfm2-tiny is not there")
+def test_the_command_lists_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    table = CliRunner().invoke(command)
+    assert table.exit_code == 0, table.output
+    lines = table.stdout.splitlines()
+    assert lines[0].split() == ["name", "parameters", "licence", "hub", "id", "local"]
+    assert len(lines) == len(catalogue()) + 1
+    assert any("lfm2.5-1.2b-instruct, lfm2.5-1.2b " in line for line in lines)
+    assert all(line.endswith("no") for line in lines if "LiquidAI/" in line)
+
+    rows = json.loads(CliRunner().invoke(command, ["--json"]).stdout)
+    assert [row["name"] for row in rows] == list(catalogue())
+    assert {row["name"]: row["parameters"] for row in rows}.items() >= PUBLISHED.items()
+    tiny = rows[0]
+    assert tiny["hub_id"] is None
+    assert tiny["local_bytes"] > 100_000

@@ -1,0 +1,355 @@
+"""Downloads, against a local server that answers like the hub.
+
+huggingface_hub reads its endpoint and its cache's place when it is imported, so every case runs
+in a process of its own.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+import edgekit.models as module
+
+COMMIT = "1234567890abcdef1234567890abcdef12345678"
+OLDER = "abcdef1234567890abcdef1234567890abcdef12"
+CHUNK = 10 << 20  # huggingface_hub writes what it receives in pieces of this size
+
+
+def repository(seed: int) -> dict[str, bytes]:
+    return {
+        "config.json": b'{"commit": %d}' % seed,
+        "model.safetensors": bytes([seed]) * 1000,
+        "tokenizer.json": b"{}",
+        "README.md": b"not needed",
+        "onnx/model.safetensors": b"not needed either",
+    }
+
+
+class Hub(ThreadingHTTPServer):
+    """One model at two commits.
+
+    `cut` breaks that many transfers of the weights half-way; `status` answers everything with
+    an error, `status_after_cut` does so from the first cut on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {COMMIT: repository(0), OLDER: repository(1)}
+        self.cut = 0
+        self.status: int | None = None
+        self.status_after_cut: int | None = None
+        self.stall = False
+        self.stalled = threading.Event()
+        self.go_on = threading.Event()
+        self.requests: list[str] = []
+        self.ranges: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The endpoints that `snapshot_download` asks: model info, file tree, files."""
+
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep quiet."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(self.path.split("?")[0])
+        self.server.requests.append(f"{self.command} {path}")
+        if self.server.status is not None:
+            return self.fail(self.server.status, "GatedRepo" if self.server.status == 403 else "")
+        if path.startswith("/api/models/org/mini"):
+            return self.answer_api(path.removeprefix("/api/models/org/mini"))
+        if path.startswith("/org/mini/resolve/"):
+            revision, _, name = path.removeprefix("/org/mini/resolve/").partition("/")
+            return self.answer_file(revision, name)
+        return self.fail(404, "RepoNotFound")
+
+    def answer_api(self, rest: str) -> None:
+        kind, _, revision = rest.removeprefix("/").partition("/")
+        commit = self.commit(revision or "main")
+        if commit is None:
+            return self.fail(404, "RevisionNotFound")
+        files = self.server.files[commit]
+        if kind == "tree":
+            tree = [
+                {"type": "file", "path": name, "size": len(body), "oid": etag(body)}
+                for name, body in files.items()
+            ]
+            return self.reply(200, json.dumps(tree).encode(), "application/json")
+        siblings = [{"rfilename": name} for name in files]
+        info = {"id": "org/mini", "modelId": "org/mini", "sha": commit, "siblings": siblings}
+        return self.reply(200, json.dumps(info).encode(), "application/json")
+
+    def answer_file(self, revision: str, name: str) -> None:
+        commit = self.commit(revision)
+        if commit is None or name not in self.server.files[commit]:
+            return self.fail(404, "EntryNotFound")
+        body, start = self.server.files[commit][name], 0
+        if self.headers.get("Range"):
+            self.server.ranges.append(f"{name} {self.headers['Range']}")
+            start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
+        headers = {"ETag": f'"{etag(body)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        cut = name == "model.safetensors" and self.command == "GET" and self.server.cut > 0
+        if cut:
+            self.server.cut -= 1
+            self.server.status = self.server.status_after_cut
+        return self.reply(206 if start else 200, body[start:], "binary/octet-stream", headers, cut)
+
+    def commit(self, revision: str) -> str | None:
+        return {"main": COMMIT, "v1": OLDER, COMMIT: COMMIT, OLDER: OLDER}.get(revision)
+
+    def fail(self, status: int, code: str) -> None:
+        self.reply(status, b"{}", "application/json", {"X-Error-Code": code})
+
+    def reply(
+        self,
+        status: int,
+        body: bytes,
+        kind: str,
+        headers: dict[str, str] | None = None,
+        cut: bool = False,
+    ) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.server.stall and self.command == "GET" and "model.safetensors" in self.path:
+            self.server.stalled.set()
+            self.server.go_on.wait()
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+        if cut:
+            self.wfile.flush()
+            self.close_connection = True
+
+
+def etag(body: bytes) -> str:
+    return hashlib.sha1(body).hexdigest()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield server
+    server.go_on.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def start(
+    hub: Hub,
+    home: Path,
+    code: str,
+    imports: str = "",
+    prefix: Sequence[str] = (),
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """Print what an expression gives in a new process, or the error that it raises."""
+    program = f"""
+import json, {imports or "sys"}
+from edgekit.errors import EdgekitError
+from edgekit.models.hub import cached_bytes, download
+try:
+    print(json.dumps({code}, default=str))
+except EdgekitError as error:
+    print(f"one line: {{error}}")
+"""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-c", program],
+        env=inherited | settings | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(
+    hub: Hub,
+    home: Path,
+    code: str,
+    imports: str = "",
+    prefix: Sequence[str] = (),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """Start a process and wait for its end."""
+    with start(hub, home, code, imports, prefix, **environment) as process:
+        output, errors = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(code, process.returncode, output, errors)
+
+
+def result(process: subprocess.CompletedProcess[str]) -> str:
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr
+    return process.stdout.strip()
+
+
+def folder_of(process: subprocess.CompletedProcess[str]) -> Path:
+    return Path(json.loads(result(process)))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def test_a_model_is_downloaded_once_and_then_found_offline(hub: Hub, tmp_path: Path) -> None:
+    process = run(hub, tmp_path, "download('org/mini')")
+    folder = folder_of(process)
+    assert process.stderr == ""  # no progress bars: this is not a terminal
+    assert folder.name == COMMIT
+    assert contents(folder) == {name: hub.files[COMMIT][name] for name in NEEDED}
+    assert not [line for line in hub.requests if "onnx" in line or "README" in line]
+
+    hub.requests.clear()
+    assert folder_of(run(hub, tmp_path, "download('org/mini')")) == folder
+    assert not [line for line in hub.requests if line.startswith("GET /org/")]
+
+    hub.requests.clear()
+    code = "[download('org/mini', offline=True), cached_bytes('org/mini')]"
+    size = sum(len(hub.files[COMMIT][name]) for name in NEEDED)
+    assert json.loads(result(run(hub, tmp_path, code))) == [str(folder), size]
+    environment = run(hub, tmp_path, "download('org/mini')", HF_HUB_OFFLINE="1")
+    assert folder_of(environment) == folder
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("revision", ["v1", OLDER])
+def test_a_revision_is_pinned(hub: Hub, tmp_path: Path, revision: str) -> None:
+    folder = folder_of(run(hub, tmp_path, f"download('org/mini', {revision!r})"))
+    assert folder.name == OLDER
+    assert contents(folder)["config.json"] == hub.files[OLDER]["config.json"]
+
+
+def test_a_broken_transfer_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
+    weights = hub.files[COMMIT]["model.safetensors"] = os.urandom(CHUNK) * 2 + b"end"
+    hub.cut = 1
+    folder = folder_of(run(hub, tmp_path, "download('org/mini')"))
+    assert contents(folder)["model.safetensors"] == weights
+    assert hub.ranges == [f"model.safetensors bytes={CHUNK}-"]
+
+
+def test_a_failed_download_keeps_its_finished_files(hub: Hub, tmp_path: Path) -> None:
+    hub.cut, hub.status_after_cut = 1, 500
+    text = result(run(hub, tmp_path, "download('org/mini')")).splitlines()[-1]
+    assert text.startswith("one line: org/mini: download failed: HfHubHTTPError:")
+    assert text.endswith("(finished files are kept: try again)")
+    hub.status, done = None, {path.name for path in tmp_path.rglob("snapshots/*/*")}
+    assert done < set(NEEDED)
+    hub.requests.clear()
+    folder = folder_of(run(hub, tmp_path, "download('org/mini')"))
+    assert contents(folder) == {name: hub.files[COMMIT][name] for name in NEEDED}
+    assert not [
+        line for line in hub.requests if line.startswith("GET") and line.endswith(tuple(done))
+    ]
+
+
+def test_ctrl_c_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    hub.stall = True
+    process = start(hub, tmp_path, "download('org/mini')")
+    assert hub.stalled.wait(60)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert (
+        output == "one line: org/mini: download cancelled; finished files are kept for next time\n"
+    )
+
+
+def test_random_weights_fetch_no_weights(hub: Hub, tmp_path: Path) -> None:
+    code = "[download('org/mini', weights=False), cached_bytes('org/mini')]"
+    assert json.loads(result(run(hub, tmp_path, code)))[1] is None
+    assert not [line for line in hub.requests if "safetensors" in line]
+    text = result(run(hub, tmp_path, "download('org/mini', offline=True)"))
+    assert text.startswith("one line: org/mini: not complete in the local cache")
+
+
+def test_a_hub_id_resolves_to_a_model(hub: Hub, tmp_path: Path) -> None:
+    """The whole way, with the bundled model's configuration and random weights."""
+    tiny = Path(module.__file__).parent / "lfm2_tiny" / "config.json"
+    if not tiny.exists():
+        pytest.skip("lfm2-tiny is not there")
+    hub.files[COMMIT]["config.json"] = tiny.read_bytes()
+    code = (
+        "(lambda source: [source.id, source.revision, source.folder.name, "
+        "source.config.hidden_size])"
+        "(edgekit.models.source.resolve_model('org/mini', random_weights=True))"
+    )
+    process = run(hub, tmp_path, code, imports="edgekit.models.source")
+    assert json.loads(result(process)) == ["org/mini", COMMIT, COMMIT, 256]
+
+
+def test_a_wrong_revision_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    text = result(run(hub, tmp_path, "download('org/mini', 'v9')"))
+    assert text == "one line: org/mini: the hub has no revision 'v9' of it"
+
+
+def test_an_unknown_repository_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    text = result(run(hub, tmp_path, "download('org/other')"))
+    assert text.startswith("one line: org/other: the hub has no such model (or it is private")
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(403, "access is restricted; accept its licence"), (401, "the hub has no such model")],
+)
+def test_a_refusal_is_one_line(hub: Hub, tmp_path: Path, status: int, message: str) -> None:
+    hub.status = status
+    assert f"one line: org/mini: {message}" in result(run(hub, tmp_path, "download('org/mini')"))
+
+
+def test_no_server_and_no_cache_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    expected = "one line: org/mini: not complete in the local cache"
+    offline = run(hub, tmp_path, "download('org/mini', offline=True)")
+    assert result(offline).startswith(expected)
+    assert hub.requests == []
+    gone = run(hub, tmp_path, "download('org/mini')", HF_ENDPOINT="http://127.0.0.1:9")
+    assert result(gone).startswith(expected)
+
+
+def test_an_unwritable_cache_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    text = result(run(hub, tmp_path / "file", "download('org/mini')"))
+    assert text.startswith("one line: org/mini: ")
+    assert "\n" not in text
+
+
+def test_a_full_disk_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    """A real one: a file system of 300 kB, mounted for that process alone."""
+    mount = f'mount -t tmpfs -o size=300k none "{tmp_path}" && exec "$@"'
+    prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], check=False).returncode:
+        pytest.skip("this system lets no user mount a file system of their own")
+    hub.files[COMMIT]["model.safetensors"] = bytes(600_000)
+    process = run(hub, tmp_path, "download('org/mini')", prefix=prefix)
+    assert result(process).startswith("one line: org/mini: the disk is full; free some space")
+    assert process.stderr == ""

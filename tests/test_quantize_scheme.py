@@ -1,0 +1,118 @@
+"""Schemes: names, grids, sizes, and what quantizing by them costs."""
+
+import math
+
+import pytest
+import torch
+
+from edgekit.errors import EdgekitError
+from edgekit.quantize.apply import sqnr_db
+from edgekit.quantize.scheme import FLOAT, Scheme
+from edgekit.quantize.tensor import QuantizedTensor
+
+NAMES = ["w8", "w8g32", "w4", "w4g32", "w4g64", "w4g128", "w4g96"]
+
+
+def weight_of(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "float"])
+def test_names_are_read_back(name: str) -> None:
+    assert Scheme.parse(name).name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "w", "w5", "w16", "W8", "w8 ", "w4g", "w4g0", "w4g16", "w4g33", "w4g-32", "w4g032", "int8"]
+    + ["w8a8", "w4g99999999", "float32", "w٤"],
+)
+def test_other_names_are_refused_with_what_is_allowed(name: str) -> None:
+    with pytest.raises(EdgekitError) as refusal:
+        Scheme.parse(name)
+    assert f"unknown scheme {name!r}" in str(refusal.value)
+    assert "float, w8, w4, w8gN, w4gN" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nbytes_is_that_of_the_quantized_tensor(name: str) -> None:
+    scheme = Scheme.parse(name)
+    for shape in ((3, 384), (1, 768)):
+        assert scheme.quantize(weight_of(*shape)).nbytes == scheme.nbytes(shape)
+
+
+def test_nbytes_by_hand() -> None:
+    assert Scheme.parse("w8").nbytes((10, 64)) == 640 + 40
+    assert Scheme.parse("w4").nbytes((10, 64)) == 320 + 40
+    assert Scheme.parse("w4g32").nbytes((10, 64)) == 320 + 40
+    assert Scheme.parse("w4g64").nbytes((10, 64)) == 320 + 20
+    assert FLOAT.nbytes((10, 1, 3)) == 120
+
+
+def test_quantized_layout() -> None:
+    weight = weight_of(4, 64)
+    channel, group = Scheme.parse("w8").quantize(weight), Scheme.parse("w4g32").quantize(weight)
+    assert (channel.axis, channel.group_size, channel.scales.shape) == (0, None, (4,))
+    assert (group.axis, group.group_size, group.scales.shape) == (None, 32, (4, 2))
+    assert int(channel.codes.min()) == -127 or int(channel.codes.max()) == 127
+    for tensor in (channel, group):
+        assert isinstance(tensor, QuantizedTensor)
+        assert tensor.zero_points is None
+        assert tensor.codes.dtype == torch.int8
+        assert tensor.codes.is_contiguous()
+
+
+def test_four_bits_search_and_eight_bits_cover_by_default() -> None:
+    weight = weight_of(16, 256)
+    for name, method in (("w8", "minmax"), ("w4g32", "mse"), ("w4", "mse")):
+        scheme = Scheme.parse(name)
+        assert scheme.default_range == method
+        assert torch.equal(
+            scheme.quantize(weight).codes, scheme.quantize(weight, scheme.default_range).codes
+        )
+
+
+def test_more_bits_and_smaller_groups_lose_less() -> None:
+    weight = weight_of(64, 512)
+    names = ["w4", "w4g128", "w4g64", "w4g32", "w8", "w8g32"]
+    ratios = [sqnr_db(weight, Scheme.parse(name).quantize(weight)) for name in names]
+    assert ratios == sorted(ratios)
+    assert ratios[3] > 21  # a Gaussian in groups of 32: 21.3 dB
+    assert ratios[4] > 40
+
+
+def test_sqnr_of_the_ends() -> None:
+    exact = Scheme.parse("w8").quantize(torch.tensor([[127.0, 1.0]]))
+    assert sqnr_db(torch.tensor([[127.0, 1.0]]), exact) == math.inf
+    assert sqnr_db(torch.zeros(1, 2), exact) == -math.inf
+
+
+def test_weights_that_require_gradients_give_plain_codes() -> None:
+    weight = weight_of(2, 64).requires_grad_()
+    assert not Scheme.parse("w4g32").quantize(weight).scales.requires_grad
+
+
+@pytest.mark.parametrize("name", ["w4g32", "w4g128"])
+def test_groups_must_divide_the_rows(name: str) -> None:
+    with pytest.raises(ValueError, match="does not divide"):
+        Scheme.parse(name).quantize(weight_of(4, 48))
+
+
+def test_float_has_no_codes() -> None:
+    assert FLOAT.is_float
+    with pytest.raises(ValueError, match="no codes"):
+        FLOAT.quantize(weight_of(2, 2))
+
+
+def test_contradictory_fields_are_refused() -> None:
+    for bits, granularity, group in (
+        (8, "group", None),
+        (8, "channel", 32),
+        (None, "channel", None),
+        (8, None, None),
+        (4, "group", 48),
+        (5, "channel", None),
+    ):
+        with pytest.raises(ValueError, match="bits|group_size"):
+            Scheme(bits, granularity, group)  # type: ignore[arg-type]
