@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Cost:
     wall_s: float
     cpu_s: float
     peak_process_bytes: int  # the largest single process, by the kernel's own high-water mark
-    peak_tree_bytes: int  # sampled sum over the process and its descendants; 0 if not watched
+    peak_tree_bytes: int  # sampled sum while there were several at once; 0 if never or not watched
 
     @property
     def peak_bytes(self) -> int:
@@ -86,9 +86,19 @@ class _TreePeak:
         return self._peak
 
     def _sample(self) -> None:
+        before = 0
         while not self._done.wait(SAMPLE_SECONDS):
-            total = sum(_resident_bytes(pid) for pid in _descendants(self._root))
-            self._peak = max(self._peak, total)
+            now = _tree_bytes(self._root)
+            # a child between vfork and exec shows its parent's memory as its own: for some
+            # milliseconds, so never in two samples
+            self._peak = max(self._peak, min(before, now))
+            before = now
+
+
+def _tree_bytes(root: int) -> int:
+    """Return the memory of several processes together; 0 for one, whose peak the kernel keeps."""
+    processes = _descendants(root)
+    return sum(map(_proportional_bytes, processes)) if len(processes) > 1 else 0
 
 
 def _descendants(root: int) -> list[int]:
@@ -104,11 +114,10 @@ def _descendants(root: int) -> list[int]:
     return found
 
 
-def _resident_bytes(pid: int) -> int:
-    lines = _read(Path(f"/proc/{pid}/status")).splitlines()
-    return sum(
-        int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "VmSwap"))
-    )
+def _proportional_bytes(pid: int) -> int:
+    """Return PSS + swap: a page that n processes share counts 1/n in each."""
+    lines = _read(Path(f"/proc/{pid}/smaps_rollup")).splitlines()
+    return sum(int(x.split()[1]) * 1024 for x in lines if x.startswith(("Pss:", "SwapPss:")))
 
 
 def _read(path: Path) -> str:

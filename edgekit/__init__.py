@@ -3,6 +3,62 @@
 The folders `exporters`, `quantize`, `runtime` and `devices` at the top of the repository are the
 packages `edgekit.exporters` and so on: setuptools maps them (pyproject.toml), and the symbolic
 links in this folder show them to a bare checkout, mypy and editors.
+
+The names in `__all__` are the public ones. Each is imported when it is first used (PEP 562), so
+that `import edgekit` costs nothing.
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
+from edgekit.errors import EdgekitError, VerificationError
+
+if TYPE_CHECKING:
+    from edgekit.api import export_model
+    from edgekit.exporters.artifact import Artifact
+    from edgekit.models.tokenizer import Tokenizer
+    from edgekit.quantize.recipe import Recipe
+    from edgekit.runtime.bench import bench
+    from edgekit.runtime.engine import Engine, load_engine
+    from edgekit.runtime.generate import generate
+    from edgekit.runtime.sampling import SamplingParams
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "EdgekitError",
+    "Engine",
+    "Recipe",
+    "SamplingParams",
+    "Tokenizer",
+    "VerificationError",
+    "bench",
+    "export_model",
+    "generate",
+    "load_engine",
+]
+
+_HOMES = {
+    "Artifact": "edgekit.exporters.artifact",
+    "Engine": "edgekit.runtime.engine",
+    "Recipe": "edgekit.quantize.recipe",
+    "SamplingParams": "edgekit.runtime.sampling",
+    "Tokenizer": "edgekit.models.tokenizer",
+    "bench": "edgekit.runtime.bench",
+    "export_model": "edgekit.api",
+    "generate": "edgekit.runtime.generate",
+    "load_engine": "edgekit.runtime.engine",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import the module that defines a public name."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgekit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names before they are imported, for completion."""
+    return sorted({*globals(), *__all__})

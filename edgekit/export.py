@@ -1,7 +1,6 @@
 """`export`: from a model's name to a verified artifact folder."""
 
 import random
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from edgekit.exporters.verify import Reference, Verification, reference, verify
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
-from edgekit.models.weights import Weight
 from edgekit.progress import Progress
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.recipe import Recipe, Resolved, resolve, tied_shapes
@@ -82,7 +80,6 @@ def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[st
         )
         model_path = folder / target_executorch.MODEL_FILE
         target_executorch.export_pte(config, weights, plan.context, model_path, progress)
-        weights.clear()
         progress("verifying in ExecuTorch")
         verification = _verify(plan.target, model_path, expected)
         progress("finishing")

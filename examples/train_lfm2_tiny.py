@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ SPECIAL_TOKENS = (
     *("<|tool_response_end|>", "<|reserved_0|>", "<|reserved_1|>"),
 )
 VOCABULARY = 4096
+MINUTES = 600.0  # the default time budget: far more than the default steps need
 # How Llama 3 and LFM2 cut text into words before byte-pair merging.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -357,7 +358,8 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 def make_optimizers(model: Lfm2ForCausalLM, settings: Settings) -> tuple[Muon, torch.optim.AdamW]:
     """Return Muon for the projections and AdamW for embedding, kernels and norms."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         # The convolution kernels are [d, 1, 3]; the tied head is the embedding.
         projection = parameter.ndim == 2 and not name.startswith("model.embed_tokens")
@@ -393,10 +395,14 @@ class Run:
         self.optimizers = make_optimizers(self.model, settings)
 
     @classmethod
-    def load(cls, path: Path) -> "Run":
-        """Go on from a checkpoint, under the settings it was started with."""
+    def load(cls, path: Path, minutes: float | None) -> "Run":
+        """Go on from a checkpoint under its settings, with another time budget where one is given.
+
+        A longer budget raises the learning rate again; a shorter one ends the run sooner.
+        """
         saved = load_checkpoint(path)
-        run = cls(Settings(**saved["settings"]))
+        settings = Settings(**saved["settings"])
+        run = cls(settings if minutes is None else replace(settings, minutes=minutes))
         run.progress = Progress(**saved["progress"])
         run.model.load_state_dict(saved["model"])
         for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
@@ -426,7 +432,7 @@ class Run:
         loss = loss_of(self.model, ids, labels)
         if not math.isfinite(loss.item()):
             raise click.ClickException(f"the loss is {loss.item()} at step {self.progress.step}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         rates = (self.settings.matrix_rate, self.settings.other_rate)
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             for group in optimizer.param_groups:
@@ -644,9 +650,9 @@ are LFM2's.
 | tokens counted | {valid_tokens:,} |
 
 Measured with transformers in float32 on the weights as stored (rounded to bfloat16): each of the
-{valid_stories:,} stories alone and in full, `<|startoftext|>` given, every token of the story and
-its closing `<|im_end|>` counted. The figure is for this tokenizer; it does not compare with that
-of a model with another one.
+{valid_stories:,} stories alone and in full, `<|startoftext|>` given, every token of the story and its
+closing `<|im_end|>` counted. The figure is for this tokenizer; it does not compare with that of a
+model with another one.
 
 At temperature 0.7, seed 1:
 
@@ -656,22 +662,26 @@ At temperature 0.7, seed 1:
 
     {command}
 
-{steps:,} steps of {rows} rows of {context} tokens, {tokens:,} tokens under the loss ({epochs:.1f}
-passes over the training stories), float32 on {threads} threads of a CPU ({machine}):
-{minutes:.0f} minutes of wall clock, {cpu_minutes:.0f} minutes of CPU time, on a machine shared with
-other work. The projections are trained by Muon, embedding, norms and convolution kernels by
-AdamW, with a linear warm-up and a linear decay to zero. Half of the stories are plain text, half
-answer a chat request made from the story by fixed rules; the loss covers stories only.
+| | |
+| --- | --- |
+| steps | {steps:,} of {rows} rows of {context} tokens |
+| tokens under the loss | {tokens:,} ({epochs:.2f} passes over the training stories) |
+| time | {minutes:.0f} minutes of wall clock, {cpu_minutes:.0f} minutes of CPU time |
+| machine | {threads} threads, {machine}, float32 |
+
+The projections are trained by Muon, embedding, norms and convolution kernels by AdamW, with a
+linear warm-up and a linear decay to zero. Half of the stories are plain text, half answer a chat
+request made from the story by fixed rules; the loss covers stories only.
 {ending}
 
 ## Data
 
 TinyStories (Eldan and Li, 2023, arXiv:2305.07759; data set `roneneldan/TinyStories`), licence
-CDLA-Sharing-1.0 (https://cdla.dev/sharing-1-0/), written by GPT-3.5 and GPT-4: a part of less
-than 1 %, {train_stories:,} stories to train and {valid_stories:,} to validate, cleaned and reduced
-to ASCII, split by story. The stories are not part of this folder. The licence puts no conditions
-on results computed from the data, which includes these weights. The training part contains text
-of the official TinyStories validation file, so do not report a figure on that file.
+CDLA-Sharing-1.0 (https://cdla.dev/sharing-1-0/), written by GPT-3.5 and GPT-4: a part of less than
+1 %, {train_stories:,} stories to train and {valid_stories:,} to validate, cleaned and reduced to ASCII,
+split by story. The stories are not part of this folder. The licence puts no conditions on results
+computed from the data, which includes trained models. The training part contains text of the
+official TinyStories validation file, so do not report a figure on that file.
 """
 
 
@@ -689,9 +699,7 @@ def run_facts(
 ) -> dict[str, Any]:
     """Return what the card says about the model and its training."""
     settings, progress = saved["settings"], saved["progress"]
-    early = progress["step"] < settings["steps"]
-    options = {k: v for k, v in settings.items() if early or k != "minutes"}
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+    flags = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in settings.items())
     return {
         **CONFIG,
         **settings,
@@ -707,11 +715,20 @@ def run_facts(
         "machine": machine_name(),
         "layers": len(LAYERS),
         "kinds": ", ".join("attention" if kind != "conv" else kind for kind in LAYERS),
-        "ending": "The clock ended this run before the planned steps (its learning rate fell with "
-        "the time used), so a repetition\non another machine takes other steps."
-        if early
-        else "The same command gives the same run.",
+        "ending": ending(settings, progress),
     }
+
+
+def ending(settings: dict[str, Any], progress: dict[str, Any]) -> str:
+    """Say what ended the run, and so whether its command gives the same weights again."""
+    if progress["step"] >= settings["steps"]:
+        return "The same command repeats the run."
+    if progress["seconds"] >= 60 * settings["minutes"]:
+        return (
+            "The time budget ended the run before its planned steps. The learning rate fell with\n"
+            "the clock then, so the same command takes other steps on a faster or slower machine."
+        )
+    return "The weights are those of a checkpoint: the run had not ended."
 
 
 def machine_name() -> str:
@@ -746,9 +763,9 @@ def machine_name() -> str:
 @click.option("--steps", default=1600, show_default=True)
 @click.option(
     "--minutes",
-    default=600.0,
-    show_default=True,
-    help="wall clock after which the run ends, its learning rate decayed",
+    type=float,
+    help="wall clock, all parts of a resumed run together, after which the run ends with its "
+    f"learning rate decayed [default: {MINUTES:g}, or the checkpoint's]",
 )
 @click.option("--rows", default=8, show_default=True, help="rows in a batch")
 @click.option("--context", default=512, show_default=True, help="tokens in a row")
@@ -770,6 +787,7 @@ def main(
     output: Path,
     threads: int,
     save_every: float,
+    minutes: float | None,
     resume: bool,
     export_only: bool,
     **values: float,
@@ -783,7 +801,10 @@ def main(
         train_tokenizer(stories).save(str(vocabulary))
     tokenizer = Tokenizer.from_file(str(vocabulary))
     if not export_only:
-        run = Run.load(checkpoint) if resume else Run(Settings(**values))  # type: ignore[arg-type]
+        if resume:
+            run = Run.load(checkpoint, minutes)
+        else:
+            run = Run(Settings(minutes=minutes or MINUTES, **values))  # type: ignore[arg-type]
         train(run, stories, tokenizer, checkpoint, save_every)
     export(output, checkpoint, tokenizer, data)
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ TOKENIZER_FILES = (
 )
 
 _MAX_MANIFEST_BYTES = 64 << 20
+_FILE_NAME = re.compile(r"\w[\w.+-]{0,127}", re.ASCII)
 _TYPES: dict[str, type] = {
     "format_version": int,
     "model": dict,
@@ -56,7 +58,9 @@ class Artifact:
         for name, facts in manifest["files"].items():
             _check_file(folder, name, facts)
         if manifest["file"] not in manifest["files"]:
-            raise EdgekitError(f"{folder / MANIFEST}: file {manifest['file']!r} is not in files")
+            raise EdgekitError(
+                f"{folder / MANIFEST}: file {manifest['file']!r:.60} is not in files"
+            )
         return cls(folder, manifest)
 
     @property
@@ -231,14 +235,17 @@ def _check_row(path: Path, row: object) -> None:
 
 def _check_file(folder: Path, name: str, facts: object) -> None:
     manifest = folder / MANIFEST
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise EdgekitError(f"{manifest}: file name {name!r} leaves the folder")
+    if not _FILE_NAME.fullmatch(name):
+        raise EdgekitError(
+            f"{manifest}: file name {name!r:.60} could leave the folder: allowed are letters, "
+            "digits and . _ + -"
+        )
     if (
         not isinstance(facts, dict)
         or not isinstance(facts.get("bytes"), int)
         or not isinstance(facts.get("sha256"), str)
     ):
-        raise EdgekitError(f"{manifest}: files[{name!r}] must hold bytes and sha256")
+        raise EdgekitError(f"{manifest}: files[{name!r:.60}] must hold bytes and sha256")
     path = folder / name
     if not path.is_file():
         raise EdgekitError(f"{path}: is missing, though {MANIFEST} lists it")

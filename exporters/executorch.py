@@ -1,6 +1,6 @@
 """Target `executorch`: a `.pte` whose linears run in XNNPACK, for ExecuTorch's LLM runners."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,40 @@ def check_rows(rows: Sequence[Resolved]) -> None:
 
 def export_pte(
     config: ModelConfig,
-    weights: Mapping[str, Weight],
+    weights: dict[str, Weight],
     context: int,
     path: Path,
     progress: Callable[[str], None],
 ) -> None:
-    """Write the model as `path`: the weights' codes and scales become its constants verbatim."""
+    """Write the model as `path`: the weights' codes and scales become its constants verbatim.
+
+    `weights` is emptied on the way, so that no weight is held longer than it is needed.
+    """
     from edgekit.exporters.xnnpack_blocks import XnnpackBlocks
-    from edgekit.exporters.xnnpack_lowering import lower, trace, write_program
+    from edgekit.exporters.xnnpack_lowering import (
+        delegate,
+        plan_memory,
+        release_traces,
+        trace,
+        write_program,
+    )
     from edgekit.models.lfm2 import LFM2
 
     progress("tracing")
     model = LFM2(XnnpackBlocks(weights.__getitem__), config, context).eval()
-    program = lower(trace(model), runner_metadata(config, context), progress)
+    weights.clear()
+    traced = trace(model)
+    del model
+    progress("lowering to XNNPACK")
+    edge = delegate(traced, runner_metadata(config, context))
+    del traced
+    release_traces()
+    progress("planning memory")
+    program = plan_memory(edge)
     progress("writing the program")
     write_program(program, path)
+    del edge, program
+    release_traces()
 
 
 def runner_metadata(config: ModelConfig, context: int) -> dict[str, Any]:

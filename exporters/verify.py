@@ -19,6 +19,11 @@ the other way moves logits a little. A dropped scale or a stale state moves them
 The same bound holds between one prompt in one piece and in chunks or token by token, which an
 engine also sums in other orders; the same prompt after a reset must give identical logits.
 """
+SHARE_OF_QUANTIZATION = 0.5
+"""Where quantization itself moves the model further than that, the bound is this share of it.
+
+A model of random weights amplifies every rounding: int8 alone moves an LFM2-350M by 0.02 nats.
+"""
 
 Logits = NDArray[np.float32]
 
@@ -67,9 +72,14 @@ class Verification:
     second_prompt_identical: bool
     lengths: list[int]
 
+    @property
+    def max_kld(self) -> float:
+        """The bound, in nats, that these figures were held to."""
+        return max(MAX_KLD, SHARE_OF_QUANTIZATION * self.kld_quantized_vs_float)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures and the bounds they were held to, for the manifest."""
-        return {"verified": True, "max_kld": MAX_KLD, **asdict(self)}
+        """Return the figures and their bound, for the manifest."""
+        return {"verified": True, "max_kld": self.max_kld, **asdict(self)}
 
 
 def reference(tokens: list[int], float_model: LFM2, quantized_model: LFM2) -> Reference:
@@ -117,8 +127,15 @@ def verify(engine: Engine, expected: Reference) -> Verification:
 
 def kld(reference_logits: Logits, logits: Logits) -> float:
     """Mean Kullback-Leibler divergence of softmax(logits) from softmax(reference), in nats."""
-    p, q = _log_softmax(reference_logits), _log_softmax(logits)
-    return float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
+    width = logits.shape[-1]
+    rows = zip(reference_logits.reshape(-1, width), logits.reshape(-1, width), strict=True)
+    # Row by row: float64 copies of all rows would be the peak of an export's memory.
+    return float(np.mean([_row_kld(expected, actual) for expected, actual in rows]))
+
+
+def _row_kld(expected: Logits, actual: Logits) -> float:
+    p, q = _log_softmax(expected), _log_softmax(actual)
+    return float(np.sum(np.exp(p) * (p - q)))
 
 
 def top1(reference_logits: Logits, logits: Logits) -> float:
@@ -127,8 +144,8 @@ def top1(reference_logits: Logits, logits: Logits) -> float:
 
 
 def _log_softmax(logits: Logits) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    shifted = logits.astype(np.float64) - logits.max()
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
     return result
 
 
@@ -164,9 +181,9 @@ def _check_lengths(engine: Engine, tokens: list[int]) -> tuple[list[int], float]
 
 
 def _must_refuse(engine: Engine, text: list[int], longest: int) -> None:
-    for attempt in (lambda: engine.decode(text[0]), lambda: engine.prefill([*text, text[0]])):
+    for extra in ([text[0]], [*text, text[0]]):
         try:
-            attempt()
+            engine.prefill(extra)
         except EdgekitError:
             engine.reset()
             continue
@@ -179,9 +196,9 @@ def _check_bounds(result: Verification) -> None:
         ("prefill in chunks against prefill in one piece", result.kld_chunked_vs_whole_prefill),
         ("decode against prefill at the context's end", result.kld_decode_vs_prefill_at_end),
     ):
-        if not found <= MAX_KLD:  # also true for NaN
+        if not found <= result.max_kld:  # also true for NaN
             raise VerificationError(
-                f"verification: {what}: {found:.4g} nats, the bound is {MAX_KLD}; nothing was "
+                f"verification: {what}: {found:.4g} nats, the bound is {result.max_kld:.4g}; nothing was "
                 "written"
             )
     if not result.second_prompt_identical:

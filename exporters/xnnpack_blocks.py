@@ -18,6 +18,7 @@ from edgekit.quantize.tensor import QuantizedTensor
 _decomposed_ops = torch.ops.quantized_decomposed
 _llama_ops = torch.ops.llama
 
+
 class XnnpackBlocks:
     """`edgekit.models.lfm2.Blocks` in ExecuTorch's operators; codes become constants as they are.
 
@@ -25,6 +26,7 @@ class XnnpackBlocks:
     """
 
     def __init__(self, read: ReadWeight) -> None:
+        """Take weights from `read` by name."""
         self._read = read
         self._activation = _DynamicActivation()
 
@@ -32,7 +34,7 @@ class XnnpackBlocks:
         """Gather rows of the codes: the table is never expanded to float."""
         weight = self._read(name)
         if isinstance(weight, Tensor):
-            return nn.Embedding.from_pretrained(weight.float())
+            return _FloatEmbedding(weight)
         return _ByteEmbedding(weight) if weight.bits == 8 else _NibbleEmbedding(weight)
 
     def linear(self, name: str, part: int = 0, parts: int = 1) -> nn.Module:
@@ -137,6 +139,17 @@ class _FloatLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight)
+
+
+class _FloatEmbedding(nn.Module):
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.float())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return nn.functional.embedding(tokens, self.weight)
 
 
 class _ByteEmbedding(nn.Module):

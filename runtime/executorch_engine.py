@@ -198,7 +198,7 @@ def _register_kernels() -> None:
         found = [file for root in roots for file in (root / folder).glob(library)]
         if not found:
             raise EdgekitError(f"the executorch package has no {folder}/{library}; reinstall it")
-        torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(found[0]))
 
 
 def _is_language_model(meta: binding.MethodMeta) -> bool:

@@ -181,7 +181,7 @@ def test_transformers_loads_model_and_tokenizer() -> None:
 
 def test_it_models_a_story_it_has_never_seen() -> None:
     loss, tokens = total_loss(STORY)
-    assert loss / tokens < STORY_BOUND
+    assert loss / tokens < 2.0  # 1.60 of weights whose validation loss was 2.54; 8.3 untrained
     words = STORY.split()
     shuffled, count = total_loss(" ".join(words[1::2] + words[::2]))
     assert shuffled / count > loss / tokens + 1.0
@@ -193,8 +193,8 @@ def test_the_card_states_loss_and_perplexity_of_the_stored_weights() -> None:
     if not STORIES.is_file():
         pytest.skip("shared/data/stories/valid.txt is absent: only the card was checked")
     stories = STORIES.read_text(encoding="utf-8").split("<|endoftext|>")
-    sums, counts = zip(*(total_loss(story.strip()) for story in stories[:60]), strict=True)
-    assert abs(sum(sums) / sum(counts) - loss) < 0.1  # 60 stories of 980
+    sums, counts = zip(*(total_loss(story.strip()) for story in stories[:12]), strict=True)
+    assert abs(sum(sums) / sum(counts) - loss) < 0.25  # 12 stories of 980
 
 
 def test_the_card_names_command_licence_and_source() -> None:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--target", required=True, metavar="TARGET", help="executorch")
 @recipe_options
-@click.option("--context", type=int, metavar="N", help="Positions to make room for  [default: 2048]")
+@click.option(
+    "--context", type=int, metavar="N", help="Positions to make room for  [default: 2048]"
+)
 @click.option(
     "-o",
     "--output",

@@ -1,0 +1,298 @@
+"""What a `.pte` says of itself: methods, operators, delegates and where each constant lies.
+
+Schema: executorch/exir/_serialize/program.fbs (`ET12`); header: `_ExtendedHeader` in
+executorch/exir/_serialize/_program.py. Only the program is read, a small part of the file;
+weights are read span by span by whoever wants them. Any file is safe to open.
+"""
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from edgekit.errors import EdgekitError
+from edgekit.exporters.flatbuffer import Flatbuffer, FlatbufferError, Table
+
+_T = TypeVar("_T")
+
+FORWARD = "forward"
+Value = int | bool | float | str | None | list[int]
+
+# The types of schema/scalar_type.fbs that constants have: name, bytes of an element.
+SCALAR_TYPES = {
+    0: ("uint8", 1),
+    1: ("int8", 1),
+    2: ("int16", 2),
+    3: ("int32", 4),
+    4: ("int64", 8),
+    5: ("float16", 2),
+    6: ("float32", 4),
+    7: ("float64", 8),
+    11: ("bool", 1),
+    15: ("bfloat16", 2),
+}
+_MAX_PROGRAM_BYTES = 256 << 20
+_NULL, _INT, _BOOL, _DOUBLE, _TENSOR, _STRING = 1, 2, 3, 4, 5, 6  # union KernelTypes
+_KERNEL_CALL, _DELEGATE_CALL = 1, 2  # union InstructionArguments
+_SEGMENT = 1  # enum DataLocation
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of bytes of the file."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that the program holds outside its delegates."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    span: Span
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One call of an operator outside the delegates; None for an argument that is no constant."""
+
+    operator: str
+    arguments: tuple[Constant | None, ...]
+
+
+@dataclass(frozen=True)
+class Delegate:
+    """One part of the graph that a backend runs, and its compiled form."""
+
+    backend: str
+    blob: Span
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: what it runs in order of its instructions, and what it needs.
+
+    `constants` are also those that delegates take as inputs; `delegate_calls` are indices of
+    `delegates`; `planned_bytes` is the memory that its
+    intermediate tensors and state share; `output` the value of a constant method, else None.
+    """
+
+    name: str
+    constants: tuple[Constant, ...]
+    kernel_calls: tuple[KernelCall, ...]
+    delegates: tuple[Delegate, ...]
+    delegate_calls: tuple[int, ...]
+    planned_bytes: int
+    output: Value
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """Operators outside the delegates with the number of their calls, most frequent first."""
+        return dict(Counter(call.operator for call in self.kernel_calls).most_common())
+
+
+@dataclass(frozen=True)
+class Program:
+    """A parsed `.pte`.
+
+    `program` is the FlatBuffer with its header, `named` the data that delegates ask for by key.
+    """
+
+    path: Path
+    file_bytes: int
+    program: Span
+    methods: dict[str, Method]
+    named: dict[str, Span]
+
+    @classmethod
+    def open(cls, path: Path) -> "Program":
+        """Parse the program; EdgekitError where the file is not a whole and sound `.pte`."""
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                header = _Header.parse(path, size, file.read(64))
+                file.seek(0)
+                data = file.read(header.program_bytes)
+        except OSError as error:
+            raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
+        try:
+            return _Parser(path, size, header, data).parse()
+        except (FlatbufferError, struct.error, OverflowError) as error:
+            raise EdgekitError(f"{path}: is damaged: {error}") from error
+
+    @property
+    def constant_methods(self) -> dict[str, Value]:
+        """Values of the methods that only return one: what runners read about the model."""
+        return {name: method.output for name, method in self.methods.items() if name != FORWARD}
+
+    def read(self, span: Span) -> bytes:
+        """Return the bytes of a span."""
+        with self.path.open("rb") as file:
+            file.seek(span.offset)
+            return file.read(span.size)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Sizes that follow the file identifier; without segments there is no such header."""
+
+    program_bytes: int
+    segment_base: int
+
+    @classmethod
+    def parse(cls, path: Path, size: int, head: bytes) -> "_Header":
+        if head[4:6] != b"ET":
+            raise EdgekitError(f"{path}: is not an ExecuTorch program (no 'ET12' mark)")
+        if head[4:8] != b"ET12":
+            mark = head[4:8].decode("ascii", errors="replace")
+            raise EdgekitError(f"{path}: has the ExecuTorch format {mark!r}, not 'ET12'")
+        if head[8:12] == b"eh00" and len(head) >= 40:
+            length, program, base, data = struct.unpack_from("<IQQQ", head, 12)
+            end = max(program, base + (data if length >= 32 else 0))
+        else:
+            program, base, end = size, 0, size
+        if size < end:
+            raise EdgekitError(f"{path}: is truncated: {size} bytes, its header says {end}")
+        if program > _MAX_PROGRAM_BYTES:
+            raise EdgekitError(f"{path}: is damaged: its program cannot have {program} bytes")
+        return cls(program, base)
+
+
+class _Parser:
+    """Walks the tables of one file."""
+
+    def __init__(self, path: Path, size: int, header: _Header, data: bytes) -> None:
+        self._path, self._size, self._header = path, size, header
+        self._root = Flatbuffer(data).root(b"ET12")
+        self._inline = [table.bytes_span(0) for table in self._root.tables(3)]
+        self._segments = [
+            self._checked(header.segment_base + segment.number(0, "Q"), segment.number(1, "Q"))
+            for segment in self._root.tables(4)
+        ]
+        self._offsets: tuple[int, ...] = ()
+        constants = self._root.table(5)
+        if constants is not None:
+            self._offsets = constants.numbers(1, "Q")
+        if constants is not None and self._offsets:
+            self._constants = self._segment(constants.number(0, "I"))
+
+    def parse(self) -> Program:
+        methods = [self._method(plan) for plan in self._root.tables(1)]
+        named = {
+            entry.text(0): self._segment(entry.number(1, "I")) for entry in self._root.tables(7)
+        }
+        return Program(
+            self._path,
+            self._size,
+            Span(0, self._header.program_bytes),
+            {method.name: method for method in methods},
+            named,
+        )
+
+    def _method(self, plan: Table) -> Method:
+        values = plan.tables(2)
+        operators = [_dotted(table.text(0), table.text(1)) for table in plan.tables(6)]
+        delegates = tuple(self._delegate(table) for table in plan.tables(7))
+        kernels, delegated = list[KernelCall](), list[int]()
+        constants = [self._constant(value) for value in values]
+        for kind, call in _calls(plan):
+            if kind == _KERNEL_CALL:
+                arguments = tuple(_item(constants, at) for at in call.numbers(1, "i"))
+                kernels.append(KernelCall(_item(operators, call.number(0, "i")), arguments))
+            elif kind == _DELEGATE_CALL:
+                index = call.number(0, "i")
+                _item(delegates, index)
+                delegated.append(index)
+        return Method(
+            plan.text(0),
+            tuple(constant for constant in constants if constant is not None),
+            tuple(kernels),
+            delegates,
+            tuple(delegated),
+            sum(plan.numbers(8, "q")),
+            None if kernels or delegated else _output(plan, values),
+        )
+
+    def _delegate(self, table: Table) -> Delegate:
+        place = table.table(1)
+        if place is None:
+            raise FlatbufferError("a delegate has no data")
+        index = place.number(1, "I")
+        inline = place.number(0, "b") != _SEGMENT
+        blob = Span(*_item(self._inline, index)) if inline else self._segment(index)
+        return Delegate(table.text(0), blob)
+
+    def _constant(self, value: Table) -> Constant | None:
+        """Return a tensor whose data lie in the constant segment: buffer 0 and planned ones don't."""
+        tensor = value.table(1) if value.number(0, "B") == _TENSOR else None
+        if tensor is None or tensor.table(6) is not None:
+            return None
+        index = tensor.number(5, "I")
+        if index == 0 or not self._offsets:
+            return None
+        kind = SCALAR_TYPES.get(tensor.number(0, "b"))
+        if kind is None:
+            raise FlatbufferError(f"a constant has the unknown type {tensor.number(0, 'b')}")
+        shape = tensor.numbers(2, "i")
+        if any(extent < 0 for extent in shape) or len(shape) > 16:
+            raise FlatbufferError("a constant has an impossible shape")
+        size = math.prod(shape) * kind[1]
+        offset = _item(self._offsets, index)
+        if offset + size > self._constants.size:
+            raise FlatbufferError("a constant reaches beyond the constant segment")
+        return Constant(kind[0], shape, Span(self._constants.offset + offset, size))
+
+    def _segment(self, index: int) -> Span:
+        return _item(self._segments, index)
+
+    def _checked(self, offset: int, size: int) -> Span:
+        if offset + size > self._size:
+            raise FlatbufferError(f"a segment ends at byte {offset + size} of {self._size}")
+        return Span(offset, size)
+
+
+def _calls(plan: Table) -> list[tuple[int, Table]]:
+    found = []
+    for chain in plan.tables(5):
+        for instruction in chain.tables(2):
+            call = instruction.table(1)
+            if call is not None:
+                found.append((instruction.number(0, "B"), call))
+    return found
+
+
+def _output(plan: Table, values: Sequence[Table]) -> Value:
+    """Return what a method without instructions returns; only a list comes as several values."""
+    results = [_plain(_item(values, index)) for index in plan.numbers(4, "i")]
+    container = plan.table(1)
+    if container is not None and '"builtins.list"' in container.text(1):
+        return [int(value) for value in results if isinstance(value, int)]
+    return results[0] if len(results) == 1 else None
+
+
+def _plain(value: Table) -> int | bool | float | str | None:
+    kind, inner = value.number(0, "B"), value.table(1)
+    if inner is None or kind == _NULL:
+        return None
+    if kind == _INT:
+        return inner.number(0, "q")
+    if kind == _BOOL:
+        return bool(inner.number(0, "B"))
+    if kind == _DOUBLE:
+        return float(inner.number(0, "d"))
+    return inner.text(0) if kind == _STRING else None
+
+
+def _dotted(name: str, overload: str) -> str:
+    return f"{name}.{overload}" if overload else name
+
+
+def _item(items: Sequence[_T], index: int) -> _T:
+    if not 0 <= index < len(items):
+        raise FlatbufferError(f"index {index} of {len(items)} items")
+    return items[index]

@@ -1,0 +1,165 @@
+"""The `edgekit` command itself: help, what it may import, and how it ends when something fails."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+
+import edgekit
+from edgekit.cli import COMMANDS, DEFECT, INTERRUPTED, MISTAKE, describe, main
+from edgekit.errors import EdgekitError, VerificationError
+
+# Besides the standard library. `_distutils_hack` and the finders of editable installations are
+# imported by Python's start-up from .pth files, before any line of edgekit runs.
+LEAN = re.compile(r"click|edgekit|__main__|__mp_main__|_distutils_hack|__editable__.*|_virtualenv")
+# Nothing that does the work, even where it would be cheap to import.
+LEAN_EDGEKIT = re.compile(r"edgekit(\.cli|\.errors|\.commands(\..+)?)?")
+
+_SHOW_MODULES = """
+import atexit, json, sys
+atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr))
+from edgekit.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("arguments", [(), *((name,) for name in COMMANDS)])
+def test_help_imports_click_only(arguments: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _SHOW_MODULES, *arguments, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("Usage: ")
+    modules = json.loads(done.stderr.splitlines()[-1])
+    packages = {name.partition(".")[0] for name in modules} - sys.stdlib_module_names
+    assert [name for name in sorted(packages) if not LEAN.fullmatch(name)] == []
+    own = [name for name in modules if name.partition(".")[0] == "edgekit"]
+    assert [name for name in own if not LEAN_EDGEKIT.fullmatch(name)] == []
+
+
+def test_help_lists_every_command_file_with_a_summary() -> None:
+    said = CliRunner().invoke(main, ["--help"]).output
+    listed = re.findall(r"^  (\w+) +\w", said.partition("Commands:")[2], re.MULTILINE)
+    assert listed == list(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_json(name: str) -> None:
+    command = main.get_command(click.Context(main), name) if isinstance(main, click.Group) else None
+    assert command is not None
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert "--json" in options
+
+
+def test_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edgekit", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"edgekit, version {edgekit.__version__}\n"
+
+
+def test_unknown_command_is_refused() -> None:
+    result = CliRunner().invoke(main, ["exprot"])
+    assert result.exit_code == MISTAKE
+    assert "No such command 'exprot'" in result.stderr
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], "click.testing.Result"]:
+    """Run a command that fails with the error given."""
+
+    def run(error: BaseException) -> "click.testing.Result":
+        @click.command()
+        def fail() -> None:
+            raise error
+
+        monkeypatch.setattr(type(main), "get_command", lambda self, ctx, name: fail)
+        return CliRunner().invoke(main, ["fail"])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (EdgekitError("no model 'x'"), 2, "edgekit: no model 'x'"),
+        (VerificationError("drift"), 1, "edgekit: drift"),
+        (KeyboardInterrupt(), INTERRUPTED, "edgekit: interrupted"),
+        (MemoryError(), MISTAKE, "edgekit: not enough memory"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/model.pte"),
+            MISTAKE,
+            "edgekit: out/model.pte: No space left on device",
+        ),
+        (
+            ValueError("two\n  lines"),
+            DEFECT,
+            "edgekit: internal error: ValueError: two lines (EDGEKIT_TRACEBACK=1 shows where)",
+        ),
+    ],
+)
+def test_an_error_is_one_line_and_a_status(
+    failing: Callable[[BaseException], "click.testing.Result"],
+    error: BaseException,
+    status: int,
+    line: str,
+) -> None:
+    result = failing(error)
+    assert (result.exit_code, result.stdout, result.stderr) == (status, "", line + "\n")
+
+
+def test_a_traceback_is_given_to_those_who_ask(
+    failing: Callable[[BaseException], "click.testing.Result"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEKIT_TRACEBACK", "1")
+    error = ValueError("where")
+    assert failing(error).exception is error
+
+
+def test_an_allocation_that_torch_cannot_make_is_no_defect() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert describe(caught.value) == ("not enough memory", MISTAKE)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["models", "--json"]])
+def test_a_reader_that_goes_away_is_met_with_silence(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "edgekit", *arguments],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode not in (0, DEFECT)
+
+
+def test_public_names_are_imported_when_used() -> None:
+    script = (
+        "import sys, edgekit\n"
+        "assert 'torch' not in sys.modules\n"
+        "print([name for name in edgekit.__all__ if getattr(edgekit, name).__name__ != name])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+    assert set(edgekit.__all__) <= set(dir(edgekit))
+    with pytest.raises(AttributeError, match="no attribute 'export_models'"):
+        _ = edgekit.export_models
