@@ -15,7 +15,7 @@ from edgekit.errors import EdgekitError, VerificationError
 
 if TYPE_CHECKING:
     from edgekit.api import export_model
-    from edgekit.exporters.artifact import Artifact
+    from edgekit.artifact import Artifact
     from edgekit.models.tokenizer import Tokenizer
     from edgekit.quantize.recipe import Recipe
     from edgekit.runtime.bench import bench
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Artifact": "edgekit.exporters.artifact",
+    "Artifact": "edgekit.artifact",
     "Engine": "edgekit.runtime.engine",
     "Recipe": "edgekit.quantize.recipe",
     "SamplingParams": "edgekit.runtime.sampling",

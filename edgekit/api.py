@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from edgekit.artifact import Artifact
 from edgekit.export import export, plan_export
-from edgekit.exporters.artifact import Artifact
 from edgekit.progress import Progress
 from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
 from edgekit.quantize.scheme import Scheme

@@ -1,21 +1,16 @@
-"""The artifact folder: a model file, its tokenizer and `edgekit.json`; complete or absent."""
+"""Writing an artifact folder: a model file, its tokenizer and `edgekit.json`; complete or absent."""
 
-import errno
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit.artifact import FORMAT_VERSION, MANIFEST, os_reason, sha256_of
 from edgekit.errors import EdgekitError
 
-MANIFEST = "edgekit.json"
-FORMAT_VERSION = 1
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -23,78 +18,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
-_MAX_MANIFEST_BYTES = 64 << 20
-_FILE_NAME = re.compile(r"\w[\w.+-]{0,127}", re.ASCII)
-_TYPES: dict[str, type] = {
-    "format_version": int,
-    "model": dict,
-    "target": str,
-    "file": str,
-    "tensors": list,
-    "versions": dict,
-    "context": int,
-    "bos_id": int,
-    "eos_ids": list,
-    "files": dict,
-}
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """An opened artifact folder: its manifest is well-formed and its files have their sizes."""
-
-    folder: Path
-    manifest: dict[str, Any]
-
-    @classmethod
-    def open(cls, path: Path | str) -> "Artifact":
-        """Read and check the manifest; EdgekitError where the folder is no whole artifact."""
-        folder = Path(path)
-        if not folder.is_dir():
-            what = "is a file, not an artifact folder" if folder.exists() else "does not exist"
-            raise EdgekitError(f"{folder}: {what}; make one with `edgekit export`")
-        manifest = _read_manifest(folder / MANIFEST)
-        for name, facts in manifest["files"].items():
-            _check_file(folder, name, facts)
-        if manifest["file"] not in manifest["files"]:
-            raise EdgekitError(
-                f"{folder / MANIFEST}: file {manifest['file']!r:.60} is not in files"
-            )
-        return cls(folder, manifest)
-
-    @property
-    def target(self) -> str:
-        """Name of the engine that runs the model file."""
-        return str(self.manifest["target"])
-
-    @property
-    def model_path(self) -> Path:
-        """The model file."""
-        return self.folder / str(self.manifest["file"])
-
-    @property
-    def context(self) -> int:
-        """Positions the model file has room for."""
-        return int(self.manifest["context"])
-
-    @property
-    def bos_id(self) -> int:
-        """Token id that begins a sequence."""
-        return int(self.manifest["bos_id"])
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Token ids that end a sequence."""
-        return tuple(self.manifest["eos_ids"])
-
-    def damaged_files(self) -> list[str]:
-        """Return the files whose content is not what was written: reads every byte."""
-        return [
-            name
-            for name, facts in self.manifest["files"].items()
-            if sha256_of(self.folder / name) != facts["sha256"]
-        ]
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -113,12 +36,6 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -153,7 +70,7 @@ def new_artifact(output: Path, force: bool) -> Iterator[Path]:
         yield staging
         _move_into_place(staging, output)
     except OSError as error:
-        raise EdgekitError(f"{output}: cannot be written: {_reason(error)}") from error
+        raise EdgekitError(f"{output}: cannot be written: {os_reason(error)}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -177,84 +94,3 @@ def _remove_abandoned(output: Path) -> None:
 def glob_escape(name: str) -> str:
     """Return a pattern that matches exactly this file name."""
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
-
-
-def _reason(error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        return "no space left on the device"
-    return error.strerror or str(error)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise EdgekitError(f"{path}: is too large to be a manifest")
-        manifest = json.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise EdgekitError(f"{path}: cannot be read: {_reason(error)}; not an artifact") from error
-    except (ValueError, RecursionError) as error:
-        raise EdgekitError(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(manifest, dict):
-        raise EdgekitError(f"{path}: must be a JSON object, got {type(manifest).__name__}")
-    _check_manifest(path, manifest)
-    return manifest
-
-
-def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    for key, kind in _TYPES.items():
-        value = manifest.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise EdgekitError(f"{path}: {key} must be {_json_name(kind)}, got {value!r:.60}")
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise EdgekitError(
-            f"{path}: format_version {manifest['format_version']} is not {FORMAT_VERSION}; "
-            "it was made by another version of edgekit"
-        )
-    if not isinstance(manifest["model"].get("id"), str):
-        raise EdgekitError(f"{path}: model.id must be a string")
-    if not 1 <= manifest["context"] <= 1 << 30:
-        raise EdgekitError(f"{path}: context {manifest['context']} is out of range")
-    for token in (manifest["bos_id"], *manifest["eos_ids"]):
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise EdgekitError(f"{path}: bos_id and eos_ids must be token ids, got {token!r:.60}")
-    for row in manifest["tensors"]:
-        _check_row(path, row)
-
-
-def _check_row(path: Path, row: object) -> None:
-    if (
-        not isinstance(row, dict)
-        or not isinstance(row.get("tensor"), str)
-        or not isinstance(row.get("scheme"), str)
-        or not isinstance(row.get("bytes"), int)
-        or not isinstance(row.get("shape"), list)
-        or not all(isinstance(size, int) and size > 0 for size in row["shape"])
-    ):
-        raise EdgekitError(f"{path}: tensors must hold tensor, scheme, shape, bytes: {row!r:.80}")
-
-
-def _check_file(folder: Path, name: str, facts: object) -> None:
-    manifest = folder / MANIFEST
-    if not _FILE_NAME.fullmatch(name):
-        raise EdgekitError(
-            f"{manifest}: file name {name!r:.60} could leave the folder: allowed are letters, "
-            "digits and . _ + -"
-        )
-    if (
-        not isinstance(facts, dict)
-        or not isinstance(facts.get("bytes"), int)
-        or not isinstance(facts.get("sha256"), str)
-    ):
-        raise EdgekitError(f"{manifest}: files[{name!r:.60}] must hold bytes and sha256")
-    path = folder / name
-    if not path.is_file():
-        raise EdgekitError(f"{path}: is missing, though {MANIFEST} lists it")
-    if path.stat().st_size != facts["bytes"]:
-        raise EdgekitError(
-            f"{path}: has {path.stat().st_size} bytes, {MANIFEST} says {facts['bytes']}: "
-            "it is truncated or was replaced; export again"
-        )
-
-
-def _json_name(kind: type) -> str:
-    return {int: "an integer", dict: "an object", list: "a list", str: "a string"}[kind]

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError, VerificationError
-from edgekit.exporters.artifact import Artifact
 from edgekit.exporters.pte import FORWARD, Method, Program, Span
 from edgekit.exporters.xnnpack_graph import BACKEND, GraphConstant, read_graph
 from edgekit.tables import markdown_table

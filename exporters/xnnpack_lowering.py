@@ -1,11 +1,14 @@
 """From a traced module to an ExecuTorch program whose matrices run in XNNPACK."""
 
 import ctypes
+import functools
 import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from executorch.exir import (
 )
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
+from executorch.exir.backend.utils import WhyNoPartition
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +30,9 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from edgekit.models.lfm2 import LFM2
+
+_PARTITIONER = "executorch.backends.xnnpack.partition.config"
+_LruCache = type(functools.lru_cache(lambda: None))
 
 
 def trace(model: LFM2) -> ExportedProgram:
@@ -111,14 +118,25 @@ def _rare_garbage_collection() -> Iterator[None]:
 
 
 def release_traces() -> None:
-    """Free what tracing left in caches: the shape environment, and through it every constant."""
-    for method in vars(ShapeEnv).values():
-        clear = getattr(method, "cache_clear", None)
-        if clear is not None:
-            clear()
+    """Free what lowering left in globals: one graph node or shape there holds every constant."""
+    for module in _loaded(_PARTITIONER):
+        logger = getattr(module, "why", None)  # keeps the last node it was told of
+        if isinstance(logger, WhyNoPartition):
+            logger.node = None
+    for scope in (ShapeEnv, *_loaded("executorch.exir")):
+        for function in list(vars(scope).values()):
+            if isinstance(function, _LruCache):
+                function.cache_clear()
     FakeTensorMode.cache_clear()
+    for found in gc.get_objects():
+        if type(found) is ShapeEnv:
+            found.fake_tensor_cache.clear()
     gc.collect()
     _trim_heap()
+
+
+def _loaded(prefix: str) -> list[ModuleType]:
+    return [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
 
 
 def _trim_heap() -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import __version__
+from edgekit.artifact import Artifact
 from edgekit.devices.bandwidth import measure_read_bandwidth
 from edgekit.devices.conditions import Conditions, conditions
 from edgekit.devices.probe import Machine, probe
 from edgekit.errors import EdgekitError
-from edgekit.exporters.artifact import Artifact
 from edgekit.models.config import ModelConfig
 from edgekit.runtime.engine import physical_cores
 from edgekit.runtime.gates import check_gates

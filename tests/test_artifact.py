@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
+from edgekit.artifact import Artifact, sha256_of
 from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import (
-    Artifact,
     check_output,
     copy_tokenizer,
     new_artifact,
-    sha256_of,
     write_manifest,
 )
 

@@ -18,9 +18,9 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
+from edgekit.artifact import Artifact
 from edgekit.cli import main
 from edgekit.exporters import verify
-from edgekit.exporters.artifact import Artifact
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import resolve_model
 

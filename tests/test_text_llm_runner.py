@@ -8,7 +8,7 @@ import pytest
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers llama::*
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-from edgekit.exporters.artifact import Artifact
+from edgekit.artifact import Artifact
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.runtime.executorch_engine import ExecutorchEngine
 

@@ -91,7 +91,7 @@ def _refuse_in_chat(**flags: bool) -> None:
 
 def _run(path: Path, text: str | None, as_json: bool, options: dict[str, Any]) -> None:
     """Check everything that costs nothing, then load the engine and generate."""
-    from edgekit.exporters.artifact import Artifact
+    from edgekit.artifact import Artifact
     from edgekit.models.tokenizer import Tokenizer
     from edgekit.runtime.chat import Chat
     from edgekit.runtime.engine import load_engine
