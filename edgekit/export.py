@@ -1,5 +1,6 @@
 """`export`: from a model's name to a verified artifact folder."""
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,6 @@ def _verification_tokens(source: ModelSource, context: int) -> list[int]:
 
 
 def _write_config(source: ModelSource, folder: Path) -> None:
-    import json
-
     (folder / "config.json").write_text(json.dumps(source.config.to_dict(), indent=1) + "\n")
 
 
