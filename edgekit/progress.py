@@ -12,7 +12,7 @@ def stage_printer() -> Progress:
     start = time.monotonic()
 
     def show(stage: str) -> None:
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             print(f"[{time.monotonic() - start:6.1f} s] {stage}", file=sys.stderr, flush=True)
 
     return show

@@ -20,6 +20,9 @@ def quiet_imports() -> Iterator[None]:
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|torchao|executorch")
+    if sys.stderr is None:  # closed by the caller: nothing is shown anyway
+        yield
+        return
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as said:

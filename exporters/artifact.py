@@ -1,5 +1,6 @@
 """Writing an artifact folder: a model file, its tokenizer and `edgekit.json`; complete or absent."""
 
+import glob
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
+_REPLACED = ".old"
+
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `edgekit.json` with the size and sha256 of every file beside it."""
@@ -28,7 +31,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         if file.name != MANIFEST
     }
     document = {"format_version": FORMAT_VERSION, **manifest, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -61,9 +64,9 @@ def new_artifact(output: Path, force: bool) -> Iterator[Path]:
     A killed process leaves at most the hidden folder, which the next export to the same place
     removes.
     """
-    check_output(output, force)
     output = output.absolute()
     _remove_abandoned(output)
+    check_output(output, force)
     staging = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         staging.mkdir()
@@ -76,21 +79,25 @@ def new_artifact(output: Path, force: bool) -> Iterator[Path]:
 
 
 def _move_into_place(staging: Path, output: Path) -> None:
-    replaced = output.with_name(f"{staging.name}.old")
+    replaced = output.with_name(f"{staging.name}{_REPLACED}")
     if output.exists():
         output.rename(replaced)
-    staging.rename(output)
+    try:
+        staging.rename(output)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(output)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove_abandoned(output: Path) -> None:
-    """Remove what killed exports to the same place left behind."""
-    for folder in output.parent.glob(f".{glob_escape(output.name)}.*.partial*"):
+    """Remove what killed exports to the same place left behind; put back what they replaced."""
+    for folder in output.parent.glob(f".{glob.escape(output.name)}.*.partial*"):
         pid = folder.name.removeprefix(f".{output.name}.").split(".")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists():
+        if not pid.isdigit() or Path("/proc", pid).exists():
+            continue
+        if folder.name.endswith(_REPLACED) and not output.exists():
+            folder.rename(output)  # killed between its two renames
+        else:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def glob_escape(name: str) -> str:
-    """Return a pattern that matches exactly this file name."""
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)

@@ -101,12 +101,12 @@ class _CodesLinear(nn.Module):
 
     def __init__(self, weight: QuantizedTensor, activation: _DynamicActivation) -> None:
         super().__init__()
-        owned = weight.codes.untyped_storage().nbytes() != weight.codes.nbytes
+        is_view = weight.codes.untyped_storage().nbytes() != weight.codes.nbytes
         self.bits, self.group_size = weight.bits, weight.group_size
         self._activation = activation
         # XNNPACK's serializer writes a tensor's whole storage: a block of rows needs its own.
-        self.register_buffer("codes", weight.codes.clone() if owned else weight.codes)
-        self.register_buffer("scales", weight.scales.clone() if owned else weight.scales)
+        self.register_buffer("codes", weight.codes.clone() if is_view else weight.codes)
+        self.register_buffer("scales", weight.scales.clone() if is_view else weight.scales)
         # XNNPACK's pattern wants zero points; one byte each is the least they can cost.
         self.register_buffer("zeros", torch.zeros_like(weight.scales, dtype=torch.int8))
 

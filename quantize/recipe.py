@@ -102,7 +102,7 @@ class Recipe:
                 rules.append(_rule(entry))
             except EdgekitError as error:
                 raise EdgekitError(f"{path}: rule {number}: {error}") from error
-        return cls(tuple(rules), name=str(path))
+        return cls(tuple(rules), name=path.name)
 
 
 def preset(name: str) -> Recipe:

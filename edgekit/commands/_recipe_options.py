@@ -74,7 +74,7 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _choice(options: dict[str, Any]) -> RecipeChoice:
     flags = {"float_": "--float", "recipe_file": "--recipe"}
-    given = [name for name, value in options.items() if value]
+    given = [name for name, value in options.items() if value not in (None, False)]
     if len(given) > 1:
         first, second = (flags.get(name, f"--{name}") for name in given[:2])
         raise EdgekitError(f"{first} and {second} exclude each other: give one of them")

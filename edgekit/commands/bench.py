@@ -63,7 +63,7 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
     "--cooldown",
     "cooldown_s",
     metavar="SECONDS",
-    type=click.FloatRange(0),
+    type=click.FloatRange(0, 3600),
     default=0.0,
     help="Rest before every repetition.",
 )
