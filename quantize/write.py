@@ -21,6 +21,8 @@ def check_output(path: Path, force: bool) -> None:
         raise EdgekitError(f"{path}: the folder {path.parent} does not exist")
     if path.exists() and not force:
         raise EdgekitError(f"{path}: exists already; --force overwrites it")
+    if path.exists() and (path.is_symlink() or not path.is_file()):
+        raise EdgekitError(f"{path}: is no regular file, so --force does not replace it")
 
 
 def quantize_to_file(

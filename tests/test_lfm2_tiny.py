@@ -193,8 +193,9 @@ def test_the_card_states_loss_and_perplexity_of_the_stored_weights() -> None:
     if not STORIES.is_file():
         pytest.skip("shared/data/stories/valid.txt is absent: only the card was checked")
     stories = STORIES.read_text(encoding="utf-8").split("<|endoftext|>")
-    sums, counts = zip(*(total_loss(story.strip()) for story in stories[:12]), strict=True)
-    assert abs(sum(sums) / sum(counts) - loss) < 0.25  # 12 stories of 980
+    # Every 20th of 980: the first dozen alone lies a quarter of a nat from the whole file.
+    sums, counts = zip(*(total_loss(story.strip()) for story in stories[:-1:20]), strict=True)
+    assert abs(sum(sums) / sum(counts) - loss) < 0.15
 
 
 def test_the_card_names_command_licence_and_source() -> None:

@@ -125,6 +125,8 @@ def _check_writable(output: Path, force: bool) -> None:
     """Find out before the measuring, which may take long, that its record has no place."""
     if output.exists() and not force:
         raise EdgekitError(f"{output} exists: choose another --output, or --force to overwrite it")
+    if output.exists() and (output.is_symlink() or not output.is_file()):
+        raise EdgekitError(f"{output} is no regular file, so --force does not replace it")
     if not output.parent.is_dir():
         raise EdgekitError(f"cannot write {output}: there is no folder {output.parent}")
 
