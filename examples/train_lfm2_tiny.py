@@ -106,6 +106,12 @@ class Settings:
     warmup: int
     matrix_rate: float
     other_rate: float
+    bfloat16: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrices are multiplied in; weights and their gradients are float32 always."""
+        return torch.bfloat16 if self.bfloat16 else torch.float32
 
     def share(self, step: int, seconds: float) -> float:
         """Share of the peak learning rate: linear warm-up, then linear decay to zero.
@@ -311,15 +317,19 @@ def token_loss(model: Lfm2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) for matrices, in float32.
+    """Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) for matrices.
 
     `torch.optim.Muon` iterates in bfloat16, which a CPU without bf16 units only emulates, and
-    one matrix at a time; here matrices of one shape go through the iteration together.
+    one matrix at a time; here `dtype` is the caller's choice and matrices of one shape go through
+    the iteration together.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, matrices: list[nn.Parameter], lr: float, dtype: torch.dtype, momentum: float = 0.95
+    ) -> None:
         """Take matrices [rows, columns] only."""
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -331,8 +341,9 @@ class Muon(torch.optim.Optimizer):
             for shape, matrices in by_shape.items():
                 updates = torch.stack([self._direction(m, group["momentum"]) for m in matrices])
                 rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for matrix, update in zip(matrices, orthogonalize(updates), strict=True):
-                    matrix.add_(update, alpha=-rate)
+                directions = orthogonalize(updates.to(self._dtype))
+                for matrix, direction in zip(matrices, directions, strict=True):
+                    matrix.add_(direction, alpha=-rate)
 
     def _direction(self, matrix: nn.Parameter, momentum: float) -> Tensor:
         assert matrix.grad is not None
@@ -365,7 +376,7 @@ def make_optimizers(model: Lfm2ForCausalLM, settings: Settings) -> tuple[Muon, t
         projection = parameter.ndim == 2 and not name.startswith("model.embed_tokens")
         (matrices if projection else others).append(parameter)
     return (
-        Muon(matrices, lr=settings.matrix_rate),
+        Muon(matrices, settings.matrix_rate, settings.dtype),
         torch.optim.AdamW(others, lr=settings.other_rate, betas=(0.9, 0.95), weight_decay=0.0),
     )
 
@@ -429,7 +440,8 @@ class Run:
     def step(self, loss_of: Callable[..., Tensor], ids: Tensor, labels: Tensor) -> float:
         """Take one step; return the batch's loss before it, in nats per token."""
         share = self.share
-        loss = loss_of(self.model, ids, labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
+            loss = loss_of(self.model, ids, labels)
         if not math.isfinite(loss.item()):
             raise click.ClickException(f"the loss is {loss.item()} at step {self.progress.step}")
         loss.backward()
@@ -667,7 +679,7 @@ At temperature 0.7, seed 1:
 | steps | {steps:,} of {rows} rows of {context} tokens |
 | tokens under the loss | {tokens:,} ({epochs:.2f} passes over the training stories) |
 | time | {minutes:.0f} minutes of wall clock, {cpu_minutes:.0f} minutes of CPU time |
-| machine | {threads} threads, {machine}, float32 |
+| machine | {threads} threads, {machine}, {arithmetic} |
 
 The projections are trained by Muon, embedding, norms and convolution kernels by AdamW, with a
 linear warm-up and a linear decay to zero. Half of the stories are plain text, half answer a chat
@@ -699,7 +711,9 @@ def run_facts(
 ) -> dict[str, Any]:
     """Return what the card says about the model and its training."""
     settings, progress = saved["settings"], saved["progress"]
-    flags = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in settings.items())
+    numbers = {name: value for name, value in settings.items() if name != "bfloat16"}
+    flags = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in numbers.items())
+    flags += " --bfloat16" if settings["bfloat16"] else ""
     return {
         **CONFIG,
         **settings,
@@ -713,6 +727,7 @@ def run_facts(
         "epochs": progress["documents"] / train_stories,
         "threads": torch.get_num_threads(),
         "machine": machine_name(),
+        "arithmetic": "bfloat16 products, float32 weights" if settings["bfloat16"] else "float32",
         "layers": len(LAYERS),
         "kinds": ", ".join("attention" if kind != "conv" else kind for kind in LAYERS),
         "ending": ending(settings, progress),
@@ -773,6 +788,9 @@ def machine_name() -> str:
 @click.option("--warmup", default=30, show_default=True, help="steps")
 @click.option("--matrix-rate", default=0.02, show_default=True, help="peak learning rate of Muon")
 @click.option("--other-rate", default=0.003, show_default=True, help="peak learning rate of AdamW")
+@click.option(
+    "--bfloat16", is_flag=True, help="multiply matrices in bfloat16: faster where the CPU has it"
+)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--save-every", default=3.0, show_default=True, help="minutes between checkpoints")
 @click.option(

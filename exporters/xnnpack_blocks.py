@@ -4,12 +4,15 @@ Every operator here is one that XNNPACK takes as it stands, so that the lowering
 decompose: each pass it does not run over some thousand nodes with symbolic shapes saves seconds.
 """
 
+from typing import cast
+
 import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401  registers embedding_*
 import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers llama::*
 from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quantized_decomposed::*
 
+from edgekit.exporters import xnnpack_ops
 from edgekit.models.config import ModelConfig
 from edgekit.models.rope import rope_tables
 from edgekit.models.weights import ReadWeight, floats, row_block
@@ -17,6 +20,14 @@ from edgekit.quantize.tensor import QuantizedTensor
 
 _decomposed_ops = torch.ops.quantized_decomposed
 _llama_ops = torch.ops.llama
+
+
+_BLOCK = 64  # positions
+
+
+def padded(context: int) -> int:
+    """Positions of a cache: the context in whole blocks."""
+    return -(-context // _BLOCK) * _BLOCK
 
 
 class XnnpackBlocks:
@@ -29,6 +40,7 @@ class XnnpackBlocks:
         """Take weights from `read` by name."""
         self._read = read
         self._activation = _DynamicActivation()
+        self._positions: _Positions | None = None
 
     def embedding(self, name: str) -> nn.Module:
         """Gather rows of the codes: the table is never expanded to float."""
@@ -49,12 +61,14 @@ class XnnpackBlocks:
         return _RmsNorm(floats(self._read(name)), eps)
 
     def short_conv(self, name: str, kernel: int) -> nn.Module:
-        """One multiplication per tap on shifted inputs."""
+        """A depthwise convolution over the state and the inputs."""
         return _ShortConv(floats(self._read(name)), kernel)
 
     def attention(self, config: ModelConfig, context: int) -> nn.Module:
-        """`llama::custom_sdpa` on a cache that `llama::update_cache` fills."""
-        return _Attention(config, context)
+        """`causal_attention` on a cache that `llama::update_cache` fills."""
+        if self._positions is None:
+            self._positions = _Positions(context, config.num_heads // config.num_kv_heads)
+        return _Attention(config, context, self._positions)
 
     def rope(self, config: ModelConfig, context: int) -> nn.Module:
         """Rows of precomputed tables."""
@@ -207,40 +221,75 @@ class _RmsNorm(nn.Module):
 
 
 class _ShortConv(nn.Module):
-    """`y[t] = sum_j w[j] u[t - k + 1 + j]`: the shifts are copies of rows outside the delegate."""
+    weight: Tensor
 
     def __init__(self, weight: Tensor, kernel: int) -> None:
         super().__init__()
         self.kernel = kernel
-        for tap, row in enumerate(weight.reshape(-1, kernel).t()):
-            self.register_buffer(f"tap{tap}", row.contiguous())
+        self.register_buffer("weight", weight.reshape(-1, kernel).t().contiguous()[None, :, None])
 
     def forward(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        n = u.shape[0]
         padded = torch.cat([state, u])
-        y = u * self.get_buffer(f"tap{self.kernel - 1}")
-        for tap in range(self.kernel - 1):
-            y = y + padded.narrow(0, tap, n) * self.get_buffer(f"tap{tap}")
-        return y, padded[-(self.kernel - 1) :]
+        return xnnpack_ops.depthwise_conv(padded, self.weight), padded[-(self.kernel - 1) :]
+
+
+class _Positions(nn.Module):
+    """Which positions a run of tokens attends from and to, as `causal_attention` wants them.
+
+    The keys' positions are rounded up to a whole block: XNNPACK plans its memory anew whenever a
+    shape changes, which would be at every decoded token. The mask hides the surplus.
+
+    Traced once however many layers attend: tracing runs them with the same `start`.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, context: int, group: int) -> None:
+        super().__init__()
+        positions = torch.arange(padded(context), dtype=torch.float32)
+        self.register_buffer("rows", positions[:, None].repeat(1, group))
+        self.register_buffer("columns", positions[None].clone())
+        self._last: tuple[int, tuple[int, Tensor, Tensor]] | None = None
+
+    def forward(self, start: int, n: int) -> tuple[int, Tensor, Tensor]:
+        if self._last is None or self._last[0] is not start:
+            # By way of a tensor, for a length of its own whose only bound is the cache's.
+            rounded = torch.full((1,), start + n + _BLOCK - 1, dtype=torch.long) & -_BLOCK
+            end = cast(int, rounded.item())
+            torch._check(end >= 1)
+            torch._check(end <= self.columns.shape[1])
+            columns = self.columns.narrow(1, 0, end)
+            self._last = start, (end, self.rows.narrow(0, start, n), columns)
+        return self._last[1]
 
 
 class _Attention(nn.Module):
+    """A cache `[kv_heads, context, head_dim]`, so that the positions of a head lie together."""
+
     keys: Tensor
     values: Tensor
 
-    def __init__(self, config: ModelConfig, context: int) -> None:
+    def __init__(self, config: ModelConfig, context: int, positions: _Positions) -> None:
         super().__init__()
-        shape = (1, context, config.num_kv_heads, config.head_dim)
+        # The 1 is what `update_cache` takes for heads, the KV heads for a batch.
+        shape = (config.num_kv_heads, padded(context), 1, config.head_dim)
         self.register_buffer("keys", torch.zeros(shape), persistent=False)
         self.register_buffer("values", torch.zeros(shape), persistent=False)
+        self.positions = positions
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        _llama_ops.update_cache(k.unsqueeze(0), self.keys, start)
-        _llama_ops.update_cache(v.unsqueeze(0), self.values, start)
-        mixed: Tensor = _llama_ops.custom_sdpa(
-            q.unsqueeze(0), self.keys, self.values, start, None, 0.0, True
+        end, rows, columns = self.positions(start, q.shape[0])
+        keys, values = self._store(k, self.keys, start), self._store(v, self.values, start)
+        return xnnpack_ops.causal_attention(
+            q, keys.narrow(1, 0, end), values.narrow(1, 0, end), rows, columns
         )
-        return mixed
+
+    def _store(self, new: Tensor, cache: Tensor, start: int) -> Tensor:
+        """Write `new [n, kv_heads, head_dim]` at `start`; return the whole cache, in 3-D."""
+        heads, length, _, width = cache.shape
+        _llama_ops.update_cache(new.transpose(0, 1).reshape(heads, -1, 1, width), cache, start)
+        return cache.view(heads, length, width)
 
 
 class _Rope(nn.Module):

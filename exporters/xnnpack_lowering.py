@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import (
     EdgeCompileConfig,
@@ -27,8 +28,11 @@ from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.passes.infra.partitioner import Partition
 
+from edgekit.exporters.xnnpack_nodes import CONFIGS
 from edgekit.models.lfm2 import LFM2
 
 _PARTITIONER = "executorch.backends.xnnpack.partition.config"
@@ -85,7 +89,7 @@ class _LinearPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorc
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__([*ALL_PARTITIONER_CONFIGS, *CONFIGS])
         # With this key XNNPACK's preprocessing runs one of its 17 graph passes, the one that
         # restores linears; the others rewrite operators that `XnnpackBlocks` never emits.
         self.delegation_spec = DelegationSpec(
@@ -97,6 +101,37 @@ class _LinearPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorc
     ) -> tuple[list[torch._ops.OpOverload], Callable[[torch.fx.Node], bool] | None]:
         """Keep linears whole; no filter, which would cost two more decompositions of the graph."""
         return [torch.ops.aten.linear.default], None
+
+    def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
+        """Cut the graph only where an operator outside XNNPACK stands between two that are inside.
+
+        A node's stage is the number of such operators on the longest way to it; what shares a
+        stage is one delegate, and no way out of a delegate leads back into it. The stock search
+        for pairs to merge takes quadratic time and leaves up to three times as many delegates.
+        """
+        taken = {node for group in self.get_matched_nodes_from_configs(ep) for node in group}
+        taken = {node for node in taken if not _is_lone_view(node, taken)}
+        stages: dict[Node, int] = {}
+        constants: list[Node] = []
+        for node in ep.graph.nodes:
+            left = [stages[arg] + (arg in taken and node not in taken) for arg in node.all_input_nodes]
+            stages[node] = max(left, default=0)
+            if node in taken and all(arg in constants for arg in node.all_input_nodes):
+                constants.append(node)
+        for node in reversed(constants):  # weights and their scales go where they are used
+            stages[node] = min(stages[user] for user in node.users if user in taken)
+        parts: dict[int, Partition] = {}
+        for node in ep.graph.nodes:
+            if node in taken:
+                parts.setdefault(stages[node], Partition(id=stages[node])).add_node(node)
+        return list(parts.values())
+
+
+def _is_lone_view(node: Node, taken: set[Node]) -> bool:
+    """Whether a view has no neighbour in XNNPACK: outside it costs nothing, inside a copy."""
+    neighbours = {*node.all_input_nodes, *node.users}
+    name = getattr(node.target, "__name__", "")
+    return name == "aten.view_copy.default" and not neighbours & taken
 
 
 @contextmanager

@@ -166,7 +166,7 @@ class _Attention(nn.Module):
             attn_mask=mask,
             enable_gqa=True,
         )
-        return mixed[0].transpose(0, 1)
+        return mixed[0].transpose(0, 1).reshape(q.shape[0], -1)
 
 
 class _Rope(nn.Module):

@@ -39,7 +39,10 @@ class Blocks(Protocol):
         ...
 
     def attention(self, config: ModelConfig, context: int) -> nn.Module:
-        """Causal attention `(q, k, v, start)` over `[n, heads, head_dim]`, with its KV cache."""
+        """Causal attention with its KV cache.
+
+        `(q, k, v, start)`, each `[n, heads, head_dim]`, to `[n, heads * head_dim]`.
+        """
         ...
 
     def rope(self, config: ModelConfig, context: int) -> nn.Module:
@@ -113,14 +116,13 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, start: int, cos: Tensor, sin: Tensor) -> Tensor:
         """Map `[n, d]` to `[n, d]`; keys and values are stored from position `start` on."""
-        n = h.shape[0]
-        q = self.q_norm(self.q_proj(h).view(n, self.heads, self.head_dim))
-        k = self.k_norm(self.k_proj(h).view(n, self.kv_heads, self.head_dim))
-        v = self.v_proj(h).view(n, self.kv_heads, self.head_dim)
+        # -1, not n: XNNPACK takes a view whose run-time length is the one it may infer.
+        q = self.q_norm(self.q_proj(h).view(-1, self.heads, self.head_dim))
+        k = self.k_norm(self.k_proj(h).view(-1, self.kv_heads, self.head_dim))
+        v = self.v_proj(h).view(-1, self.kv_heads, self.head_dim)
         q = q * cos + self.rotate(q) * sin
         k = k * cos + self.rotate(k) * sin
-        mixed = self.attend(q, k, v, start)
-        return cast(Tensor, self.out_proj(mixed.reshape(n, self.heads * self.head_dim)))
+        return cast(Tensor, self.out_proj(self.attend(q, k, v, start)))
 
 
 class Layer(nn.Module):
