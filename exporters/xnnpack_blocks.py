@@ -67,8 +67,9 @@ class XnnpackBlocks:
     def attention(self, config: ModelConfig, context: int) -> nn.Module:
         """`causal_attention` on a cache that `llama::update_cache` fills."""
         if self._positions is None:
-            self._positions = _Positions(context, config.num_heads // config.num_kv_heads)
-        return _Attention(config, context, self._positions)
+            group = config.num_heads // config.num_kv_heads
+            self._positions = _Positions(padded(context), group)
+        return _Attention(config, padded(context), self._positions)
 
     def rope(self, config: ModelConfig, context: int) -> nn.Module:
         """Rows of precomputed tables."""
@@ -225,19 +226,14 @@ class _ShortConv(nn.Module):
 
     def __init__(self, weight: Tensor, kernel: int) -> None:
         super().__init__()
-        self.kernel = kernel
         self.register_buffer("weight", weight.reshape(-1, kernel).t().contiguous()[None, :, None])
 
-    def forward(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        padded = torch.cat([state, u])
-        return xnnpack_ops.depthwise_conv(padded, self.weight), padded[-(self.kernel - 1) :]
+    def forward(self, padded: Tensor) -> Tensor:
+        return xnnpack_ops.depthwise_conv(padded, self.weight)
 
 
 class _Positions(nn.Module):
-    """Which positions a run of tokens attends from and to, as `causal_attention` wants them.
-
-    The keys' positions are rounded up to a whole block: XNNPACK plans its memory anew whenever a
-    shape changes, which would be at every decoded token. The mask hides the surplus.
+    """Where a run of tokens stands, as its attention wants to know it.
 
     Traced once however many layers attend: tracing runs them with the same `start`.
     """
@@ -245,51 +241,67 @@ class _Positions(nn.Module):
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, context: int, group: int) -> None:
+    def __init__(self, length: int, group: int) -> None:
         super().__init__()
-        positions = torch.arange(padded(context), dtype=torch.float32)
+        positions = torch.arange(length, dtype=torch.float32)
         self.register_buffer("rows", positions[:, None].repeat(1, group))
         self.register_buffer("columns", positions[None].clone())
-        self._last: tuple[int, tuple[int, Tensor, Tensor]] | None = None
+        self._last: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
 
-    def forward(self, start: int, n: int) -> tuple[int, Tensor, Tensor]:
+    def forward(self, start: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the start, the length of the cache to attend to (int64 `[1]`), and the rows.
+
+        The length is rounded up to a whole block: XNNPACK plans its memory anew whenever a shape
+        changes. The mask hides the surplus.
+        """
         if self._last is None or self._last[0] is not start:
-            # By way of a tensor, for a length of its own whose only bound is the cache's.
-            rounded = torch.full((1,), start + n + _BLOCK - 1, dtype=torch.long) & -_BLOCK
-            end = cast(int, rounded.item())
-            torch._check(end >= 1)
-            torch._check(end <= self.columns.shape[1])
-            columns = self.columns.narrow(1, 0, end)
-            self._last = start, (end, self.rows.narrow(0, start, n), columns)
+            at = torch.full((1,), start, dtype=torch.long)
+            end = (at + (n + _BLOCK - 1)) & -_BLOCK
+            self._last = start, (at, end, self.rows[:n] + at)
         return self._last[1]
 
 
 class _Attention(nn.Module):
-    """A cache `[kv_heads, context, head_dim]`, so that the positions of a head lie together."""
+    """A prompt attends in XNNPACK, one token by `llama::custom_sdpa`, which copies no cache."""
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, config: ModelConfig, context: int, positions: _Positions) -> None:
+    def __init__(self, config: ModelConfig, length: int, positions: _Positions) -> None:
         super().__init__()
-        # The 1 is what `update_cache` takes for heads, the KV heads for a batch.
-        shape = (config.num_kv_heads, padded(context), 1, config.head_dim)
+        shape = (1, length, config.num_kv_heads, config.head_dim)
         self.register_buffer("keys", torch.zeros(shape), persistent=False)
         self.register_buffer("values", torch.zeros(shape), persistent=False)
         self.positions = positions
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        end, rows, columns = self.positions(start, q.shape[0])
-        keys, values = self._store(k, self.keys, start), self._store(v, self.values, start)
-        return xnnpack_ops.causal_attention(
-            q, keys.narrow(1, 0, end), values.narrow(1, 0, end), rows, columns
-        )
+        at, end, rows = self.positions(start, q.shape[0])
+        _llama_ops.update_cache(k.unsqueeze(0), self.keys, start)
+        _llama_ops.update_cache(v.unsqueeze(0), self.values, start)
+        # A branch takes tensors only, and none whose shape hangs on the position.
+        operands = (q, self.keys, self.values, at, end, rows, self.positions.columns)
+        mixed: Tensor = torch.cond(q.shape[0] > 1, _attend_prompt, _attend_token, operands)
+        return mixed
 
-    def _store(self, new: Tensor, cache: Tensor, start: int) -> Tensor:
-        """Write `new [n, kv_heads, head_dim]` at `start`; return the whole cache, in 3-D."""
-        heads, length, _, width = cache.shape
-        _llama_ops.update_cache(new.transpose(0, 1).reshape(heads, -1, 1, width), cache, start)
-        return cache.view(heads, length, width)
+
+def _attend_prompt(
+    q: Tensor, keys: Tensor, values: Tensor, at: Tensor, end: Tensor, rows: Tensor, columns: Tensor
+) -> Tensor:
+    length = cast(int, end.item())
+    torch._check(length >= 1)
+    torch._check(length <= keys.shape[1])
+    return xnnpack_ops.causal_attention(
+        q, keys[:, :length], values[:, :length], rows, columns[:, :length]
+    )
+
+
+def _attend_token(
+    q: Tensor, keys: Tensor, values: Tensor, at: Tensor, end: Tensor, rows: Tensor, columns: Tensor
+) -> Tensor:
+    start = cast(int, at.item())
+    torch._check(start >= 0)
+    mixed = _llama_ops.custom_sdpa(q.unsqueeze(0), keys, values, start, None, 0.0, True)
+    return cast(Tensor, mixed.view(q.shape[0], -1))
 
 
 class _Rope(nn.Module):

@@ -24,15 +24,16 @@ from executorch.exir import (
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
 from executorch.exir.backend.utils import WhyNoPartition
+from executorch.exir.graph_module import get_control_flow_submodules
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.infra.partitioner import Partition
 
-from edgekit.exporters.xnnpack_nodes import CONFIGS
+from edgekit.exporters.xnnpack_nodes import CAUSAL_ATTENTION, CONFIGS
 from edgekit.models.lfm2 import LFM2
 
 _PARTITIONER = "executorch.backends.xnnpack.partition.config"
@@ -124,14 +125,29 @@ class _LinearPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorc
         for node in ep.graph.nodes:
             if node in taken:
                 parts.setdefault(stages[node], Partition(id=stages[node])).add_node(node)
-        return list(parts.values())
+        return [*parts.values(), *_in_branches(ep.graph_module, first_id=len(ep.graph.nodes))]
+
+
+def _in_branches(module: GraphModule, first_id: int) -> list[Partition]:
+    """Return one part for each attention in a branch of the graph, where nothing else is taken."""
+    attentions = (
+        node
+        for _, branch, _ in get_control_flow_submodules(module)
+        for node in branch.graph.nodes
+        if _name(node) == CAUSAL_ATTENTION
+    )
+    return [Partition(id=first_id + i, nodes=[node]) for i, node in enumerate(attentions)]
+
+
+def _name(node: Node) -> str:
+    """Return the name of the operator that a node calls, as in `aten.view_copy.default`."""
+    return str(getattr(node.target, "__name__", ""))
 
 
 def _is_lone_view(node: Node, taken: set[Node]) -> bool:
     """Whether a view has no neighbour in XNNPACK: outside it costs nothing, inside a copy."""
     neighbours = {*node.all_input_nodes, *node.users}
-    name = getattr(node.target, "__name__", "")
-    return name == "aten.view_copy.default" and not neighbours & taken
+    return _name(node) == "aten.view_copy.default" and not neighbours & taken
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from torch import Tensor, fx
 
 import edgekit.exporters.xnnpack_ops  # noqa: F401  registers edgekit::*
 
+CAUSAL_ATTENTION = "edgekit.causal_attention.default"
 _TRANSPOSE_B = 1  # XNN_FLAG_TRANSPOSE_B of xnnpack.h
 _MASKED = 1e9  # subtracted from the logit of a position one ahead: its probability is exactly 0
 
@@ -88,10 +89,10 @@ class _Emitter:
 class CausalAttentionVisitor(NodeVisitor):  # type: ignore[misc]  # executorch is untyped
     """softmax(q k^T / sqrt(head_dim) + mask) v, batched over KV heads.
 
-    The queries of a KV head's group are rows of one product, token by token: `[kv, n * group, d]`.
+    The queries of a KV head's group are rows of one product, token by token: `[1, kv, n * group, d]`.
     """
 
-    target = "edgekit.causal_attention.default"
+    target = CAUSAL_ATTENTION
 
     def define_node(
         self, node: fx.Node, xnn_graph: XNNGraph, vals_to_ids: dict[fx.Node, int], debug_handle: int
@@ -100,17 +101,18 @@ class CausalAttentionVisitor(NodeVisitor):  # type: ignore[misc]  # executorch i
         self.define_nodes_tensor_inputs_outputs(node, xnn_graph, vals_to_ids)
         query, keys, values, rows, columns = (vals_to_ids[arg] for arg in node.args)
         n, heads, width = _extents(xnn_graph, query)
-        kv, end, _ = _extents(xnn_graph, keys)
+        _, end, kv, _ = _extents(xnn_graph, keys)
         group = heads // kv
         emit = _Emitter(self, xnn_graph, debug_handle)
 
-        q = emit.reshape(query, emit.value(n, kv, group * width), 0, kv, group * width)
-        q = emit.transpose(q, emit.value(kv, n, group * width), 1, 0, 2)
-        q = emit.reshape(q, emit.value(kv, n * group, width), kv, 0, width)
-        scaled = emit.value(kv, n * group, width)
+        q = emit.reshape(query, emit.value(1, n, kv, group * width), 1, 0, kv, group * width)
+        q = emit.transpose(q, emit.value(1, kv, n, group * width), 0, 2, 1, 3)
+        q = emit.reshape(q, emit.value(1, kv, n * group, width), 1, kv, 0, width)
+        scaled = emit.value(1, kv, n * group, width)
         emit.node(XNNMultiply(q, emit.constant(width**-0.5), scaled, 0))
-        scores = emit.value(kv, n * group, end)
-        emit.node(XNNBatchMatrixMultiply(scaled, keys, scores, _TRANSPOSE_B))
+        k = emit.transpose(keys, emit.value(1, kv, end, width), 0, 2, 1, 3)
+        scores = emit.value(1, kv, n * group, end)
+        emit.node(XNNBatchMatrixMultiply(scaled, k, scores, _TRANSPOSE_B))
 
         behind = emit.value(n * group, end)
         row = emit.reshape(rows, emit.value(n * group, 1), 0, 1)
@@ -119,15 +121,16 @@ class CausalAttentionVisitor(NodeVisitor):  # type: ignore[misc]  # executorch i
         emit.node(XNNMultiply(behind, emit.constant(_MASKED), steep, 0))
         mask = emit.value(n * group, end)
         emit.node(XNNMinimum(steep, emit.constant(0.0), mask, 0))
-        masked = emit.value(kv, n * group, end)
+        masked = emit.value(1, kv, n * group, end)
         emit.node(XNNAdd(scores, mask, masked, 0))
 
-        shares = emit.value(kv, n * group, end)
+        shares = emit.value(1, kv, n * group, end)
         emit.node(XNNSoftmax(masked, shares, 0))
-        mixed = emit.value(kv, n * group, width)
-        emit.node(XNNBatchMatrixMultiply(shares, values, mixed, 0))
-        mixed = emit.reshape(mixed, emit.value(kv, n, group * width), kv, 0, group * width)
-        mixed = emit.transpose(mixed, emit.value(n, kv, group * width), 1, 0, 2)
+        v = emit.transpose(values, emit.value(1, kv, end, width), 0, 2, 1, 3)
+        mixed = emit.value(1, kv, n * group, width)
+        emit.node(XNNBatchMatrixMultiply(shares, v, mixed, 0))
+        mixed = emit.reshape(mixed, emit.value(1, kv, n, group * width), 1, kv, 0, group * width)
+        mixed = emit.transpose(mixed, emit.value(1, n, kv, group * width), 0, 2, 1, 3)
         emit.reshape(mixed, vals_to_ids[node], 0, heads * width)
 
 

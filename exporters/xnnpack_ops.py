@@ -16,15 +16,15 @@ def causal_attention(
 ) -> Tensor:
     """Grouped-query attention of `n` tokens to the `end` positions up to and with their own.
 
-    query `[n, heads, head_dim]`; keys, values `[kv_heads, end, head_dim]`; rows `[n, group]`
+    query `[n, heads, head_dim]`; keys, values `[1, end, kv_heads, head_dim]`; rows `[n, group]`
     (group = heads / kv_heads) holds each query's position `group` times, columns `[1, end]` the
     keys' positions, both as float32. Returns `[n, heads * head_dim]`.
     """
     mask = columns <= rows[:, :1]
     mixed = functional.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
-        keys[None],
-        values[None],
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
         attn_mask=mask,
         enable_gqa=True,
     )

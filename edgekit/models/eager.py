@@ -137,10 +137,10 @@ class _ShortConv(nn.Module):
         super().__init__()
         self._weight = weight
 
-    def forward(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        padded = torch.cat([state, u])
-        y = nn.functional.conv1d(padded.t()[None], self._weight, groups=u.shape[1])[0].t()
-        return y, padded[-state.shape[0] :]
+    def forward(self, padded: Tensor) -> Tensor:
+        return nn.functional.conv1d(
+            padded.t()[None], self._weight, groups=padded.shape[1]
+        )[0].t()
 
 
 class _Attention(nn.Module):

@@ -35,7 +35,7 @@ class Blocks(Protocol):
         ...
 
     def short_conv(self, name: str, kernel: int) -> nn.Module:
-        """Causal depthwise convolution `(u [n, d], state [k-1, d]) -> (y [n, d], state)`."""
+        """Depthwise convolution `[n + kernel - 1, d]` to `[n, d]`."""
         ...
 
     def attention(self, config: ModelConfig, context: int) -> nn.Module:
@@ -89,13 +89,17 @@ class ShortConvolution(nn.Module):
         shape = (config.conv_kernel - 1, config.hidden_size)
         self.register_buffer("state", torch.zeros(shape), persistent=False)
 
-    def forward(self, h: Tensor, keep_state: Tensor) -> Tensor:
-        """Map `[n, d]` to `[n, d]`; `keep_state` `[1]` is 0 at position 0 and 1 elsewhere."""
+    def forward(self, h: Tensor, keep_state: Tensor, last: bool) -> Tensor:
+        """Map `[n, d]` to `[n, d]`, or to `[1, d]`, the last row, where only it is wanted.
+
+        `keep_state` `[1]` is 0 at position 0 and 1 elsewhere.
+        """
         state = cast(Tensor, self.state)
-        u = self.b_proj(h) * self.x_proj(h)
-        y, new_state = self.conv(u, state * keep_state)
-        state.copy_(new_state)
-        return cast(Tensor, self.out_proj(self.c_proj(h) * y))
+        padded = torch.cat([state * keep_state, self.b_proj(h) * self.x_proj(h)])
+        state.copy_(padded[-state.shape[0] :])
+        if last:
+            h, padded = h[-1:], padded[-(state.shape[0] + 1) :]
+        return cast(Tensor, self.out_proj(self.c_proj(h) * self.conv(padded)))
 
 
 class Attention(nn.Module):
@@ -142,14 +146,16 @@ class Layer(nn.Module):
         self.ffn_norm = blocks.rms_norm(f"{prefix}.ffn_norm.weight", config.norm_eps)
 
     def forward(
-        self, x: Tensor, start: int, cos: Tensor, sin: Tensor, keep_state: Tensor
+        self, x: Tensor, start: int, cos: Tensor, sin: Tensor, keep_state: Tensor, last: bool
     ) -> Tensor:
-        """Map `[n, d]` to `[n, d]`."""
+        """Map `[n, d]` to `[n, d]`, or to `[1, d]`, the last row, where only it is wanted."""
         h = self.operator_norm(x)
         if self.is_attention:
-            x = x + self.operator(h, start, cos, sin)
+            mixed = self.operator(h, start, cos, sin)
+            mixed = mixed[-1:] if last else mixed
         else:
-            x = x + self.operator(h, keep_state)
+            mixed = self.operator(h, keep_state, last)
+        x = (x[-1:] if last else x) + mixed
         return cast(Tensor, x + self.feed_forward(self.ffn_norm(x)))
 
 
@@ -173,8 +179,12 @@ class LFM2(nn.Module):
         self.lm_head = blocks.linear("lm_head.weight")
         self.rope = blocks.rope(config, context)
 
-    def hidden(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        """Final hidden states `[n, d]`, before the last norm, of tokens `[1, n]`."""
+    def hidden(self, tokens: Tensor, input_pos: Tensor, last: bool) -> Tensor:
+        """Hidden states before the last norm of tokens `[1, n]`: `[n, d]`, or the last's `[1, d]`.
+
+        Nothing after the last layer looks at the other positions, so where only the last is
+        wanted, that layer does all it can for it alone.
+        """
         n = tokens.shape[1]
         start = cast(int, input_pos[0].item())
         torch._check(start >= 0)
@@ -182,14 +192,15 @@ class LFM2(nn.Module):
         cos, sin = self.rope(start, n)
         keep_state = (input_pos > 0).to(torch.float32)
         x = self.embed_tokens(tokens.view(n))
-        for layer in self.layers:
-            x = layer(x, start, cos, sin, keep_state)
+        final = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            x = layer(x, start, cos, sin, keep_state, last and index == final)
         return cast(Tensor, x)
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Logits `[1, vocab]` of the last of the tokens `[1, n]` at `input_pos` `[1]`."""
-        return cast(Tensor, self.lm_head(self.norm(self.hidden(tokens, input_pos)[-1:])))
+        return cast(Tensor, self.lm_head(self.norm(self.hidden(tokens, input_pos, last=True))))
 
     def all_logits(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Logits `[n, vocab]` of every position, for evaluation."""
-        return cast(Tensor, self.lm_head(self.norm(self.hidden(tokens, input_pos))))
+        return cast(Tensor, self.lm_head(self.norm(self.hidden(tokens, input_pos, last=False))))
