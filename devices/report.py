@@ -19,12 +19,16 @@ def describe_devices(name: str | None = None, as_json: bool = False) -> str:
     if name is None:
         profiles, machine = bundled_profiles(), probe()
         listed = {LOCAL: machine.to_dict(), "profiles": [p.to_dict() for p in profiles]}
-        return json.dumps(listed, indent=2) if as_json else devices_table(profiles, machine)
+        return _json(listed) if as_json else devices_table(profiles, machine)
     if name.lower() == LOCAL:
         machine = probe()
-        return json.dumps(machine.to_dict(), indent=2) if as_json else machine_text(machine)
+        return _json(machine.to_dict()) if as_json else machine_text(machine)
     profile = find_profile(name)
-    return json.dumps(profile.to_dict(), indent=2) if as_json else profile_text(profile)
+    return _json(profile.to_dict()) if as_json else profile_text(profile)
+
+
+def _json(facts: object) -> str:
+    return json.dumps(facts, indent=2, allow_nan=False)
 
 
 def devices_table(profiles: Sequence[DeviceProfile], machine: Machine) -> str:

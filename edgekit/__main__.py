@@ -1,5 +1,33 @@
-"""`python -m edgekit` is the `edgekit` command."""
+"""`python -m edgekit`, and the `edgekit` script: the process around the command line."""
 
-from edgekit.cli import main
+import os
+import sys
+from io import TextIOWrapper
+from pathlib import Path
 
-main()
+from edgekit.interrupts import interrupts_end_the_process
+
+
+def main() -> None:
+    """Run the command; Ctrl-C while its modules are still being imported leaves no traceback."""
+    with interrupts_end_the_process():
+        from edgekit.cli import main as command
+    _repair_streams()
+    command()
+
+
+def _repair_streams() -> None:
+    """Give libraries streams that they can write to, so that no finished work is lost by it.
+
+    Python has None for a stream that the caller closed. Names that are not UTF-8, and terminals
+    that are not, get escapes.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from edgekit.errors import EdgekitError
 MANIFEST = "edgekit.json"
 FORMAT_VERSION = 1
 _MAX_MANIFEST_BYTES = 64 << 20
+_MAX_DEPTH = 32
+_MAX_DIMS = 8
 _FILE_NAME = re.compile(r"\w[\w.+-]{0,127}", re.ASCII)
 _TYPES: dict[str, type] = {
     "format_version": int,
@@ -102,7 +105,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise EdgekitError(f"{path}: is too large to be a manifest")
-        manifest = json.loads(path.read_bytes().decode())
+        manifest = json.loads(
+            path.read_bytes().decode(), parse_constant=_finite, parse_float=_finite
+        )
+        _check_depth(manifest, _MAX_DEPTH)
     except OSError as error:
         raise EdgekitError(
             f"{path}: cannot be read: {os_reason(error)}; not an artifact"
@@ -113,6 +119,23 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise EdgekitError(f"{path}: must be a JSON object, got {type(manifest).__name__}")
     _check_manifest(path, manifest)
     return manifest
+
+
+def _check_depth(value: object, allowed: int) -> None:
+    """Refuse nesting that could be read, but not be copied or written again."""
+    if not allowed:
+        raise ValueError("its lists and objects are nested too deeply")
+    items = value if isinstance(value, list) else ()
+    for item in value.values() if isinstance(value, dict) else items:
+        _check_depth(item, allowed - 1)
+
+
+def _finite(text: str) -> float:
+    """Refuse NaN, Infinity and 1e999: JSON has none, so they could not be written again."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.20} is no finite number")
+    return value
 
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -141,11 +164,16 @@ def _check_row(path: Path, row: object) -> None:
         not isinstance(row, dict)
         or not isinstance(row.get("tensor"), str)
         or not isinstance(row.get("scheme"), str)
-        or not isinstance(row.get("bytes"), int)
+        or not _is_count(row.get("bytes"))
         or not isinstance(row.get("shape"), list)
-        or not all(isinstance(size, int) and size > 0 for size in row["shape"])
+        or not 1 <= len(row["shape"]) <= _MAX_DIMS
+        or not all(_is_count(size) for size in row["shape"])
     ):
         raise EdgekitError(f"{path}: tensors must hold tensor, scheme, shape, bytes: {row!r:.80}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 48
 
 
 def _check_file(folder: Path, name: str, facts: object) -> None:

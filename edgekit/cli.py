@@ -3,7 +3,8 @@
 Command files import click alone, so `edgekit --help` answers at once; each imports its work
 (torch, executorch, ...) inside the function that needs it.
 
-No traceback reaches a user: every error is one line on stderr. Exit status: 0 success, 1 a failed
+No traceback reaches a user: every error is one printable line on stderr, whatever stands in the
+names that it repeats. Exit status: 0 success, 1 a failed
 verification, 2 a mistake or a machine that cannot do it (full disk, no memory), 70 a defect of
 edgekit, 130 Ctrl-C, 141 a reader that closed the pipe. EDGEKIT_TRACEBACK=1 gives the tracebacks.
 """
@@ -11,7 +12,9 @@ edgekit, 130 Ctrl-C, 141 a reader that closed the pipe. EDGEKIT_TRACEBACK=1 give
 import importlib
 import os
 import sys
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -24,6 +27,8 @@ MISTAKE = 2
 DEFECT = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 READER_GONE = 141  # 128 + SIGPIPE
+
+_LONGEST_LINE = 1000
 
 
 class Commands(click.Group):
@@ -41,23 +46,38 @@ class Commands(click.Group):
         command: click.Command = module.command
         return command
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:  # noqa: ANN401
+        """Read edgekit's own arguments, of which --help and --version already write."""
+        with _errors_in_one_line():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - what click's own returns
         """Run the command; an error ends it with one line and an exit status."""
-        try:
+        with _errors_in_one_line():
             return super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit):
-            raise  # click's own: it prints the usage
-        except EdgekitError as error:
-            _end(str(error), error.exit_status)
-        except KeyboardInterrupt:
-            _end("interrupted", INTERRUPTED)
-        except BrokenPipeError:
-            _forget_stdout()
-            sys.exit(READER_GONE)
-        except Exception as error:
-            if os.environ.get("EDGEKIT_TRACEBACK"):
-                raise
-            _end(*describe(error))
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (click.Abort, click.exceptions.Exit, click.exceptions.NoArgsIsHelpError):
+        raise  # no errors, but click's own ways to end
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context is not None else ""
+        _end(f"{error.format_message()}{hint}", error.exit_code)
+    except EdgekitError as error:
+        _end(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        _end("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        sys.exit(READER_GONE)
+    except Exception as error:
+        if os.environ.get("EDGEKIT_TRACEBACK"):
+            raise
+        _end(*describe(error))
 
 
 def describe(error: Exception) -> tuple[str, int]:
@@ -74,13 +94,34 @@ def describe(error: Exception) -> tuple[str, int]:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    click.echo(f"edgekit: {message}", err=True)
+    """Print the one line; what cannot be written is let go, for there is no other place for it."""
+    if len(message) > _LONGEST_LINE:  # a name of a hundred thousand letters hides what is wrong
+        message = f"{message[: _LONGEST_LINE // 2]} ... {message[-_LONGEST_LINE // 2 :]}"
+    line = "".join(map(_printable, message))
+    with suppress(OSError):
+        click.echo(f"edgekit: {line}", err=True)
+    for stream in (sys.stdout, sys.stderr):
+        _flush_or_discard(stream)
     sys.exit(status)
 
 
-def _forget_stdout() -> None:
-    """Let the interpreter's last flush succeed, or it would report the closed pipe again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _printable(char: str) -> str:
+    """Escape what would break the line or steer the terminal."""
+    return char if char.isprintable() else char.encode("unicode_escape").decode()
+
+
+def _flush_or_discard(stream: TextIO | None) -> None:
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:  # a full disk, or a reader that is gone
+        _discard(stream)
+
+
+def _discard(stream: TextIO | None) -> None:
+    """Let the interpreter's last flush succeed, or it would report the error again."""
+    if stream is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,4 +1,4 @@
-"""The two ways an edgekit command can fail; both reach the user as one line on stderr."""
+"""The ways an edgekit command can fail; all reach the user as one line on stderr."""
 
 
 class EdgekitError(Exception):
@@ -11,3 +11,9 @@ class VerificationError(EdgekitError):
     """An exported file does not compute what the model computes (exit 1, no artifact left)."""
 
     exit_status = 1
+
+
+class Interrupted(EdgekitError):
+    """Ctrl-C ended work of which something is kept, which the message says (exit 130)."""
+
+    exit_status = 130

@@ -8,8 +8,8 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], align:
     """Return a Markdown table whose columns line up in a terminal too.
 
     `align` holds one letter per column, `l` or `r`. Columns it does not name are right-aligned
-    when every cell in them starts like a number, and left-aligned otherwise. A `|` or a line
-    break inside a cell is escaped so that it cannot break the table. No newline at the end.
+    when every cell in them starts like a number, and left-aligned otherwise. A `|`, a line
+    break or what could steer a terminal in a cell cannot break the table. No newline at the end.
 
     Raises `ValueError` when a row and the headers differ in length or `align` is malformed.
     """
@@ -28,7 +28,8 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], align:
 
 
 def _escape(cell: str) -> str:
-    return " ".join(cell.split("\n")).replace("|", "\\|")
+    shown = "".join(char if char.isprintable() else "?" for char in " ".join(cell.split("\n")))
+    return shown.replace("|", "\\|")
 
 
 def _natural_side(cells: Sequence[str]) -> str:

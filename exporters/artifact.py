@@ -31,7 +31,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         if file.name != MANIFEST
     }
     document = {"format_version": FORMAT_VERSION, **manifest, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

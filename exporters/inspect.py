@@ -1,5 +1,6 @@
 """What an artifact or a bare `.pte` is made of, read from the file itself."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -137,11 +138,19 @@ def _report(path: Path, manifest: dict[str, Any] | None, checked: int | None) ->
         nodes=dict(nodes.most_common()),
         operators=forward.operators,
         planned_bytes=forward.planned_bytes,
-        metadata=program.constant_methods,
+        metadata=_finite(path, program.constant_methods),
         weights=_weights(manifest["tensors"]) if manifest else [],
         manifest=manifest,
         checked_files=checked,
     )
+
+
+def _finite(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what JSON cannot say."""
+    for name, value in metadata.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise EdgekitError(f"{path}: its method {name!r:.60} gives {value}, no finite number")
+    return metadata
 
 
 def _components(

@@ -14,12 +14,14 @@ short convolutions stay float whatever matches them, and so does what no rule ma
 import json
 import re
 import tomllib
+import warnings as python_warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
+from edgekit.limits import TooCostly, bounded
 from edgekit.quantize.ranges import RANGE_METHODS, RangeMethod
 from edgekit.quantize.scheme import FLOAT, Scheme
 
@@ -30,6 +32,7 @@ _W4_WARNING = (
     "w4 (int4, one scale per channel) ruins models of about 1B parameters: OPT-1.3B goes from "
     "perplexity 16.1 to 31.5 on C4, with groups of 32 to 17.0; --int4 (w4g32) is the safe one"
 )
+_LONGEST_PATTERN = 1000
 _VOCABULARY = rf"{re.escape(EMBEDDING)}|{re.escape(HEAD)}"
 
 
@@ -46,11 +49,18 @@ class Rule:
 
     def __post_init__(self) -> None:
         """Refuse expressions that do not compile and ranges that do not exist."""
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
+        if len(self.pattern) > _LONGEST_PATTERN:
             raise EdgekitError(
-                f"pattern {self.pattern!r} is no regular expression: {error}"
+                f"pattern {self.pattern[:40]!r}... has {len(self.pattern)} characters, "
+                f"{_LONGEST_PATTERN} are allowed"
+            )
+        try:
+            with python_warnings.catch_warnings():
+                python_warnings.simplefilter("ignore")  # of spellings that may change meaning
+                re.compile(self.pattern)
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
+            raise EdgekitError(
+                f"pattern {self.pattern!r:.200} is no regular expression: {error}"
             ) from error
         if self.range is not None and self.range not in RANGE_METHODS:
             raise EdgekitError(f"range must be {' or '.join(RANGE_METHODS)}, got {self.range!r}")
@@ -132,9 +142,20 @@ def uniform(scheme: Scheme) -> Recipe:
 def resolve(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> list[Resolved]:
     """Return one row per tensor, in the order of `shapes`.
 
-    Raises EdgekitError for a rule that takes no tensor and for a group size that does not divide
-    a tensor's last axis.
+    Raises EdgekitError for a rule that takes no tensor, for a group size that does not divide
+    a tensor's last axis, and where the patterns take seconds to match.
     """
+    try:
+        with bounded():
+            return _resolve(recipe, shapes)
+    except TooCostly as error:
+        raise EdgekitError(
+            f"{recipe.name}: matching its patterns {error}: simplify those with repeats in "
+            "repeats, such as (a+)+"
+        ) from error
+
+
+def _resolve(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> list[Resolved]:
     used = set()
     rows = []
     for tensor, shape in shapes.items():

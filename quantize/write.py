@@ -15,6 +15,10 @@ from edgekit.quantize.tensor import QuantizedTensor
 
 def check_output(path: Path, force: bool) -> None:
     """Raise EdgekitError where `path` cannot become the output, before any work is done."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # the safetensors library takes names as UTF-8 alone
+        raise EdgekitError(f"{path}: its name is not UTF-8; give another name") from error
     if path.is_dir():
         raise EdgekitError(f"{path}: is a folder; give the name of a .safetensors file")
     if not path.parent.is_dir():

@@ -19,7 +19,7 @@ from edgekit.devices.conditions import Conditions, conditions
 from edgekit.devices.probe import Machine, probe
 from edgekit.errors import EdgekitError
 from edgekit.models.config import ModelConfig
-from edgekit.runtime.engine import physical_cores
+from edgekit.runtime.engine import check_threads, physical_cores
 from edgekit.runtime.gates import check_gates
 from edgekit.runtime.record import (
     ArtifactResult,
@@ -60,6 +60,7 @@ def bench(
     is slept before every repetition. Raises `EdgekitError` before anything runs for a test that
     no artifact's context can hold, and when an artifact's process dies.
     """
+    check_threads(threads)
     machine = probe()
     settings = Settings(
         prompts=tuple(prompts),

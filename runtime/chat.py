@@ -10,15 +10,37 @@ from edgekit.runtime.sampling import SamplingParams
 
 Message = dict[str, str]
 
+# Far above the 4 of ordinary text: it only spares the tokenizer what cannot fit anyway.
+_BYTES_PER_TOKEN = 256
+
 
 def first_messages(system: str | None) -> list[Message]:
     """Return the messages a conversation starts from."""
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Return the ids of messages in the model's chat template, which brings its own bos."""
-    return tokenizer.encode(tokenizer.chat(list(messages)), add_special=False)
+def longest_text(context: int) -> int:
+    """Return the bytes beyond which no text is worth tokenizing for a context."""
+    return context * _BYTES_PER_TOKEN
+
+
+def check_length(text: str | bytes, context: int) -> None:
+    """Refuse a text beyond `longest_text` before it is tokenized, which costs its length."""
+    if len(text) > longest_text(context):
+        raise EdgekitError(
+            f"a prompt of more than {longest_text(context):,} bytes does not fit the context of "
+            f"{context}"
+        )
+
+
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message], context: int) -> list[int]:
+    """Return the ids of messages in the model's chat template, which brings its own bos.
+
+    Raises `EdgekitError` where they are far too long for a context of `context` tokens.
+    """
+    text = tokenizer.chat(list(messages))
+    check_length(text, context)
+    return tokenizer.encode(text, add_special=False)
 
 
 class Chat:
@@ -59,7 +81,7 @@ class Chat:
         Until its answer is kept, a question leaves no trace in the conversation.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = prompt_ids(self._tokenizer, messages)
+        ids = prompt_ids(self._tokenizer, messages, self.engine.context)
         if not self._continues(ids):
             self._forget()
         answer = generate(

@@ -24,6 +24,9 @@ ENGINES = {
 }
 
 
+THREADS_PER_CPU = 4
+
+
 class Engine(Protocol):
     """One loaded model and the state of one sequence.
 
@@ -126,15 +129,25 @@ class OneSequenceEngine(ABC):
 def load_engine(name: str, model_path: Path, threads: int | None = None) -> Engine:
     """Open a model file in the engine of that name, with one thread per physical core by default.
 
-    Raises `EdgekitError` for an unknown engine, a number of threads below 1, or a file that the
-    engine refuses.
+    Raises `EdgekitError` for an unknown engine, an impossible number of threads, or a file that
+    the engine refuses.
     """
     if name not in ENGINES:
         raise EdgekitError(f"unknown engine {name!r}; the engines are {', '.join(sorted(ENGINES))}")
-    if threads is not None and threads < 1:
-        raise EdgekitError(f"threads must be at least 1, not {threads}")
+    check_threads(threads)
     module = importlib.import_module(ENGINES[name])
     return cast(Engine, module.open_engine(Path(model_path), threads))
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse numbers of threads that no engine runs well with, and that some crash at.
+
+    Beyond one per CPU they only get in each other's way; a few more may be asked for to see it.
+    """
+    most = THREADS_PER_CPU * (os.cpu_count() or 1)
+    if threads is not None and not 1 <= threads <= most:
+        wanted = "at least 1" if threads < 1 else f"at most {most} ({THREADS_PER_CPU} per CPU)"
+        raise EdgekitError(f"threads must be {wanted}, not {threads}")
 
 
 def check_tokens(tokens: Sequence[int], position: int, context: int, vocab_size: int) -> TokenIds:

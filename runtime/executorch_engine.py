@@ -74,7 +74,7 @@ class ExecutorchEngine(OneSequenceEngine):
         _register_kernels()
         # Of the binding's ways to load, this one maps the file.
         self._program = binding._load_program(
-            str(path), program_verification=binding.Verification.InternalConsistency
+            os.fsencode(path), program_verification=binding.Verification.InternalConsistency
         )
         names = {self._program.get_method_name(i) for i in range(self._program.num_methods())}
         if FORWARD not in names:

@@ -369,7 +369,7 @@ class Record:
 
     def to_json(self) -> str:
         """Return the record as JSON text."""
-        return json.dumps(self.to_dict(), indent=1)
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def save(self, path: Path) -> None:
         """Write the JSON text whole or not at all; raises `EdgekitError` where that fails."""

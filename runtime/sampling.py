@@ -48,10 +48,10 @@ class SamplingParams:
         _demand(0 < self.top_p <= 1, "top-p", self.top_p, "above 0, and 1 (off) at most")
         _demand(0 <= self.min_p <= 1, "min-p", self.min_p, "0 (off) to 1")
         _demand(
-            math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0,
+            0.01 <= self.repeat_penalty <= 100,  # logits times or over it stay finite
             "repeat-penalty",
             self.repeat_penalty,
-            "above 0; 1 is off",
+            "0.01 to 100; 1 is off",
         )
         _demand(self.repeat_last_n >= 0, "repeat-last-n", self.repeat_last_n, "0 (off) or more")
         _demand(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "0 to 2^64 - 1")

@@ -98,6 +98,10 @@ def test_a_manifest_that_is_a_folder(folder: Path) -> None:
         (b"\xff{}", "not valid JSON"),
         (b'{"a": ' * 50_000, "not valid JSON"),
         (b"9" * 5000, "not valid JSON"),
+        (b'{"a": NaN}', "not valid JSON: NaN is no finite number"),
+        (b'{"a": [-Infinity]}', "not valid JSON: -Infinity is no finite number"),
+        (b'{"a": 1e999}', "not valid JSON: 1e999 is no finite number"),
+        (b'{"a": ' + b"[" * 40 + b"]" * 40 + b"}", "not valid JSON: its lists and objects are"),
         (b"[]", "must be a JSON object, got list"),
         (b"null", "must be a JSON object, got NoneType"),
         (b"{}", "format_version must be an integer"),
@@ -120,6 +124,14 @@ def test_any_key_of_any_type(folder: Path, key: str, value: object) -> None:
         assert len(str(error)) < 600
     else:
         assert type(opened.manifest[key]) is type(MANIFEST[key])
+
+
+@pytest.mark.parametrize("bytes_", [0, -1, True, 1.0, 10**400])
+@pytest.mark.parametrize("shape", [[2, 3], [], [0], [10**400], [True], [1] * 9])
+def test_a_tensor_of_impossible_size(folder: Path, bytes_: object, shape: list[int]) -> None:
+    row = {"tensor": "w", "scheme": "w8", "shape": shape, "bytes": bytes_}
+    edit(folder, lambda manifest: manifest.update(tensors=[row]))
+    assert_refused(folder, "edgekit.json: tensors must hold tensor, scheme, shape, bytes")
 
 
 @pytest.mark.parametrize("key", ["format_version", "files", *MANIFEST])

@@ -1,5 +1,6 @@
 """The benchmark on a real artifact: what runs in which order, and how it fails."""
 
+import errno
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from edgekit.runtime.worker import measure, random_tokens
 from edgekit.runtime.worker_process import WorkerProcess, worker_processes
 
 FAR_TOO_MANY = str(10**6)
+HUGE = ["9" * 5000, "9" * 400, str(2**63), "-1", ""]
 
 
 def settings(
@@ -332,6 +334,20 @@ def test_a_test_beyond_the_context_is_one_error(tiny_artifact: Path, option: str
     assert "the artifact's context is" in error
 
 
+def test_a_full_disk_behind_stdout_does_not_cost_the_record(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(record: Record) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("edgekit.runtime.table.render", full)
+    output = tmp_path / "record.json"
+    tests = ["-p", "1", "-n", "0", "-r", "1", "-t", "1", "-o", str(output)]
+    result = CliRunner().invoke(main, ["bench", str(tiny_artifact), *tests])
+    assert one_line_error(result) == "edgekit: No space left on device"
+    assert json.loads(output.read_text())["artifacts"]
+
+
 def test_an_unknown_artifact_is_one_error(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["bench", str(tmp_path / "no-such-artifact")])
     assert "no-such-artifact" in one_line_error(result)
@@ -343,6 +359,20 @@ def test_an_existing_record_is_not_overwritten(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["bench", "some-artifact", "-o", str(output)])
     assert "--force" in one_line_error(result)
     assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--cooldown", value] for value in ("nan", "inf", "-1", "1e309")),
+        *([option, value] for option in ("-p", "-n", "-d", "-r") for value in HUGE),
+        *(["-t", value] for value in ("0", "100000", "2147483648", "9" * 400)),
+        ["--seed", "-1"],
+    ],
+)
+def test_numbers_that_no_benchmark_can_have(arguments: list[str]) -> None:
+    error = one_line_error(CliRunner().invoke(main, ["bench", "some-artifact", *arguments]))
+    assert arguments[0].lstrip("-") in error or "threads" in error
 
 
 @pytest.mark.parametrize("arguments", [["-p", "many"], ["-n", "1.5"], ["-d", "1,,2"], ["-r", "0"]])

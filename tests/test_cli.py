@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import pytest
@@ -14,8 +15,8 @@ import torch
 from click.testing import CliRunner
 
 import edgekit
-from edgekit.cli import COMMANDS, DEFECT, INTERRUPTED, MISTAKE, describe, main
-from edgekit.errors import EdgekitError, VerificationError
+from edgekit.cli import COMMANDS, DEFECT, INTERRUPTED, MISTAKE, READER_GONE, describe, main
+from edgekit.errors import EdgekitError, Interrupted, VerificationError
 
 # Besides the standard library. `_distutils_hack` and the finders of editable installations are
 # imported by Python's start-up from .pth files, before any line of edgekit runs.
@@ -71,7 +72,33 @@ def test_module_is_the_command() -> None:
 def test_unknown_command_is_refused() -> None:
     result = CliRunner().invoke(main, ["exprot"])
     assert result.exit_code == MISTAKE
-    assert "No such command 'exprot'" in result.stderr
+    assert result.stderr == "edgekit: No such command 'exprot'. (see `main --help`)\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "lfm2-tiny"],
+        ["run", "--bogus"],
+        ["bench", "a", "-r", "0"],
+        ["devices", "a", "b\nc"],
+        ["no\nsuch"],
+        ["run", "no\nsuch", "hello"],
+        ["inspect", "\x1b[31m"],
+        ["fit", "no\x85such"],
+        ["quantize", "x" * 100_000],
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_printable_line(arguments: list[str]) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.stdout) == (MISTAKE, "")
+    assert result.stderr.endswith("\n")
+    assert result.stderr[:-1].isprintable()
+    assert len(result.stderr) < 1100
+
+
+def test_no_command_at_all_shows_the_help() -> None:
+    assert CliRunner().invoke(main, []).stderr.startswith("Usage: ")
 
 
 @pytest.fixture
@@ -94,7 +121,10 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], "click
     [
         (EdgekitError("no model 'x'"), 2, "edgekit: no model 'x'"),
         (VerificationError("drift"), 1, "edgekit: drift"),
+        (EdgekitError("a\nb\x1b[31m\udcff"), 2, r"edgekit: a\nb\x1b[31m\udcff"),
+        (EdgekitError("x" * 99_999), 2, f"edgekit: {'x' * 500} ... {'x' * 500}"),
         (KeyboardInterrupt(), INTERRUPTED, "edgekit: interrupted"),
+        (Interrupted("some are kept"), INTERRUPTED, "edgekit: some are kept"),
         (MemoryError(), MISTAKE, "edgekit: not enough memory"),
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/model.pte"),
@@ -147,7 +177,29 @@ def test_a_reader_that_goes_away_is_met_with_silence(arguments: list[str]) -> No
     finally:
         os.close(writer)
     assert done.stderr == ""
-    assert done.returncode not in (0, DEFECT)
+    assert done.returncode == READER_GONE
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["models"], ["run", "--help"]])
+def test_a_full_disk_behind_stdout_is_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "edgekit", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (MISTAKE, "edgekit: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_stream_that_the_caller_closed_is_no_defect(closed: str) -> None:
+    number = {"stdout": 1, "stderr": 2}[closed]
+    command = f"exec {sys.executable} -m edgekit fit lfm2-tiny --no-measure {number}>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) == (closed == "stderr")
 
 
 def test_public_names_are_imported_when_used() -> None:

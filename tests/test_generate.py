@@ -279,7 +279,9 @@ def test_reused_state_is_the_state_of_the_whole_prompt(tokenizer: Tokenizer) -> 
         list(answer)
         chat.keep(answer)
     module = chat.engine._module  # type: ignore[attr-defined]
-    whole = prompt_ids(tokenizer, chat.messages[:-1]) + tokenizer.encode("Bob.")
+    whole = prompt_ids(tokenizer, chat.messages[:-1], chat.engine.context) + tokenizer.encode(
+        "Bob."
+    )
     assert module.seen[: chat.engine.position].tolist() == whole[: chat.engine.position]
 
 
@@ -367,5 +369,5 @@ def test_a_generation_that_was_not_run_is_an_interrupted_one(tokenizer: Tokenize
 
 
 def test_saved_template_is_the_one_used(tokenizer: Tokenizer) -> None:
-    ids = prompt_ids(tokenizer, [{"role": "user", "content": "a"}])
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": "a"}], 64)
     assert ids[:2] == [1, 2], "one bos, which the template brings"

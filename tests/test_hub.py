@@ -172,13 +172,14 @@ def start(
 ) -> subprocess.Popen[str]:
     """Print what an expression gives in a new process, or the error that it raises."""
     program = f"""
-import json, {imports or "sys"}
+import json, sys, {imports or "sys"}
 from edgekit.errors import EdgekitError
 from edgekit.models.hub import cached_bytes, download
 try:
     print(json.dumps({code}, default=str))
 except EdgekitError as error:
     print(f"one line: {{error}}")
+    sys.exit(0 if error.exit_status == 2 else error.exit_status)
 """
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
@@ -279,7 +280,7 @@ def test_ctrl_c_is_one_line(hub: Hub, tmp_path: Path) -> None:
     assert hub.stalled.wait(60)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "")
+    assert (process.returncode, errors) == (130, "")
     assert (
         output == "one line: org/mini: download cancelled; finished files are kept for next time\n"
     )
@@ -291,6 +292,13 @@ def test_random_weights_fetch_no_weights(hub: Hub, tmp_path: Path) -> None:
     assert not [line for line in hub.requests if "safetensors" in line]
     text = result(run(hub, tmp_path, "download('org/mini', offline=True)"))
     assert text.startswith("one line: org/mini: not complete in the local cache")
+
+
+def test_a_damaged_cache_holds_no_model(hub: Hub, tmp_path: Path) -> None:
+    reference = tmp_path / "hub" / "models--org--mini" / "refs" / "main"
+    reference.parent.mkdir(parents=True)
+    reference.write_bytes(b"\xbb\xff")
+    assert result(run(hub, tmp_path, "cached_bytes('org/mini')")) == "null"
 
 
 def test_a_hub_id_resolves_to_a_model(hub: Hub, tmp_path: Path) -> None:

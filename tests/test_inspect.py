@@ -1,6 +1,7 @@
 """`edgekit inspect` on the bundled model's artifact, on a bare file and on damaged ones."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.inspect import TABLES, inspect
+from edgekit.exporters.pte import Program
 
 
 def run(*arguments: object) -> Result:
@@ -168,6 +170,15 @@ def test_a_manifest_whose_verification_is_anything(copy: Path, value: object) ->
     edit_manifest(copy, verification=value, recipe=value)
     assert run(copy).exit_code == 0
     assert run(copy, "--json").exit_code == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_metadata_that_json_cannot_say(
+    tiny_artifact: Path, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Program, "constant_methods", {"get_scale": value})
+    for options in ((), ("--json",)):
+        assert_one_line(run(tiny_artifact, *options), 2, "'get_scale' gives", "no finite number")
 
 
 def test_a_name_in_a_file_cannot_steer_the_terminal(copy: Path) -> None:

@@ -81,7 +81,7 @@ def test_wheel_carries_licence_command_and_metadata(wheel: Path) -> None:
     info = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     folder = info.removesuffix("METADATA")
     assert f"{folder}licenses/LICENSE" in archive.namelist()
-    assert "edgekit = edgekit.cli:main" in archive.read(f"{folder}entry_points.txt").decode()
+    assert "edgekit = edgekit.__main__:main" in archive.read(f"{folder}entry_points.txt").decode()
     metadata = archive.read(info).decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Dist: torch==2.13.0" in metadata

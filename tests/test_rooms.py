@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 # own version string. Everything left out is forbidden: quantize knows no file format, a runtime
 # runs files that it did not make, and no library code knows the command line.
 ROOMS = {
-    "quantize": r"edgekit\.errors|torch|numpy|safetensors",
+    "quantize": r"edgekit\.(errors|limits)|torch|numpy|safetensors",
     "edgekit/models": (
-        r"edgekit\.(errors|quantize)|torch|numpy|safetensors|tokenizers|jinja2|huggingface_hub"
+        r"edgekit\.(errors|limits|quantize)|torch|numpy|safetensors|tokenizers|jinja2|huggingface_hub"
     ),
     "exporters": (
         r"edgekit|edgekit\.(artifact|errors|models|quantize|tables|quiet|progress)"

@@ -1,5 +1,6 @@
 """`edgekit run` on the bundled model's artifact: in process, in a pipe and in a terminal."""
 
+import contextlib
 import json
 import os
 import pty
@@ -125,6 +126,40 @@ def test_a_prompt_longer_than_the_context(tiny_artifact: Path) -> None:
     assert_one_line(done, "edgekit: prompt of ", f" tokens does not fit the context of {context}")
 
 
+@pytest.mark.parametrize("raw", [(), ("--raw",)])
+def test_a_prompt_is_not_tokenized_that_cannot_fit(
+    tiny_artifact: Path, raw: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekit.models.tokenizer.Tokenizer.encode", None)
+    text = b"a" * (256 * 512 + 1)
+    for done in (
+        run(tiny_artifact, *raw, stdin=text),
+        run(tiny_artifact, text.decode(), *raw),
+        run(tiny_artifact, "x", "--system", text.decode()),
+    ):
+        words = "edgekit: a prompt of more than 131,072 bytes does not fit the context of 512"
+        assert_one_line(done, words)
+
+
+def test_standard_input_is_read_no_further_than_could_fit(tiny_artifact: Path) -> None:
+    with started(tiny_artifact, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        with pytest.raises(BrokenPipeError):  # nobody reads on
+            while True:
+                process.stdin.write(b"a" * (1 << 16))
+        assert b"does not fit the context of 512\n" in process.stderr.read()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names must be UTF-8")
+def test_a_folder_whose_name_is_not_utf8(tiny_artifact: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_artifact, os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    facts = run_json(folder, PROMPT, "-n", 2)
+    assert facts["artifact"].endswith("\udcff")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
@@ -135,7 +170,10 @@ def test_a_prompt_longer_than_the_context(tiny_artifact: Path) -> None:
         ("--repeat-penalty", "0", "repeat-penalty must be"),
         ("--seed", "-1", "seed must be"),
         ("--max-tokens", "0", "max-tokens must be at least 1, not 0"),
+        ("--repeat-penalty", "1e-300", "repeat-penalty must be 0.01 to 100; 1 is off, not 1e-300"),
         ("--threads", "0", "threads must be at least 1, not 0"),
+        ("--threads", "100000", "threads must be at most "),
+        ("--threads", "2147483648", "threads must be at most "),
         ("--stop", "", "a stop string must not be empty"),
     ],
 )

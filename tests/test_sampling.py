@@ -174,7 +174,7 @@ def test_masked_logits_are_never_drawn() -> None:
         ({"top_p": 0}, "top-p must be above 0"),
         ({"top_p": 1.01}, "top-p"),
         ({"min_p": 1.5}, "min-p must be 0 .off. to 1, not 1.5"),
-        ({"repeat_penalty": 0}, "repeat-penalty must be above 0"),
+        ({"repeat_penalty": 0}, "repeat-penalty must be 0.01 to 100"),
         ({"repeat_last_n": -1}, "repeat-last-n"),
         ({"seed": -1}, "seed must be 0"),
     ],

@@ -40,6 +40,10 @@ def test_a_table_without_rows_is_its_header() -> None:
     assert markdown_table(["a", "b"], []) == "| a   | b   |\n| --- | --- |"
 
 
+def test_cells_cannot_steer_the_terminal() -> None:
+    assert "| a?[31m?b |" in markdown_table(["x"], [["a\x1b[31m\ud800b"]])
+
+
 def test_cells_cannot_break_the_table() -> None:
     assert markdown_table(["a"], [["x|y\nz"]]).splitlines()[2] == "| x\\|y z |"
 

@@ -11,9 +11,16 @@ from edgekit.errors import EdgekitError
 def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     """Read whole numbers separated by commas, as llama-bench takes them: `128,512`."""
     parts = value.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 128,512")
+    if not all(part.strip().isdecimal() and len(part) <= 9 for part in parts):
+        raise click.BadParameter(f"{value!r:.60} is not a list of whole numbers such as 128,512")
     return tuple(int(part) for part in parts)
+
+
+def _rest(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """Refuse what is no duration: click's FloatRange lets `nan` through."""
+    if not 0 <= value <= 3600:
+        raise click.BadParameter(f"{value:g} is not a number from 0 to 3600")
+    return value
 
 
 @click.command()
@@ -51,23 +58,30 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
 @click.option(
     "-r",
     "--repetitions",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1_000_000),
     default=5,
     show_default=True,
     help="Timed repetitions of each test, after one warm-up.",
 )
 @click.option(
-    "-t", "--threads", type=click.IntRange(1), help="CPU threads  [default: physical cores]"
+    "-t", "--threads", type=int, help="CPU threads, 4 per CPU at most  [default: physical cores]"
 )
 @click.option(
     "--cooldown",
     "cooldown_s",
     metavar="SECONDS",
-    type=click.FloatRange(0, 3600),
+    type=float,
+    callback=_rest,
     default=0.0,
     help="Rest before every repetition.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the token ids.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the token ids.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of the tables.")
 @click.option(
     "-o",
@@ -97,8 +111,10 @@ def command(
     """
     if output is not None:
         _check_writable(output, force)
-    from edgekit.runtime.bench import bench
+    from edgekit.interrupts import interrupts_end_the_process
 
+    with interrupts_end_the_process():
+        from edgekit.runtime.bench import bench
     try:
         record = bench(
             artifacts,
@@ -116,9 +132,11 @@ def command(
             click.echo("\r\x1b[K", nl=False, err=True)
     from edgekit.runtime.table import render
 
-    click.echo(record.to_json() if as_json else render(record))
-    if output is not None:
-        record.save(output)  # last: a full disk does not cost the figures just printed
+    try:
+        click.echo(record.to_json() if as_json else render(record))
+    finally:  # what took long is kept in one place where the other is full or gone
+        if output is not None:
+            record.save(output)
 
 
 def _check_writable(output: Path, force: bool) -> None:

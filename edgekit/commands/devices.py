@@ -8,6 +8,10 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def command(name: str | None, as_json: bool) -> None:
     """List the known devices and this machine ("local"), or the facts of one."""
-    from edgekit.devices.report import describe_devices
+    from edgekit.interrupts import interrupts_end_the_process
 
-    click.echo(describe_devices(name, as_json))
+    with interrupts_end_the_process():
+        from edgekit.devices.report import describe_devices
+
+        text = describe_devices(name, as_json)
+    click.echo(text)

@@ -1,11 +1,11 @@
 """`edgekit export`: from a model's name to a verified artifact folder."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgekit.commands._json import print_json
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
 
 if TYPE_CHECKING:
@@ -48,9 +48,10 @@ def command(
     Quantizes once, writes the engine's file, runs it in the engine and compares its logits with
     the model's. The folder appears only when all of that has succeeded.
     """
+    from edgekit.interrupts import interrupts_end_the_process
     from edgekit.quiet import quiet_imports
 
-    with quiet_imports():
+    with interrupts_end_the_process(), quiet_imports():
         from edgekit.export import export, plan_export
         from edgekit.exporters.artifact import check_output
         from edgekit.progress import stage_printer
@@ -72,7 +73,7 @@ def command(
         _show_plan(plan, as_json)
     manifest = export(plan, folder, force, stage_printer())
     if as_json:
-        click.echo(json.dumps({"artifact": str(folder), **manifest}))
+        print_json({"artifact": str(folder), **manifest})
     else:
         _show_result(folder, manifest["verification"])
 
@@ -83,7 +84,7 @@ def _show_plan(plan: "Plan", as_json: bool) -> None:
     if as_json:
         tensors = table_json(plan.rows, plan.tied)
         total = total_bytes(plan.rows, plan.tied)
-        click.echo(json.dumps({"model": plan.source.id, "tensors": tensors, "bytes": total}))
+        print_json({"model": plan.source.id, "tensors": tensors, "bytes": total})
     else:
         click.echo(format_table(plan.rows, plan.tied))
 

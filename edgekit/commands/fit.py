@@ -1,11 +1,11 @@
 """`edgekit fit`: will a model fit a device, and how fast can it decode at best."""
 
-import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgekit.commands._json import print_json
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
 from edgekit.errors import EdgekitError
 
@@ -90,15 +90,21 @@ def command(
     if device == LOCAL and bandwidth is None and not no_measure:
         target = replace(target, bandwidth=_measure())
     facts = _facts(fit, name, choice, target)
-    click.echo(json.dumps(facts, indent=2) if as_json else _text(fit, name, choice, target))
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo(_text(fit, name, choice, target))
 
 
 def _predict(
     model: str, choice: RecipeChoice, context: int | None, depth: int
 ) -> "tuple[Fit, str]":
-    from edgekit.devices.fit import DEFAULT_CONTEXT, predict
-    from edgekit.models.source import resolve_model
-    from edgekit.quantize.recipe import EMBEDDING, HEAD, resolve
+    from edgekit.interrupts import interrupts_end_the_process
+
+    with interrupts_end_the_process():
+        from edgekit.devices.fit import DEFAULT_CONTEXT, predict
+        from edgekit.models.source import resolve_model
+        from edgekit.quantize.recipe import EMBEDDING, HEAD, resolve
 
     source = resolve_model(model, random_weights=True)
     shapes = source.config.tensor_shapes()

@@ -1,9 +1,10 @@
 """`edgekit inspect`: what an artifact is made of."""
 
-import json
 from pathlib import Path
 
 import click
+
+from edgekit.commands._json import print_json
 
 
 @click.command()
@@ -16,7 +17,13 @@ def command(artifact: Path, check: bool, as_json: bool) -> None:
     Bytes by component, schemes, delegates, operators that run outside them, metadata and the
     figures of the verification. With --check, a damaged file ends in exit status 1.
     """
-    from edgekit.exporters.inspect import inspect
+    from edgekit.interrupts import interrupts_end_the_process
+
+    with interrupts_end_the_process():
+        from edgekit.exporters.inspect import inspect
 
     report = inspect(artifact, check)
-    click.echo(json.dumps(report.to_dict()) if as_json else report.text())
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        click.echo(report.text())

@@ -1,10 +1,11 @@
 """`edgekit models`: the models known by name, and which of them lie on this machine."""
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING
 
 import click
+
+from edgekit.commands._json import print_json
 
 if TYPE_CHECKING:
     from edgekit.models.source import ModelRow
@@ -14,11 +15,14 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of the table.")
 def command(as_json: bool) -> None:
     """List the models known by name: parameters, licence, hub id, and what is local."""
-    from edgekit.models.source import list_models
+    from edgekit.interrupts import interrupts_end_the_process
 
-    rows = list_models()
+    with interrupts_end_the_process():  # nothing is written: all of it may be cut short
+        from edgekit.models.source import list_models
+
+        rows = list_models()
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        print_json([dataclasses.asdict(row) for row in rows])
     else:
         click.echo(_table(rows))
 

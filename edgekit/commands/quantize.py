@@ -1,12 +1,12 @@
 """`edgekit quantize`: codes and scales of a model in one safetensors file."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgekit.commands._json import print_json
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
 
 if TYPE_CHECKING:
@@ -45,9 +45,12 @@ def command(
 
     Prints what each tensor is stored as, its bytes, and the signal to quantization noise ratio.
     """
-    from edgekit.models.source import resolve_model
-    from edgekit.quantize.recipe import resolve, tied_shapes, warnings
-    from edgekit.quantize.write import check_output
+    from edgekit.interrupts import interrupts_end_the_process
+
+    with interrupts_end_the_process():
+        from edgekit.models.source import resolve_model
+        from edgekit.quantize.recipe import resolve, tied_shapes, warnings
+        from edgekit.quantize.write import check_output
 
     recipe = choice.recipe()
     if output is not None and not dry_run:
@@ -102,7 +105,7 @@ def _show(
         "bytes": total_bytes(rows, tied),
         "file": None if path is None else str(path),
     }
-    click.echo(json.dumps(record, indent=2))
+    print_json(record)
 
 
 def _last(model_id: str) -> str:

@@ -1,7 +1,6 @@
 """`edgekit run`: generate text from an artifact."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgekit.commands._json import print_json
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=int, help="Makes the text reproducible.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
-@click.option("-t", "--threads", type=int, help="Default: the physical cores.")
+@click.option(
+    "-t", "--threads", type=int, help="CPU threads, 4 per CPU at most  [default: physical cores]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Text and figures as JSON, at the end.")
 def command(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Generate text from ARTIFACT, a folder that `edgekit export` wrote.
@@ -50,10 +52,7 @@ def command(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -
     the model ends it, at --max-tokens, at a --stop or with the context.
     """
     with _interruptible(as_json):
-        text = _prompt(prompt)
-        if text is None:
-            _refuse_in_chat(raw=options["raw"], json=as_json)
-        _run(artifact, text, as_json, options)
+        _run(artifact, prompt, as_json, options)
 
 
 @contextlib.contextmanager
@@ -66,16 +65,17 @@ def _interruptible(as_json: bool) -> Iterator[None]:
         sys.exit(130)
 
 
-def _prompt(given: str | None) -> str | None:
-    """Return the prompt; None where a chat is wanted."""
-    if given is None and sys.stdin is not None and sys.stdin.isatty():
-        return None
-    return _standard_input() if given in (None, "-") else given
+def _is_chat(prompt: str | None) -> bool:
+    return prompt is None and sys.stdin is not None and sys.stdin.isatty()
 
 
-def _standard_input() -> str:
-    """Read all of standard input, less the newline with which `echo` ends its text."""
-    data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+def _standard_input(context: int) -> str:
+    """Read standard input, less the newline with which `echo` ends its text."""
+    from edgekit.runtime.chat import check_length, longest_text
+
+    # one byte too many shows that there is more, and is not waited for
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read(longest_text(context) + 1)
+    check_length(data, context)
     try:
         return data.decode().removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -89,19 +89,25 @@ def _refuse_in_chat(**flags: bool) -> None:
             raise EdgekitError(f"--{name} needs a PROMPT (or text on standard input)")
 
 
-def _run(path: Path, text: str | None, as_json: bool, options: dict[str, Any]) -> None:
+def _run(path: Path, prompt: str | None, as_json: bool, options: dict[str, Any]) -> None:
     """Check everything that costs nothing, then load the engine and generate."""
-    from edgekit.artifact import Artifact
-    from edgekit.models.tokenizer import Tokenizer
-    from edgekit.runtime.chat import Chat
-    from edgekit.runtime.engine import load_engine
-    from edgekit.runtime.generate import generate
+    from edgekit.interrupts import interrupts_end_the_process
 
+    with interrupts_end_the_process():
+        from edgekit.artifact import Artifact
+        from edgekit.models.tokenizer import Tokenizer
+        from edgekit.runtime.chat import Chat
+        from edgekit.runtime.engine import load_engine
+        from edgekit.runtime.generate import generate
+
+    if _is_chat(prompt):
+        _refuse_in_chat(raw=options["raw"], json=as_json)
     params = _params(options)
     artifact = Artifact.open(path)
     tokenizer = Tokenizer.load(artifact.folder)
-    ids = None if text is None else _prompt_ids(tokenizer, text, options)
-    engine = load_engine(artifact.target, artifact.model_path, options["threads"])
+    ids = None if _is_chat(prompt) else _prompt_ids(tokenizer, prompt, artifact.context, options)
+    with interrupts_end_the_process():
+        engine = load_engine(artifact.target, artifact.model_path, options["threads"])
     limits = {"max_tokens": options["max_tokens"], "stop_strings": options["stop"]}
     with contextlib.closing(engine):
         if ids is None:
@@ -123,16 +129,20 @@ def _params(options: dict[str, Any]) -> "SamplingParams":
     return SamplingParams(**{name: options[name] for name in names})
 
 
-def _prompt_ids(tokenizer: "Tokenizer", text: str, options: dict[str, Any]) -> list[int]:
-    from edgekit.runtime.chat import first_messages, prompt_ids
+def _prompt_ids(
+    tokenizer: "Tokenizer", prompt: str | None, context: int, options: dict[str, Any]
+) -> list[int]:
+    from edgekit.runtime.chat import check_length, first_messages, prompt_ids
 
+    text = _standard_input(context) if prompt in (None, "-") else prompt
+    assert text is not None
     if options["raw"]:
+        check_length(text, context)
         return tokenizer.encode(text)
     if not text.strip():
         raise EdgekitError("the prompt is empty")
-    return prompt_ids(
-        tokenizer, [*first_messages(options["system"]), {"role": "user", "content": text}]
-    )
+    question = {"role": "user", "content": text}
+    return prompt_ids(tokenizer, [*first_messages(options["system"]), question], context)
 
 
 def _stream(answer: "Generation") -> None:
@@ -146,7 +156,7 @@ def _print_json(path: Path, engine: "Engine", answer: "Generation") -> None:
     for _ in answer:
         pass
     facts = {"artifact": str(path), "engine": engine.name, "version": engine.version}
-    click.echo(json.dumps(facts | answer.result().to_dict(), indent=2))
+    print_json(facts | answer.result().to_dict())
 
 
 def _converse(chat: "Chat") -> None:

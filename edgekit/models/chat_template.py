@@ -2,7 +2,7 @@
 
 The environment is the one transformers gives to templates (`apply_chat_template`), so that the
 prompt is the same character for character. A template is code from the hub: it runs in jinja2's
-immutable sandbox, and an error in it is a one-line error here.
+immutable sandbox, within bounds of time and memory, and an error in it is a one-line error here.
 """
 
 import json
@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from edgekit.errors import EdgekitError
+from edgekit.limits import bounded
 from edgekit.models.config import load_json_object
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -31,7 +32,8 @@ class ChatTemplate:
         """Compile a template; refuse one with a syntax error."""
         self.text, self.place = text, place
         try:
-            self._template = _environment().from_string(text)
+            with bounded():  # jinja2 computes constants when it compiles
+                self._template = _environment().from_string(text)
         except Exception as error:  # jinja2 passes on what Python's compiler raises, too
             raise EdgekitError(f"{place}: broken chat template: {_one_line(error)}") from error
 
@@ -59,11 +61,12 @@ class ChatTemplate:
         `variables` are what the template sees besides, such as bos_token or tools.
         """
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **({"tools": None, "documents": None} | dict(variables or {})),
-            )
+            with bounded():
+                return self._template.render(
+                    messages=[dict(message) for message in messages],
+                    add_generation_prompt=add_generation_prompt,
+                    **({"tools": None, "documents": None} | dict(variables or {})),
+                )
         except Exception as error:  # template code can raise anything, such as a TypeError
             raise EdgekitError(f"{self.place}: chat template: {_one_line(error)}") from error
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, Interrupted
 
 _SMALL_FILES = (
     "config.json",
@@ -51,7 +51,7 @@ def download(
             warnings.filterwarnings("ignore", message="Not enough free disk space")
             return _snapshot(hub_id, revision, offline, weights)
     except KeyboardInterrupt as error:
-        raise EdgekitError(
+        raise Interrupted(
             f"{hub_id}: download cancelled; finished files are kept for next time"
         ) from error
     except Exception as error:  # the HTTP library underneath, and so its errors, vary by version
@@ -62,7 +62,7 @@ def cached_bytes(hub_id: str) -> int | None:
     """Return the size of a model that lies complete in the local cache; None if it does not."""
     try:
         folder = _snapshot(hub_id, None, offline=True, weights=True)
-    except (LocalEntryNotFoundError, OSError):
+    except (LocalEntryNotFoundError, OSError, ValueError):  # the last: a damaged cache
         return None
     files = [path for path in folder.iterdir() if path.is_file()]
     if not any(path.suffix == ".safetensors" for path in files):

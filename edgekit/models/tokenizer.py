@@ -125,7 +125,7 @@ def _load_backend(file: Path) -> tokenizers.Tokenizer:
     if _decoder_types(content.get("decoder")) != ["ByteLevel"]:
         raise EdgekitError(f"{file}: is not a byte-level tokenizer; only those are supported")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend = tokenizers.Tokenizer.from_buffer(file.read_bytes())
         backend.decode(backend.encode("a b").ids)  # some faults only show in use
     except (KeyboardInterrupt, SystemExit):
         raise
