@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgekit.artifact import FORMAT_VERSION, MANIFEST, os_reason, sha256_of
+from edgekit.artifact import FORMAT_VERSION, MANIFEST, sha256_of
 from edgekit.errors import EdgekitError
+from edgekit.files import check_parent, os_reason
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,11 +51,7 @@ def check_output(output: Path, force: bool) -> None:
             raise EdgekitError(f"{output}: exists; give --force to replace it or another -o")
         if any(output.iterdir()) and not (output / MANIFEST).is_file():
             raise EdgekitError(f"{output}: is no edgekit artifact, so --force does not replace it")
-    parent = output.absolute().parent
-    if not parent.is_dir():
-        raise EdgekitError(f"{parent}: does not exist, so {output.name} cannot be made in it")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise EdgekitError(f"{parent}: is not writable, so {output.name} cannot be made in it")
+    check_parent(output)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ signed. A tensor that is another one's object under a second name is `{"same_as"
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
+from edgekit.files import new_file
 from edgekit.quantize.packing import pack, unpack
 from edgekit.quantize.tensor import QuantizedTensor, scales_shape
 
@@ -30,24 +30,21 @@ Contents = dict[str, Stored]
 
 
 def save_quantized(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """Write tensors to `path` at once: a temporary file beside it, then a rename.
+    """Write tensors to `path` whole or not at all; an existing file is replaced.
 
-    An existing file is replaced. Raises ValueError where two names would collide in the file and
+    Raises ValueError where two names would collide in the file and
     EdgekitError where it cannot be written.
     """
     arrays, entries = _flatten(tensors)
     metadata = {"edgekit": json.dumps({"format_version": FORMAT_VERSION, "tensors": entries})}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with new_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask allows; safetensors leaves 0600
-        save_file(arrays, temporary, metadata=metadata)
+        try:
+            save_file(arrays, temporary, metadata=metadata)
+        except SafetensorError as error:  # the system's errors too: its Rust code writes
+            raise EdgekitError(f"{path}: cannot be written: {_one_line(error)}") from error
         temporary.chmod(mode)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise EdgekitError(f"{path}: cannot be written: {_one_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_quantized(path: Path) -> Contents:

@@ -6,23 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgekit.errors import EdgekitError
 from edgekit.quantize.apply import Applied, apply, sqnr_db
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.storage import Stored, save_quantized
 from edgekit.quantize.tensor import QuantizedTensor
-
-
-def check_output(path: Path, force: bool) -> None:
-    """Raise EdgekitError where `path` cannot become the output, before any work is done."""
-    if path.is_dir():
-        raise EdgekitError(f"{path}: is a folder; give the name of a .safetensors file")
-    if not path.parent.is_dir():
-        raise EdgekitError(f"{path}: the folder {path.parent} does not exist")
-    if path.exists() and not force:
-        raise EdgekitError(f"{path}: exists already; --force overwrites it")
-    if path.exists() and (path.is_symlink() or not path.is_file()):
-        raise EdgekitError(f"{path}: is no regular file, so --force does not replace it")
 
 
 def quantize_to_file(

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import click
 
-from edgekit.errors import EdgekitError
-
 
 def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     """Read whole numbers separated by commas, as llama-bench takes them: `128,512`."""
@@ -95,8 +93,10 @@ def command(
     state. -p, -n and -d take several values: -p 128,512. Several artifacts are measured in turn,
     repetition by repetition, and compared with the first.
     """
-    if output is not None:
-        _check_writable(output, force)
+    from edgekit.files import check_output_file
+
+    if output is not None:  # before the measuring, which may take long
+        check_output_file(output, force)
     from edgekit.runtime.bench import bench
 
     try:
@@ -119,16 +119,6 @@ def command(
     click.echo(record.to_json() if as_json else render(record))
     if output is not None:
         record.save(output)  # last: a full disk does not cost the figures just printed
-
-
-def _check_writable(output: Path, force: bool) -> None:
-    """Find out before the measuring, which may take long, that its record has no place."""
-    if output.exists() and not force:
-        raise EdgekitError(f"{output} exists: choose another --output, or --force to overwrite it")
-    if output.exists() and (output.is_symlink() or not output.is_file()):
-        raise EdgekitError(f"{output} is no regular file, so --force does not replace it")
-    if not output.parent.is_dir():
-        raise EdgekitError(f"cannot write {output}: there is no folder {output.parent}")
 
 
 def _show(done: int, total: int, label: str) -> None:
