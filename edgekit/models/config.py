@@ -106,11 +106,16 @@ class ModelConfig:
 
     @classmethod
     def load(cls, path: Path) -> "ModelConfig":
-        """Read a config.json, or the one inside a folder."""
+        """Read a config.json, or the one inside a folder.
+
+        In a folder, bos and eos are those of generation_config.json where it names them, as in
+        transformers' `generate`.
+        """
         file = path / "config.json" if path.is_dir() else path
         raw = load_json_object(file)
+        ids = _generation_ids(path / "generation_config.json", raw.get("vocab_size"))
         try:
-            return cls.from_dict(raw)
+            return cls.from_dict(raw | ids)
         except EdgekitError as error:
             raise EdgekitError(f"{file}: {str(error).removeprefix('config: ')}") from error
 
@@ -394,6 +399,26 @@ def token_ids(value: object, key: str) -> tuple[int, ...]:
         if type(token) is not int or not 0 <= token < _MAX_VOCAB:
             raise EdgekitError(f"config: {key} must be a token id or a list, not {_show(value)}")
     return tuple(dict.fromkeys(ids))
+
+
+def _generation_ids(file: Path, vocab_size: object) -> dict[str, Any]:
+    """Return the bos and eos ids that a generation_config.json names, none where there is none."""
+    if not file.is_file():
+        return {}
+    raw, found = load_json_object(file), dict[str, Any]()
+    for key in ("bos_token_id", "eos_token_id"):
+        try:
+            ids = token_ids(raw.get(key), key)
+        except EdgekitError as error:
+            raise EdgekitError(f"{file}: {str(error).removeprefix('config: ')}") from error
+        for token in ids:
+            if isinstance(vocab_size, int) and token >= vocab_size:
+                raise EdgekitError(
+                    f"{file}: {key} {token} is outside the vocabulary of {vocab_size}"
+                )
+        if ids:
+            found[key] = list(ids) if key == "eos_token_id" else ids[0]
+    return found
 
 
 def _pad_id(keys: _Keys) -> int | None:
