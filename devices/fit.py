@@ -29,7 +29,6 @@ from edgekit.errors import EdgekitError
 FLOAT_BYTES = 4
 USABLE_RAM = 0.75  # of what is installed; the rest is the operating system's and other programs'
 GIB = 1024**3
-DEFAULT_CONTEXT = 2048
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 

@@ -11,3 +11,8 @@ class VerificationError(EdgekitError):
     """An exported file does not compute what the model computes (exit 1, no artifact left)."""
 
     exit_status = 1
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return what a library says, without its line breaks and stack frames; never empty."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -22,7 +22,6 @@ from edgekit.quantize.table import table_json
 from edgekit.runtime.engine import load_engine
 
 TARGETS = ("executorch",)
-DEFAULT_CONTEXT = 2048
 VERIFY_TOKENS = 128
 
 
@@ -54,7 +53,7 @@ def plan_export(
     rows = resolve(recipe, shapes)
     target_executorch.check_rows(rows)
     limit = source.config.max_context
-    context = min(limit, DEFAULT_CONTEXT) if context is None else context
+    context = source.config.default_context if context is None else context
     if not 1 <= context <= limit:
         raise EdgekitError(f"--context {context}: {source.id} has room for 1 to {limit} tokens")
     return Plan(source, recipe, rows, tied, context, target)

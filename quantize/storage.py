@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, one_line
 from edgekit.files import new_file
 from edgekit.quantize.packing import pack, unpack
 from edgekit.quantize.tensor import QuantizedTensor, scales_shape
@@ -43,7 +43,7 @@ def save_quantized(path: Path, tensors: Mapping[str, Stored]) -> None:
         try:
             save_file(arrays, temporary, metadata=metadata)
         except SafetensorError as error:  # the system's errors too: its Rust code writes
-            raise EdgekitError(f"{path}: cannot be written: {_one_line(error)}") from error
+            raise EdgekitError(f"{path}: cannot be written: {one_line(error)}") from error
         temporary.chmod(mode)
 
 
@@ -56,7 +56,7 @@ def load_quantized(path: Path) -> Contents:
             entries = _read_entries(path, file.metadata())
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise EdgekitError(f"{path}: cannot be read: {_one_line(error)}") from error
+        raise EdgekitError(f"{path}: cannot be read: {one_line(error)}") from error
     return _assemble(path, entries, arrays)
 
 
@@ -147,7 +147,7 @@ def _assemble(path: Path, entries: dict[str, Any], arrays: dict[str, Tensor]) ->
             else:
                 result[name] = _quantized(name, entry, arrays)
         except (ValueError, RuntimeError) as error:
-            raise EdgekitError(f"{path}: {name}: {_one_line(error)}") from error
+            raise EdgekitError(f"{path}: {name}: {one_line(error)}") from error
     result |= arrays  # what is left is float
     for name, first in aliases.items():
         if first not in result or first in aliases:
@@ -197,8 +197,3 @@ def _quantized(name: str, entry: dict[str, Any], arrays: dict[str, Tensor]) -> Q
         axis=entry["axis"],
         codebook=codebook,
     )
-
-
-def _one_line(error: Exception) -> str:
-    """Return a library's message without its line breaks and stack frames."""
-    return " ".join(str(error).split())[:300]

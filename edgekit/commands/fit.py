@@ -96,7 +96,7 @@ def command(
 def _predict(
     model: str, choice: RecipeChoice, context: int | None, depth: int
 ) -> "tuple[Fit, str]":
-    from edgekit.devices.fit import DEFAULT_CONTEXT, predict
+    from edgekit.devices.fit import predict
     from edgekit.models.source import resolve_model
     from edgekit.quantize.recipe import EMBEDDING, HEAD, resolve
 
@@ -104,8 +104,7 @@ def _predict(
     shapes = source.config.tensor_shapes()
     # A tied model has no tensor for its head, but the head is stored and read all the same.
     rows = resolve(choice.recipe(), shapes | {HEAD: shapes[EMBEDDING]})
-    positions = context or min(DEFAULT_CONTEXT, source.config.max_context)
-    return predict(source.config, rows, positions, depth), source.id
+    return predict(source.config, rows, context or source.config.default_context, depth), source.id
 
 
 def _target(device: str, ram: float | None, bandwidth: float | None) -> _Target:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, one_line
 
 LAYER_TYPES = ("conv", "full_attention")
 
@@ -175,6 +175,11 @@ class ModelConfig:
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layer_types)
+
+    @property
+    def default_context(self) -> int:
+        """Positions to make room for where nobody says how many: state takes memory for each."""
+        return min(self.max_context, 2048)
 
     @property
     def parameter_count(self) -> int:
@@ -459,8 +464,7 @@ def load_json_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise EdgekitError(f"{path}: not valid JSON: {reason}") from error
+        raise EdgekitError(f"{path}: not valid JSON: {one_line(error, 120)}") from error
     if not isinstance(content, dict):
         raise EdgekitError(f"{path}: must hold a JSON object")
     return content
