@@ -253,7 +253,8 @@ def test_an_export_that_fails_its_verification(
     small_model: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bound that no file can hold stands for a file that does not hold the real one."""
-    monkeypatch.setattr(verify, "MAX_KLD", -1.0)
+    for bound in ("MAX_KLD", "SHARE_OF_QUANTIZATION"):
+        monkeypatch.setattr(verify, bound, -1.0)
     done = export(small_model, place / "out")
     assert done.exit_code == 1
     assert done.stderr.startswith("edgekit: verification: the file against the quantized model: ")
