@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from edgekit.devices.fit import GIB, USABLE_RAM, Fit
 from edgekit.devices.probe import Cache, Cluster, Machine, probe
 from edgekit.devices.profile import LOCAL, DeviceProfile, bundled_profiles, find_profile
-from edgekit.tables import markdown_table
+from edgekit.tables import markdown_table, plain_table
 
 UNKNOWN = "unknown"
 
@@ -146,8 +146,7 @@ def _ram_options(profile: DeviceProfile) -> str:
 
 
 def _facts(facts: Mapping[str, str | int | None]) -> str:
-    width = max(map(len, facts))
-    return "\n".join(f"{key:<{width}}  {value or UNKNOWN}" for key, value in facts.items())
+    return plain_table([[key, str(value or UNKNOWN)] for key, value in facts.items()], "ll")
 
 
 def _words(words: Sequence[str] | None) -> str:

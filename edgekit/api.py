@@ -4,6 +4,7 @@ from pathlib import Path
 
 from edgekit.artifact import Artifact
 from edgekit.export import export, plan_export
+from edgekit.exporters.artifact import check_output
 from edgekit.progress import Progress
 from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
 from edgekit.quantize.scheme import Scheme
@@ -28,6 +29,7 @@ def export_model(
     Raises `EdgekitError` for a mistake and `VerificationError` for a file that does not compute
     what the model computes; both leave nothing at `output`.
     """
+    check_output(Path(output), force)
     plan = plan_export(
         model, target, _recipe(recipe), context, revision, random_weights=random_weights
     )

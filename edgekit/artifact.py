@@ -1,6 +1,5 @@
 """Reading an artifact folder: `edgekit.json` and the files it lists, checked before use."""
 
-import errno
 import hashlib
 import json
 import math
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
+from edgekit.files import os_reason
 
 MANIFEST = "edgekit.json"
 FORMAT_VERSION = 1
@@ -92,13 +92,6 @@ def sha256_of(path: Path) -> str:
     """Return the hexadecimal sha256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def os_reason(error: OSError) -> str:
-    """Return what the system says, in words for a user."""
-    if error.errno == errno.ENOSPC:
-        return "no space left on the device"
-    return error.strerror or str(error)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

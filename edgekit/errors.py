@@ -17,3 +17,8 @@ class Interrupted(EdgekitError):
     """Ctrl-C ended work of which something is kept, which the message says (exit 130)."""
 
     exit_status = 130
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return what a library says, without its line breaks and stack frames; never empty."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

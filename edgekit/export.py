@@ -9,12 +9,12 @@ from typing import Any
 from edgekit import __version__
 from edgekit.errors import EdgekitError
 from edgekit.exporters import executorch as target_executorch
-from edgekit.exporters.artifact import check_output, copy_tokenizer, new_artifact, write_manifest
+from edgekit.exporters.artifact import copy_tokenizer, new_artifact, write_manifest
 from edgekit.exporters.reference_text import TEXT
 from edgekit.exporters.verify import Reference, Verification, reference, verify
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource, resolve_model
-from edgekit.models.tokenizer import Tokenizer
+from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgekit.progress import Progress
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.recipe import Recipe, Resolved, resolve, tied_shapes
@@ -22,7 +22,6 @@ from edgekit.quantize.table import table_json
 from edgekit.runtime.engine import load_engine
 
 TARGETS = ("executorch",)
-DEFAULT_CONTEXT = 2048
 VERIFY_TOKENS = 128
 
 
@@ -54,7 +53,7 @@ def plan_export(
     rows = resolve(recipe, shapes)
     target_executorch.check_rows(rows)
     limit = source.config.max_context
-    context = min(limit, DEFAULT_CONTEXT) if context is None else context
+    context = source.config.default_context if context is None else context
     if not 1 <= context <= limit:
         raise EdgekitError(f"--context {context}: {source.id} has room for 1 to {limit} tokens")
     return Plan(source, recipe, rows, tied, context, target)
@@ -63,16 +62,17 @@ def plan_export(
 def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[str, Any]:
     """Quantize, export, verify in the engine; return the manifest of the folder `output`.
 
-    Raises EdgekitError, and leaves nothing, for a mistake of the user's; VerificationError
-    where the file does not compute what the model computes.
+    The caller has let `check_output` judge that folder. Raises EdgekitError, and leaves nothing,
+    for a mistake of the user's; VerificationError where the file does not compute what the model
+    computes.
     """
-    check_output(output, force)
     source, config = plan.source, plan.source.config
-    tokens = _verification_tokens(source, plan.context)
+    tokens = verification_tokens(source, plan.context)
+    checkpoint = source.checkpoint  # here a model on the hub is downloaded
     with new_artifact(output, force) as folder:
         progress("quantizing")
-        read = float_reader(config, source.checkpoint)
-        weights = dict(quantize_tensors(plan.rows, source.checkpoint.tensor, plan.tied))
+        read = float_reader(config, checkpoint)
+        weights = dict(quantize_tensors(plan.rows, checkpoint.tensor, plan.tied))
         progress("computing the reference")
         expected = reference(
             tokens,
@@ -100,16 +100,20 @@ def _verify(target: str, path: Path, expected: Reference) -> Verification:
         engine.close()
 
 
-def _verification_tokens(source: ModelSource, context: int) -> list[int]:
-    """Real text where the model has a tokenizer, else random tokens; never more than fits."""
+def verification_tokens(source: ModelSource, context: int) -> list[int]:
+    """Real text where the model has a tokenizer, else random tokens; never more than fits.
+
+    Only random weights may come without a tokenizer.
+    """
     limit = min(VERIFY_TOKENS, context)
-    if source.folder is None:
+    folder = source.folder
+    if folder is None or (source.random_weights and not (folder / TOKENIZER_FILE).is_file()):
         draw = random.Random(0)
         return [draw.randrange(source.config.vocab_size) for _ in range(limit)]
-    tokenizer = Tokenizer.load(source.folder)
+    tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > source.config.vocab_size:
         raise EdgekitError(
-            f"{source.folder / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens, the model's "
+            f"{folder / TOKENIZER_FILE}: has {tokenizer.vocab_size} tokens, the model's "
             f"vocabulary only {source.config.vocab_size}"
         )
     return tokenizer.encode(TEXT)[:limit]

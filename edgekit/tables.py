@@ -1,4 +1,4 @@
-"""Aligned Markdown tables: the one way in which every command prints rows."""
+"""Aligned tables, as Markdown or plain: the two ways in which every command prints rows."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -27,6 +27,15 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], align:
     return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
 
 
+def plain_table(rows: Sequence[Sequence[str]], align: str) -> str:
+    """Return rows of equal length as lines of columns two spaces apart.
+
+    `align` holds one letter per column, `l` or `r`. No newline at the end, no space before one.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(_padded(row, widths, align)).rstrip() for row in rows)
+
+
 def _escape(cell: str) -> str:
     shown = "".join(char if char.isprintable() else "?" for char in " ".join(cell.split("\n")))
     return shown.replace("|", "\\|")
@@ -43,8 +52,11 @@ def _rule(width: int, side: str) -> str:
 
 
 def _line(row: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -> str:
-    padded = (
+    return "| " + " | ".join(_padded(row, widths, sides)) + " |"
+
+
+def _padded(row: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -> list[str]:
+    return [
         cell.rjust(width) if side == "r" else cell.ljust(width)
         for cell, width, side in zip(row, widths, sides, strict=True)
-    )
-    return "| " + " | ".join(padded) + " |"
+    ]

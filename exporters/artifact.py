@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgekit.artifact import FORMAT_VERSION, MANIFEST, os_reason, sha256_of
+from edgekit.artifact import FORMAT_VERSION, MANIFEST, sha256_of
 from edgekit.errors import EdgekitError
+from edgekit.files import check_parent, os_reason
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,27 +51,25 @@ def check_output(output: Path, force: bool) -> None:
             raise EdgekitError(f"{output}: exists; give --force to replace it or another -o")
         if any(output.iterdir()) and not (output / MANIFEST).is_file():
             raise EdgekitError(f"{output}: is no edgekit artifact, so --force does not replace it")
-    parent = output.absolute().parent
-    if not parent.is_dir():
-        raise EdgekitError(f"{parent}: does not exist, so {output.name} cannot be made in it")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise EdgekitError(f"{parent}: is not writable, so {output.name} cannot be made in it")
+    check_parent(output)
 
 
 @contextmanager
 def new_artifact(output: Path, force: bool) -> Iterator[Path]:
     """Give a hidden folder to fill; it becomes `output` in one rename, or nothing is left.
 
+    `check_output` comes before; it is asked again at the rename, for what appeared meanwhile.
     A killed process leaves at most the hidden folder, which the next export to the same place
     removes.
     """
     output = output.absolute()
-    _remove_abandoned(output)
-    check_output(output, force)
+    if _remove_abandoned(output):
+        check_output(output, force)
     staging = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         staging.mkdir()
         yield staging
+        check_output(output, force)
         _move_into_place(staging, output)
     except OSError as error:
         raise EdgekitError(f"{output}: cannot be written: {os_reason(error)}") from error
@@ -91,13 +90,19 @@ def _move_into_place(staging: Path, output: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _remove_abandoned(output: Path) -> None:
-    """Remove what killed exports to the same place left behind; put back what they replaced."""
+def _remove_abandoned(output: Path) -> bool:
+    """Remove what killed exports to the same place left; put back what they replaced.
+
+    Returns whether `output` is there again.
+    """
+    restored = False
     for folder in output.parent.glob(f".{glob.escape(output.name)}.*.partial*"):
         pid = folder.name.removeprefix(f".{output.name}.").split(".")[0]
         if not pid.isdigit() or Path("/proc", pid).exists():
             continue
         if folder.name.endswith(_REPLACED) and not output.exists():
             folder.rename(output)  # killed between its two renames
+            restored = True
         else:
             shutil.rmtree(folder, ignore_errors=True)
+    return restored

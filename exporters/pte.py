@@ -1,8 +1,7 @@
 """What a `.pte` says of itself: methods, operators, delegates and where each constant lies.
 
-Schema: executorch/exir/_serialize/program.fbs (`ET12`); header: `_ExtendedHeader` in
-executorch/exir/_serialize/_program.py. Only the program is read, a small part of the file;
-weights are read span by span by whoever wants them. Any file is safe to open.
+Schema: executorch/exir/_serialize/program.fbs (`ET12`). Only the program is read, a small part of
+the file; weights are read span by span by whoever wants them. Any file is safe to open.
 """
 
 import math
@@ -15,6 +14,7 @@ from typing import TypeVar
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.flatbuffer import Flatbuffer, FlatbufferError, Table
+from edgekit.pte_header import PteHeader
 
 _T = TypeVar("_T")
 
@@ -112,16 +112,16 @@ class Program:
     @classmethod
     def open(cls, path: Path) -> "Program":
         """Parse the program; EdgekitError where the file is not a whole and sound `.pte`."""
+        header = PteHeader.read(path)
+        size = header.program_bytes
+        if size > _MAX_PROGRAM_BYTES:
+            raise EdgekitError(f"{path}: is damaged: its program cannot have {size} bytes")
         try:
-            size = path.stat().st_size
             with path.open("rb") as file:
-                header = _Header.parse(path, size, file.read(64))
-                file.seek(0)
-                data = file.read(header.program_bytes)
+                data = file.read(size)
+            return _Parser(path, header, data).parse()
         except OSError as error:
             raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
-        try:
-            return _Parser(path, size, header, data).parse()
         except (FlatbufferError, struct.error, OverflowError) as error:
             raise EdgekitError(f"{path}: is damaged: {error}") from error
 
@@ -137,37 +137,11 @@ class Program:
             return file.read(span.size)
 
 
-@dataclass(frozen=True)
-class _Header:
-    """Sizes that follow the file identifier; without segments there is no such header."""
-
-    program_bytes: int
-    segment_base: int
-
-    @classmethod
-    def parse(cls, path: Path, size: int, head: bytes) -> "_Header":
-        if head[4:6] != b"ET":
-            raise EdgekitError(f"{path}: is not an ExecuTorch program (no 'ET12' mark)")
-        if head[4:8] != b"ET12":
-            mark = head[4:8].decode("ascii", errors="replace")
-            raise EdgekitError(f"{path}: has the ExecuTorch format {mark!r}, not 'ET12'")
-        if head[8:12] == b"eh00" and len(head) >= 40:
-            length, program, base, data = struct.unpack_from("<IQQQ", head, 12)
-            end = max(program, base + (data if length >= 32 else 0))
-        else:
-            program, base, end = size, 0, size
-        if size < end:
-            raise EdgekitError(f"{path}: is truncated: {size} bytes, its header says {end}")
-        if program > _MAX_PROGRAM_BYTES:
-            raise EdgekitError(f"{path}: is damaged: its program cannot have {program} bytes")
-        return cls(program, base)
-
-
 class _Parser:
     """Walks the tables of one file."""
 
-    def __init__(self, path: Path, size: int, header: _Header, data: bytes) -> None:
-        self._path, self._size, self._header = path, size, header
+    def __init__(self, path: Path, header: PteHeader, data: bytes) -> None:
+        self._path, self._header = path, header
         self._root = Flatbuffer(data).root(b"ET12")
         self._inline = [table.bytes_span(0) for table in self._root.tables(3)]
         self._segments = [
@@ -188,7 +162,7 @@ class _Parser:
         }
         return Program(
             self._path,
-            self._size,
+            self._header.file_bytes,
             Span(0, self._header.program_bytes),
             {method.name: method for method in methods},
             named,
@@ -251,8 +225,9 @@ class _Parser:
         return _item(self._segments, index)
 
     def _checked(self, offset: int, size: int) -> Span:
-        if offset + size > self._size:
-            raise FlatbufferError(f"a segment ends at byte {offset + size} of {self._size}")
+        end = offset + size
+        if end > self._header.file_bytes:
+            raise FlatbufferError(f"a segment ends at byte {end} of {self._header.file_bytes}")
         return Span(offset, size)
 
 

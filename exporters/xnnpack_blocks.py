@@ -229,7 +229,7 @@ class _ShortConv(nn.Module):
         self.register_buffer("weight", weight.reshape(-1, kernel).t().contiguous()[None, :, None])
 
     def forward(self, padded: Tensor) -> Tensor:
-        return xnnpack_ops.depthwise_conv(padded, self.weight)
+        return cast(Tensor, xnnpack_ops.depthwise_conv(padded, self.weight))
 
 
 class _Positions(nn.Module):
@@ -290,9 +290,8 @@ def _attend_prompt(
     length = cast(int, end.item())
     torch._check(length >= 1)
     torch._check(length <= keys.shape[1])
-    return xnnpack_ops.causal_attention(
-        q, keys[:, :length], values[:, :length], rows, columns[:, :length]
-    )
+    keys, values, columns = keys[:, :length], values[:, :length], columns[:, :length]
+    return cast(Tensor, xnnpack_ops.causal_attention(q, keys, values, rows, columns))
 
 
 def _attend_token(

@@ -115,7 +115,9 @@ class _LinearPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorc
         stages: dict[Node, int] = {}
         constants: list[Node] = []
         for node in ep.graph.nodes:
-            left = [stages[arg] + (arg in taken and node not in taken) for arg in node.all_input_nodes]
+            left = [
+                stages[arg] + (arg in taken and node not in taken) for arg in node.all_input_nodes
+            ]
             stages[node] = max(left, default=0)
             if node in taken and all(arg in constants for arg in node.all_input_nodes):
                 constants.append(node)

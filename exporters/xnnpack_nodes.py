@@ -32,7 +32,7 @@ from executorch.backends.xnnpack.utils.xnnpack_constants import (
     UINT64_MAX,
     XNN_INVALID_VALUE_ID,
 )
-from torch import Tensor, fx
+from torch import fx
 
 import edgekit.exporters.xnnpack_ops  # noqa: F401  registers edgekit::*
 
@@ -99,7 +99,7 @@ class CausalAttentionVisitor(NodeVisitor):  # type: ignore[misc]  # executorch i
     ) -> None:
         """Append the nodes of one attention."""
         self.define_nodes_tensor_inputs_outputs(node, xnn_graph, vals_to_ids)
-        query, keys, values, rows, columns = (vals_to_ids[arg] for arg in node.args)
+        query, keys, values, rows, columns = (vals_to_ids[arg] for arg in node.all_input_nodes)
         n, heads, width = _extents(xnn_graph, query)
         _, end, kv, _ = _extents(xnn_graph, keys)
         group = heads // kv
@@ -145,7 +145,7 @@ class DepthwiseConvVisitor(NodeVisitor):  # type: ignore[misc]  # executorch is 
     ) -> None:
         """Append the nodes of one convolution."""
         self.define_nodes_tensor_inputs_outputs(node, xnn_graph, vals_to_ids)
-        padded, weight = (vals_to_ids[arg] for arg in node.args)
+        padded, weight = (vals_to_ids[arg] for arg in node.all_input_nodes)
         rows, width = _extents(xnn_graph, padded)
         kernel = _extents(xnn_graph, weight)[1]
         emit = _Emitter(self, xnn_graph, debug_handle)
@@ -208,7 +208,7 @@ class DepthwiseConvConfig(_AnyLength):
 
     def get_node_and_deps(self, node: fx.Node, ep: torch.export.ExportedProgram) -> list[fx.Node]:
         """Take the weight along: XNNPACK wants it constant, not an input of the delegate."""
-        return [node, node.args[1]]
+        return [node, node.all_input_nodes[1]]
 
 
 CONFIGS = (CausalAttentionConfig, DepthwiseConvConfig)

@@ -8,7 +8,6 @@ signed. A tensor that is another one's object under a second name is `{"same_as"
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, one_line
+from edgekit.files import new_file
 from edgekit.quantize.packing import pack, unpack
 from edgekit.quantize.tensor import QuantizedTensor, scales_shape
 
@@ -30,24 +30,21 @@ Contents = dict[str, Stored]
 
 
 def save_quantized(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """Write tensors to `path` at once: a temporary file beside it, then a rename.
+    """Write tensors to `path` whole or not at all; an existing file is replaced.
 
-    An existing file is replaced. Raises ValueError where two names would collide in the file and
+    Raises ValueError where two names would collide in the file and
     EdgekitError where it cannot be written.
     """
     arrays, entries = _flatten(tensors)
     metadata = {"edgekit": json.dumps({"format_version": FORMAT_VERSION, "tensors": entries})}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with new_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask allows; safetensors leaves 0600
-        save_file(arrays, temporary, metadata=metadata)
+        try:
+            save_file(arrays, temporary, metadata=metadata)
+        except SafetensorError as error:  # the system's errors too: its Rust code writes
+            raise EdgekitError(f"{path}: cannot be written: {one_line(error)}") from error
         temporary.chmod(mode)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise EdgekitError(f"{path}: cannot be written: {_one_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_quantized(path: Path) -> Contents:
@@ -59,7 +56,7 @@ def load_quantized(path: Path) -> Contents:
             entries = _read_entries(path, file.metadata())
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise EdgekitError(f"{path}: cannot be read: {_one_line(error)}") from error
+        raise EdgekitError(f"{path}: cannot be read: {one_line(error)}") from error
     return _assemble(path, entries, arrays)
 
 
@@ -150,7 +147,7 @@ def _assemble(path: Path, entries: dict[str, Any], arrays: dict[str, Tensor]) ->
             else:
                 result[name] = _quantized(name, entry, arrays)
         except (ValueError, RuntimeError) as error:
-            raise EdgekitError(f"{path}: {name}: {_one_line(error)}") from error
+            raise EdgekitError(f"{path}: {name}: {one_line(error)}") from error
     result |= arrays  # what is left is float
     for name, first in aliases.items():
         if first not in result or first in aliases:
@@ -200,8 +197,3 @@ def _quantized(name: str, entry: dict[str, Any], arrays: dict[str, Tensor]) -> Q
         axis=entry["axis"],
         codebook=codebook,
     )
-
-
-def _one_line(error: Exception) -> str:
-    """Return a library's message without its line breaks and stack frames."""
-    return " ".join(str(error).split())[:300]

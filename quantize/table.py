@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgekit.quantize.recipe import Resolved, shared_rows
+from edgekit.tables import plain_table
 
 
 def total_bytes(rows: Sequence[Resolved], tied: Mapping[str, str]) -> int:
@@ -53,16 +54,5 @@ def format_table(
             cells.append("-" if ratio is None else f"{ratio:.1f}")
         lines.append(cells)
     total = total_bytes(rows, tied)
-    return f"{_align(lines)}\n{len(rows)} tensors, {total:,} bytes ({total / 1e6:,.1f} MB)"
-
-
-def _align(lines: Sequence[Sequence[str]]) -> str:
-    """Pad columns; from the fourth on they are numbers and stand to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if index > 3 else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in lines
-    )
+    table = plain_table(lines, "llllrr"[: len(lines[0])])
+    return f"{table}\n{len(rows)} tensors, {total:,} bytes ({total / 1e6:,.1f} MB)"

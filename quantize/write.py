@@ -13,22 +13,6 @@ from edgekit.quantize.storage import Stored, save_quantized
 from edgekit.quantize.tensor import QuantizedTensor
 
 
-def check_output(path: Path, force: bool) -> None:
-    """Raise EdgekitError where `path` cannot become the output, before any work is done."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:  # the safetensors library takes names as UTF-8 alone
-        raise EdgekitError(f"{path}: its name is not UTF-8; give another name") from error
-    if path.is_dir():
-        raise EdgekitError(f"{path}: is a folder; give the name of a .safetensors file")
-    if not path.parent.is_dir():
-        raise EdgekitError(f"{path}: the folder {path.parent} does not exist")
-    if path.exists() and not force:
-        raise EdgekitError(f"{path}: exists already; --force overwrites it")
-    if path.exists() and (path.is_symlink() or not path.is_file()):
-        raise EdgekitError(f"{path}: is no regular file, so --force does not replace it")
-
-
 def quantize_to_file(
     rows: Sequence[Resolved],
     get_tensor: Callable[[str], Tensor],
@@ -42,6 +26,10 @@ def quantize_to_file(
     `get_tensor` and `tied` are those of `quantize_tensors`; `on_tensor` hears each name when it
     is done. Raises EdgekitError naming the tensor, or the file where it cannot be written.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # the safetensors library takes names as UTF-8 alone
+        raise EdgekitError(f"{path}: its name is not UTF-8; give another name") from error
     contents: dict[str, Stored] = {}
     sqnr: dict[str, float] = {}
     for applied in apply(rows, get_tensor, tied):

@@ -6,12 +6,10 @@ and a screen of warnings to a process that only wants to run a file.
 """
 
 import os
-import struct
 import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from io import StringIO
@@ -25,26 +23,13 @@ from executorch.extension.pybindings import _C as binding
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
+from edgekit.pte_header import PteHeader
 from edgekit.runtime.engine import Logits, OneSequenceEngine, TokenIds, physical_cores
 
 Constant = int | bool | list[int]
 
 FORWARD = "forward"
 INT64 = 4  # executorch/runtime/core/portable_type/scalar_type.h
-
-
-@dataclass(frozen=True)
-class Header:
-    """Sizes that a `.pte` states of itself, in bytes; see exir/_serialize/_program.py."""
-
-    program_size: int
-    segment_base_offset: int
-    segment_data_size: int
-
-    @property
-    def end(self) -> int:
-        """The size below which a file cannot be complete."""
-        return max(self.program_size, self.segment_base_offset + self.segment_data_size)
 
 
 class ExecutorchEngine(OneSequenceEngine):
@@ -146,29 +131,8 @@ def check_program_file(path: Path) -> None:
     The run time maps the file and trusts the sizes in its header: a truncated one would end the
     process by a bus error when a missing page is read.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(40)
-    except OSError as error:
-        raise EdgekitError(f"cannot read {path}: {error.strerror}") from error
-    if head[4:6] != b"ET":
-        raise EdgekitError(f"{path} is not an ExecuTorch program (no 'ET12' mark)")
-    if head[4:8] != b"ET12":
-        mark = head[4:8].decode("ascii", errors="replace")
-        raise EdgekitError(f"{path} has the ExecuTorch format {mark!r}; this version reads 'ET12'")
-    header = _header(head)
-    if header is None:
-        raise EdgekitError(f"{path} is damaged: its ExecuTorch header is not readable")
-    if size < header.end:
-        raise EdgekitError(f"{path} is truncated: {size} bytes, its header says {header.end}")
-
-
-def _header(head: bytes) -> Header | None:
-    if len(head) < 40 or head[8:12] != b"eh00":
-        return None
-    length, program, base, segments = struct.unpack_from("<IQQQ", head, 12)
-    return Header(program, base, segments) if length >= 32 else None
+    if not PteHeader.read(path).complete:
+        raise EdgekitError(f"{path}: is damaged: its ExecuTorch header is not readable")
 
 
 # Every open engine holds the address of the process's one thread pool.

@@ -6,7 +6,6 @@ from those samples by the functions of this file when the JSON is written.
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgekit.devices.bandwidth import ReadBandwidth
-from edgekit.errors import EdgekitError
+from edgekit.files import new_file
 
 SCHEMA_VERSION = 1
 
@@ -373,13 +372,8 @@ class Record:
 
     def save(self, path: Path) -> None:
         """Write the JSON text whole or not at all; raises `EdgekitError` where that fails."""
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with new_file(path) as scratch:
             scratch.write_text(self.to_json() + "\n", encoding="utf-8")
-            scratch.replace(path)
-        except OSError as error:
-            scratch.unlink(missing_ok=True)
-            raise EdgekitError(f"cannot write {path}: {error.strerror}") from error
 
 
 def rate(tokens: int, elapsed_ns: int) -> float:

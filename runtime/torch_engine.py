@@ -11,9 +11,6 @@ from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
 from edgekit.runtime.engine import Logits, OneSequenceEngine, TokenIds, physical_cores
 
-# The state is allocated for the whole context, and models state windows of 128,000 tokens.
-DEFAULT_CONTEXT = 2048
-
 
 class TorchEngine(OneSequenceEngine):
     """Runs a module `forward(tokens int64 [1, n], input_pos int64 [1]) -> float [1, vocab]`.
@@ -41,7 +38,7 @@ class TorchEngine(OneSequenceEngine):
         longest = source.config.max_context
         if context is not None and not 1 <= context <= longest:
             raise EdgekitError(f"context must be 1 to {longest} for {source.id}, not {context}")
-        context = context or min(longest, DEFAULT_CONTEXT)
+        context = context or source.config.default_context
         read = float_reader(source.config, source.checkpoint)
         module = build_eager(source.config, read, context)
         return cls(module, context, source.config.vocab_size, threads)

@@ -265,6 +265,29 @@ def test_force_replaces_no_folder_that_is_not_an_artifact(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("force", [False, True])
+def test_what_appears_during_an_export_is_kept(tmp_path: Path, force: bool) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(EdgekitError, match="exists; give|no edgekit artifact"):  # noqa: SIM117
+        with new_artifact(output, force) as staging:
+            (staging / "model.pte").write_text("new")
+            output.mkdir()
+            (output / "thesis.tex").write_text("years")
+    assert (output / "thesis.tex").read_text() == "years"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_what_a_killed_export_replaced_is_put_back_and_kept(folder: Path) -> None:
+    """Killed between its two renames; the next export, without --force, must not replace it."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    folder.rename(folder.with_name(f".artifact.{ended.pid}.partial.old"))
+    check_output(folder, force=False)
+    with pytest.raises(EdgekitError, match="exists; give --force"), new_artifact(folder, False):
+        pytest.fail("the work began")
+    assert Artifact.open(folder).damaged_files() == []
+
+
+@pytest.mark.parametrize("force", [False, True])
 def test_a_file_or_a_link_in_the_way(folder: Path, force: bool) -> None:
     file, link, dangling = (folder.parent / name for name in ("file", "link", "dangling"))
     file.write_text("x")

@@ -1,6 +1,7 @@
 """The catalogue, how a name becomes a model, and `edgekit models`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from edgekit.models.checkpoint import Checkpoint
 from edgekit.models.config import ModelConfig
 from edgekit.models.random_weights import RandomCheckpoint
 from edgekit.models.source import resolve_model
+from edgekit.models.tokenizer import Tokenizer
 
 TINY = Path(module.__file__).parent / "lfm2_tiny"
 PUBLISHED = {  # from the model cards at https://huggingface.co/LiquidAI
@@ -83,11 +85,6 @@ def test_random_weights_need_no_files(name: str) -> None:
     assert source.checkpoint.shapes() == model.config.tensor_shapes()
 
 
-def test_random_weights_have_no_revision() -> None:
-    with pytest.raises(EdgekitError, match="random weights are of no revision"):
-        resolve_model("lfm2-350m", revision="main", random_weights=True)
-
-
 @pytest.mark.skipif(not (TINY / "config.json").exists(), reason="lfm2-tiny is not there")
 def test_the_bundled_model_is_found_by_name() -> None:
     source = resolve_model("lfm2-tiny")
@@ -103,6 +100,17 @@ def test_a_folder_is_a_model(tmp_path: Path) -> None:
     again = resolve_model(str(folder), random_weights=True)
     assert isinstance(again.checkpoint, RandomCheckpoint)
     assert again.folder == folder
+
+
+@pytest.mark.skipif(not (TINY / "config.json").exists(), reason="lfm2-tiny is not there")
+def test_a_model_and_its_tokenizer_agree_on_what_ends_a_text(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "mine", vocab_size=4096, bos_token_id=2)
+    shutil.copyfile(TINY / "tokenizer.json", folder / "tokenizer.json")
+    generation = {"bos_token_id": 1, "eos_token_id": [7, 2]}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    config, tokenizer = resolve_model(str(folder)).config, Tokenizer.load(folder)
+    assert config.eos_ids == tokenizer.eos_ids == (7, 2)
+    assert config.bos_id == tokenizer.bos_id == 1
 
 
 def test_a_catalogue_name_wins_over_a_folder_of_that_name(
@@ -146,8 +154,9 @@ def test_folders_that_are_no_model_are_refused(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(EdgekitError, match="is a file; give the folder"):
         resolve_model(str(file))
+    other = resolve_model(str(make_folder(tmp_path / "other", vocab_size=33)))
     with pytest.raises(EdgekitError, match="1 of the wrong shape: model.embed_tokens.weight"):
-        resolve_model(str(make_folder(tmp_path / "other", vocab_size=33)))
+        _ = other.checkpoint
 
 
 def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:

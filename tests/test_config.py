@@ -228,6 +228,37 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
         ModelConfig.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("generation", "bos", "eos"),
+    [
+        ({"bos_token_id": 3, "eos_token_id": [7, 9]}, 3, (7, 9)),
+        ({"eos_token_id": 9}, 1, (9,)),
+        ({"eos_token_id": None, "temperature": 0.3}, 1, (7,)),
+    ],
+)
+def test_ids_are_those_of_generation_config_where_it_names_them(
+    tmp_path: Path, generation: dict[str, Any], bos: int, eos: tuple[int, ...]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(changed()))
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    config = ModelConfig.load(tmp_path)
+    assert (config.bos_id, config.eos_ids) == (bos, eos)
+    assert ModelConfig.load(tmp_path / "config.json").eos_ids == (7,)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("7", "must be a token id or a list"), ([7, 65536], "65536 is outside the vocabulary")],
+)
+def test_a_mistake_in_generation_config_names_that_file(
+    tmp_path: Path, value: object, words: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(changed()))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(EdgekitError, match=f"^{tmp_path}/generation_config.json: eos_.*{words}"):
+        ModelConfig.load(tmp_path)
+
+
 @pytest.mark.parametrize("raw", [older("350M"), newer("350M"), newer("2.6B")])
 def test_shapes_are_those_of_transformers(raw: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")

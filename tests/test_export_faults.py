@@ -20,7 +20,10 @@ from safetensors.torch import save_file
 
 from edgekit.artifact import Artifact
 from edgekit.cli import main
+from edgekit.errors import EdgekitError
+from edgekit.export import verification_tokens
 from edgekit.exporters import verify
+from edgekit.exporters.pte import Program
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import resolve_model
 
@@ -185,6 +188,30 @@ def test_a_tokenizer_larger_than_the_vocabulary(model: Path, place: Path) -> Non
     assert_refused(export(model, place / "out"), place, "has 4096 tokens", "only 4000")
 
 
+def test_only_random_weights_are_verified_without_a_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    tokens = verification_tokens(resolve_model(str(model), random_weights=True), CONTEXT)
+    assert len(tokens) == CONTEXT
+    assert max(tokens) < 4096
+    with pytest.raises(EdgekitError, match="tokenizer.json: cannot be read"):
+        verification_tokens(resolve_model(str(model)), CONTEXT)
+
+
+@pytest.mark.slow
+def test_random_weights_need_a_configuration_alone(model: Path, place: Path) -> None:
+    """Verified on random tokens; what ends a text is the same in all that says it."""
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    (model / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    done = export(model, place / "out", "--random-weights")
+    assert done.exit_code == 0, done.stderr
+    artifact = Artifact.open(place / "out")
+    assert artifact.eos_ids == (7, 9)
+    assert Program.open(artifact.model_path).constant_methods["get_eos_ids"] == [7, 9]
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((artifact.folder / name).read_text())["eos_token_id"] == [7, 9]
+
+
 @pytest.mark.parametrize("command", ["run", "bench", "inspect"])
 @pytest.mark.parametrize("name", ["model.pte", "edgekit.json"])
 @pytest.mark.parametrize("damage", [cut, overwrite, empty, Path.unlink])
@@ -226,7 +253,8 @@ def test_an_export_that_fails_its_verification(
     small_model: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bound that no file can hold stands for a file that does not hold the real one."""
-    monkeypatch.setattr(verify, "MAX_KLD", -1.0)
+    for bound in ("MAX_KLD", "SHARE_OF_QUANTIZATION"):
+        monkeypatch.setattr(verify, bound, -1.0)
     done = export(small_model, place / "out")
     assert done.exit_code == 1
     assert done.stderr.startswith("edgekit: verification: the file against the quantized model: ")

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from executorch.extension.pybindings import _C as binding
+from pte_weights import embedding, linears
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.export import plan_export
 from edgekit.exporters.executorch import export_pte, runner_metadata
 from edgekit.exporters.pte import FORWARD, Program
-from edgekit.exporters.pte_weights import embedding, linears
 from edgekit.exporters.xnnpack_graph import read_graph
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import resolve_model

@@ -21,6 +21,8 @@ import pytest
 
 import edgekit.models as module
 
+TINY = Path(module.__file__).parent / "lfm2_tiny" / "config.json"
+CATALOGUED = "LiquidAI/LFM2-350M"  # answered like org/mini
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 OLDER = "abcdef1234567890abcdef1234567890abcdef12"
 CHUNK = 10 << 20  # huggingface_hub writes what it receives in pieces of this size
@@ -73,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(self.path.split("?")[0])
+        path = unquote(self.path.split("?")[0]).replace(f"/{CATALOGUED}", "/org/mini")
         self.server.requests.append(f"{self.command} {path}")
         if self.server.status is not None:
             return self.fail(self.server.status, "GatedRepo" if self.server.status == 403 else "")
@@ -303,10 +305,7 @@ def test_a_damaged_cache_holds_no_model(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_hub_id_resolves_to_a_model(hub: Hub, tmp_path: Path) -> None:
     """The whole way, with the bundled model's configuration and random weights."""
-    tiny = Path(module.__file__).parent / "lfm2_tiny" / "config.json"
-    if not tiny.exists():
-        pytest.skip("lfm2-tiny is not there")
-    hub.files[COMMIT]["config.json"] = tiny.read_bytes()
+    hub.files[COMMIT]["config.json"] = TINY.read_bytes()
     code = (
         "(lambda source: [source.id, source.revision, source.folder.name, "
         "source.config.hidden_size])"
@@ -314,6 +313,57 @@ def test_a_hub_id_resolves_to_a_model(hub: Hub, tmp_path: Path) -> None:
     )
     process = run(hub, tmp_path, code, imports="edgekit.models.source")
     assert json.loads(result(process)) == ["org/mini", COMMIT, COMMIT, 256]
+
+
+PLAN = "edgekit.export.plan_export('org/mini', 'executorch', {recipe}, {context})"
+UNIFORM = "edgekit.quantize.recipe.uniform(edgekit.quantize.scheme.Scheme.parse({!r}))"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "context", "words"),
+    [
+        ("w8", 1 << 20, "--context 1048576: org/mini has room for 1 to"),
+        ("w8g32", None, "target executorch cannot hold w8g32"),
+        ("w4g96", None, "w4g96 cannot hold it"),
+    ],
+)
+def test_what_needs_no_weights_is_refused_before_they_are_downloaded(
+    hub: Hub, tmp_path: Path, scheme: str, context: int | None, words: str
+) -> None:
+    hub.files[COMMIT]["config.json"] = TINY.read_bytes()
+    code = PLAN.format(recipe=UNIFORM.format(scheme), context=context)
+    text = result(run(hub, tmp_path, code, imports="edgekit.export"))
+    assert text.startswith("one line: ")
+    assert words in text
+    assert any(line.endswith("/config.json") for line in hub.requests)
+    assert not [line for line in hub.requests if "safetensors" in line]
+
+
+def test_the_weights_are_those_of_the_configurations_commit(hub: Hub, tmp_path: Path) -> None:
+    """The branch may move between the two downloads."""
+    hub.files[COMMIT]["config.json"] = TINY.read_bytes()
+    code = "edgekit.models.source.resolve_model('org/mini').checkpoint"
+    text = result(run(hub, tmp_path, code, imports="edgekit.models.source"))
+    assert "model.safetensors: truncated, or not a safetensors file" in text
+    weights = [line for line in hub.requests if line.endswith("model.safetensors")]
+    assert weights
+    assert all(f"/resolve/{COMMIT}/" in line for line in weights)
+
+
+def test_a_dry_run_of_a_catalogue_names_revision(hub: Hub, tmp_path: Path) -> None:
+    """The config.json of that revision, and no weights; without a revision, the hub is not asked."""
+    hub.files[OLDER]["config.json"] = TINY.read_bytes()
+    code = (
+        "[click.testing.CliRunner().invoke(edgekit.cli.main, ['export', 'lfm2-350m', '--target', "
+        "'executorch', '--dry-run', '--json', *more]).stdout for more in [[], ['--revision', 'v1']]]"
+    )
+    process = run(hub, tmp_path, code, imports="click.testing, edgekit.cli")
+    known, older = (json.loads(text) for text in json.loads(result(process)))
+    assert known["tensors"][0]["shape"] == [65536, 1024]
+    assert older["tensors"][0]["shape"] == [4096, 256]
+    assert {known["model"], older["model"]} == {CATALOGUED}
+    assert hub.requests
+    assert not [line for line in hub.requests if "safetensors" in line or "/main" in line]
 
 
 def test_a_wrong_revision_is_one_line(hub: Hub, tmp_path: Path) -> None:

@@ -17,17 +17,18 @@ ROOT = Path(__file__).parents[1]
 # own version string. Everything left out is forbidden: quantize knows no file format, a runtime
 # runs files that it did not make, and no library code knows the command line.
 ROOMS = {
-    "quantize": r"edgekit\.(errors|limits)|torch|numpy|safetensors",
+    "quantize": r"edgekit\.(errors|files|limits|tables)|torch|numpy|safetensors",
     "edgekit/models": (
         r"edgekit\.(errors|limits|quantize)|torch|numpy|safetensors|tokenizers|jinja2|huggingface_hub"
     ),
     "exporters": (
-        r"edgekit|edgekit\.(artifact|errors|models|quantize|tables|quiet|progress)"
+        r"edgekit|edgekit\.(artifact|errors|files|models|progress|pte_header|quantize|quiet|tables)"
         r"|torch|torchao|numpy|executorch"
     ),
     "devices": r"edgekit\.(errors|tables)|numpy",
     "runtime": (
-        r"edgekit|edgekit\.(artifact|errors|models|quantize|devices|tables)|torch|numpy|executorch"
+        r"edgekit|edgekit\.(artifact|devices|errors|files|models|pte_header|quantize|tables)"
+        r"|torch|numpy|executorch"
     ),
     "edgekit/commands": r"edgekit\..+|click",
 }

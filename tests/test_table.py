@@ -17,7 +17,7 @@ from edgekit.runtime.record import (
     Traffic,
 )
 from edgekit.runtime.table import render
-from edgekit.tables import markdown_table
+from edgekit.tables import markdown_table, plain_table
 
 
 def test_numbers_go_right_and_words_left() -> None:
@@ -33,6 +33,12 @@ def test_numbers_go_right_and_words_left() -> None:
 def test_align_overrides_what_the_cells_look_like() -> None:
     assert markdown_table(["id", "n"], [["1", "x"]], align="lr") == (
         "| id  |   n |\n| --- | --: |\n| 1   |   x |"
+    )
+
+
+def test_a_plain_table_lines_up_and_ends_its_lines_with_words() -> None:
+    assert plain_table([["name", "n", "at"], ["a", "10", ""], ["bc", "9", "x y"]], "lrl") == (
+        "name   n  at\na     10\nbc     9  x y"
     )
 
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import click
 
-from edgekit.errors import EdgekitError
-
 
 def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     """Read whole numbers separated by commas, as llama-bench takes them: `128,512`."""
@@ -109,9 +107,11 @@ def command(
     state. -p, -n and -d take several values: -p 128,512. Several artifacts are measured in turn,
     repetition by repetition, and compared with the first.
     """
-    if output is not None:
-        _check_writable(output, force)
+    from edgekit.files import check_output_file
     from edgekit.interrupts import interrupts_end_the_process
+
+    if output is not None:  # before the measuring, which may take long
+        check_output_file(output, force)
 
     with interrupts_end_the_process():
         from edgekit.runtime.bench import bench
@@ -137,16 +137,6 @@ def command(
     finally:  # what took long is kept in one place where the other is full or gone
         if output is not None:
             record.save(output)
-
-
-def _check_writable(output: Path, force: bool) -> None:
-    """Find out before the measuring, which may take long, that its record has no place."""
-    if output.exists() and not force:
-        raise EdgekitError(f"{output} exists: choose another --output, or --force to overwrite it")
-    if output.exists() and (output.is_symlink() or not output.is_file()):
-        raise EdgekitError(f"{output} is no regular file, so --force does not replace it")
-    if not output.parent.is_dir():
-        raise EdgekitError(f"cannot write {output}: there is no folder {output.parent}")
 
 
 def _show(done: int, total: int, label: str) -> None:

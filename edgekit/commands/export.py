@@ -57,20 +57,18 @@ def command(
         from edgekit.progress import stage_printer
         from edgekit.quantize.recipe import warnings
 
-    if output is not None and not dry_run:
-        check_output(output, force)
     plan = plan_export(
         model, target, choice.recipe(), context, revision, random_weights=random_weights or dry_run
     )
+    folder = output or Path(f"{Path(plan.source.id).name.lower()}-{target}-{choice.label}")
+    if not dry_run:
+        check_output(folder, force)
     for warning in warnings(plan.rows):
         click.echo(f"edgekit: warning: {warning}", err=True)
+    if dry_run or not as_json:
+        _show_plan(plan, as_json)
     if dry_run:
-        _show_plan(plan, as_json)
         return
-    folder = output or Path(f"{Path(plan.source.id).name.lower()}-{target}-{choice.label}")
-    check_output(folder, force)
-    if not as_json:
-        _show_plan(plan, as_json)
     manifest = export(plan, folder, force, stage_printer())
     if as_json:
         print_json({"artifact": str(folder), **manifest})

@@ -102,16 +102,18 @@ def _predict(
     from edgekit.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.devices.fit import DEFAULT_CONTEXT, predict
+        from edgekit.devices.fit import predict
         from edgekit.models.source import resolve_model
-        from edgekit.quantize.recipe import EMBEDDING, HEAD, resolve
+        from edgekit.quantize.recipe import resolve, shared_rows, tied_shapes
 
     source = resolve_model(model, random_weights=True)
-    shapes = source.config.tensor_shapes()
-    # A tied model has no tensor for its head, but the head is stored and read all the same.
-    rows = resolve(choice.recipe(), shapes | {HEAD: shapes[EMBEDDING]})
-    positions = context or min(DEFAULT_CONTEXT, source.config.max_context)
-    return predict(source.config, rows, positions, depth), source.id
+    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    rows = resolve(choice.recipe(), shapes)
+    # The .pte holds shared int8 codes once, shared floats and int4 codes twice.
+    twins = shared_rows(rows, tied)
+    shared = [row.tensor for row in rows if row.tensor in twins and row.scheme.bits == 8]
+    positions = context or source.config.default_context
+    return predict(source.config, rows, positions, depth, shared=shared), source.id
 
 
 def _target(device: str, ram: float | None, bandwidth: float | None) -> _Target:

@@ -28,16 +28,14 @@ def command(as_json: bool) -> None:
 
 
 def _table(rows: "list[ModelRow]") -> str:
+    from edgekit.tables import plain_table
+
     lines = [("name", "parameters", "licence", "hub id", "local")]
     for row in rows:
         names = ", ".join((row.name, *row.aliases))
         place = row.hub_id or "(bundled)"
         lines.append((names, f"{row.parameters:,}", row.licence, place, _size(row.local_bytes)))
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {count:>{widths[1]}}  {licence:<{widths[2]}}  {hub:<{widths[3]}}  {at}"
-        for name, count, licence, hub, at in lines
-    )
+    return plain_table(lines, "lrlll")
 
 
 def _size(count: int | None) -> str:

@@ -48,21 +48,21 @@ def command(
     from edgekit.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
+        from edgekit.files import check_output_file
         from edgekit.models.source import resolve_model
         from edgekit.quantize.recipe import resolve, tied_shapes, warnings
-        from edgekit.quantize.write import check_output
 
     recipe = choice.recipe()
-    if output is not None and not dry_run:
-        check_output(output, force)
     # Shapes are all that a dry run needs: no weights are read or downloaded for it.
     source = resolve_model(model, revision=revision, random_weights=random_weights or dry_run)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     rows = resolve(recipe, shapes)
+    path = None if dry_run else output or Path(f"{_last(source.id)}-{choice.label}.safetensors")
+    if path is not None:
+        check_output_file(path, force)
     for warning in warnings(rows):
         click.echo(f"edgekit: warning: {warning}", err=True)
-    path = None if dry_run else output or Path(f"{_last(source.id)}-{choice.label}.safetensors")
-    sqnr = None if path is None else _write(source, rows, tied, path, force)
+    sqnr = None if path is None else _write(source, rows, tied, path)
     _show(source, rows, tied, sqnr, path, as_json)
 
 
@@ -71,12 +71,10 @@ def _write(
     rows: "list[Resolved]",
     tied: dict[str, str],
     path: Path,
-    force: bool,
 ) -> dict[str, float]:
     """Quantize into `path`, with progress on a terminal; return each tensor's SQNR."""
-    from edgekit.quantize.write import check_output, quantize_to_file
+    from edgekit.quantize.write import quantize_to_file
 
-    check_output(path, force)
     get = source.checkpoint.tensor
     if not sys.stderr.isatty():
         return quantize_to_file(rows, get, path, tied)

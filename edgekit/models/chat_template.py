@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, one_line
 from edgekit.limits import bounded
 from edgekit.models.config import load_json_object
 
@@ -35,7 +35,7 @@ class ChatTemplate:
             with bounded():  # jinja2 computes constants when it compiles
                 self._template = _environment().from_string(text)
         except Exception as error:  # jinja2 passes on what Python's compiler raises, too
-            raise EdgekitError(f"{place}: broken chat template: {_one_line(error)}") from error
+            raise EdgekitError(f"{place}: broken chat template: {one_line(error)}") from error
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTemplate | None":
@@ -45,7 +45,7 @@ class ChatTemplate:
             try:
                 return cls(file.read_text(encoding="utf-8"), str(file))
             except (OSError, UnicodeDecodeError) as error:
-                raise EdgekitError(f"{file}: cannot be read: {_one_line(error)}") from error
+                raise EdgekitError(f"{file}: cannot be read: {one_line(error)}") from error
         config = folder / "tokenizer_config.json"
         found = load_json_object(config).get("chat_template") if config.is_file() else None
         return None if found is None else cls(_named_default(found, config), str(config))
@@ -68,7 +68,7 @@ class ChatTemplate:
                     **({"tools": None, "documents": None} | dict(variables or {})),
                 )
         except Exception as error:  # template code can raise anything, such as a TypeError
-            raise EdgekitError(f"{self.place}: chat template: {_one_line(error)}") from error
+            raise EdgekitError(f"{self.place}: chat template: {one_line(error)}") from error
 
 
 def _named_default(found: object, config: Path) -> str:
@@ -144,7 +144,3 @@ def _tojson(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeGuard
 
 import torch
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, one_line
 from edgekit.models.config import ModelConfig, load_json_object
 
 SINGLE_FILE = "model.safetensors"
@@ -163,7 +163,7 @@ def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
     try:
         header = json.loads(data, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise EdgekitError(f"{path}: corrupt safetensors header: {reason}") from error
     if not isinstance(header, dict):
         raise EdgekitError(f"{path}: corrupt safetensors header: not an object")

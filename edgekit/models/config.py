@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, one_line
 
 LAYER_TYPES = ("conv", "full_attention")
 
@@ -106,11 +106,16 @@ class ModelConfig:
 
     @classmethod
     def load(cls, path: Path) -> "ModelConfig":
-        """Read a config.json, or the one inside a folder."""
+        """Read a config.json, or the one inside a folder.
+
+        In a folder, bos and eos are those of generation_config.json where it names them, as in
+        transformers' `generate`.
+        """
         file = path / "config.json" if path.is_dir() else path
         raw = load_json_object(file)
+        ids = _generation_ids(path / "generation_config.json", raw.get("vocab_size"))
         try:
-            return cls.from_dict(raw)
+            return cls.from_dict(raw | ids)
         except EdgekitError as error:
             raise EdgekitError(f"{file}: {str(error).removeprefix('config: ')}") from error
 
@@ -170,6 +175,11 @@ class ModelConfig:
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layer_types)
+
+    @property
+    def default_context(self) -> int:
+        """Positions to make room for where nobody says how many: state takes memory for each."""
+        return min(self.max_context, 2048)
 
     @property
     def parameter_count(self) -> int:
@@ -396,6 +406,26 @@ def token_ids(value: object, key: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
+def _generation_ids(file: Path, vocab_size: object) -> dict[str, Any]:
+    """Return the bos and eos ids that a generation_config.json names, none where there is none."""
+    if not file.is_file():
+        return {}
+    raw, found = load_json_object(file), dict[str, Any]()
+    for key in ("bos_token_id", "eos_token_id"):
+        try:
+            ids = token_ids(raw.get(key), key)
+        except EdgekitError as error:
+            raise EdgekitError(f"{file}: {str(error).removeprefix('config: ')}") from error
+        for token in ids:
+            if isinstance(vocab_size, int) and token >= vocab_size:
+                raise EdgekitError(
+                    f"{file}: {key} {token} is outside the vocabulary of {vocab_size}"
+                )
+        if ids:
+            found[key] = list(ids) if key == "eos_token_id" else ids[0]
+    return found
+
+
 def _pad_id(keys: _Keys) -> int | None:
     if keys.raw.get("pad_token_id", 0) is None:
         return None
@@ -434,8 +464,7 @@ def load_json_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise EdgekitError(f"{path}: not valid JSON: {reason}") from error
+        raise EdgekitError(f"{path}: not valid JSON: {one_line(error, 120)}") from error
     if not isinstance(content, dict):
         raise EdgekitError(f"{path}: must hold a JSON object")
     return content

@@ -138,9 +138,7 @@ class _ShortConv(nn.Module):
         self._weight = weight
 
     def forward(self, padded: Tensor) -> Tensor:
-        return nn.functional.conv1d(
-            padded.t()[None], self._weight, groups=padded.shape[1]
-        )[0].t()
+        return nn.functional.conv1d(padded.t()[None], self._weight, groups=padded.shape[1])[0].t()
 
 
 class _Attention(nn.Module):

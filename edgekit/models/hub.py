@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
-from edgekit.errors import EdgekitError, Interrupted
+from edgekit.errors import EdgekitError, Interrupted, one_line
 
 _SMALL_FILES = (
     "config.json",
@@ -126,5 +126,5 @@ def _reason(error: Exception, hub_id: str, revision: str | None) -> str:
         return f"{hub_id!r} is not a hub id of the form ORG/NAME"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; free some space or set HF_HOME to a larger disk, then try again"
-    text = " ".join(str(error).split())[:200]
-    return f"download failed: {type(error).__name__}: {text} (finished files are kept: try again)"
+    text = f"{type(error).__name__}: {one_line(error)}"
+    return f"download failed: {text} (finished files are kept: try again)"

@@ -1,7 +1,8 @@
 """From what a user names (a short name, a folder, a hub id) to a configuration and weights."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from edgekit.errors import EdgekitError
@@ -15,17 +16,36 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model ready to be exported.
+    """A model whose configuration is known and whose weights can be had.
 
-    `id` is the hub id, the catalogue name or the folder's name; `revision` the hub's commit, or
-    None; `folder` holds the tokenizer's files, or is None for random weights without a folder.
+    `id` is the hub id, the catalogue name or the folder's name; `revision` the commit of a model
+    from the hub, else None; `folder` holds the tokenizer's files, or is None for random weights
+    without a folder; `offline` takes the weights from the hub's local cache alone.
     """
 
     id: str
     revision: str | None
     config: ModelConfig
-    checkpoint: WeightSource
     folder: Path | None
+    random_weights: bool = False
+    offline: bool = False
+
+    @cached_property
+    def checkpoint(self) -> WeightSource:
+        """The weights; a model from the hub is downloaded when they are first asked for.
+
+        Their names and shapes are checked against the configuration.
+        """
+        if self.random_weights:
+            return RandomCheckpoint(self.config)
+        assert self.folder is not None
+        if self.revision is not None:
+            from edgekit.models.hub import download  # see _from_hub
+
+            download(self.id, self.revision, offline=self.offline)
+        checkpoint = Checkpoint.open(self.folder)
+        checkpoint.validate(self.config)
+        return checkpoint
 
 
 @dataclass(frozen=True)
@@ -61,10 +81,11 @@ def resolve_model(
     random_weights: bool = False,
     offline: bool = False,
 ) -> ModelSource:
-    """Find a model by catalogue name, local folder or hub id; download it if needed.
+    """Find a model by catalogue name, local folder or hub id, and read its configuration.
 
-    A catalogue name wins over a folder of the same name; `./NAME` means the folder. The stored
-    tensors' names and shapes are checked against config.json before this returns.
+    A catalogue name wins over a folder of the same name; `./NAME` means the folder. Of a model
+    on the hub the small files are downloaded, the weights with `ModelSource.checkpoint`; random
+    weights of a catalogue name need the hub only for a `revision` of its config.json.
     """
     known = find_model(name)
     if known is not None:
@@ -91,21 +112,15 @@ def _from_catalogue(
     if model.folder is not None:
         return _from_folder(_refuse_revision(model.name, revision), model.folder, random_weights)
     assert model.hub_id is not None
-    if not random_weights:
-        return _from_hub(model.hub_id, revision, random_weights, offline)
-    if revision is not None:
-        raise EdgekitError(
-            f"{model.name}: random weights are of no revision; leave --revision out, "
-            f"or give the hub id {model.hub_id} to use that revision's config.json"
-        )
-    return ModelSource(model.hub_id, None, model.config, RandomCheckpoint(model.config), None)
+    if random_weights and revision is None:
+        return ModelSource(model.hub_id, None, model.config, None, random_weights)
+    return _from_hub(model.hub_id, revision, random_weights, offline)
 
 
 def _from_folder(name: str, folder: Path, random_weights: bool) -> ModelSource:
     if not (folder / "config.json").is_file():
         raise EdgekitError(f"{folder}: holds no config.json, so it is not a model folder")
-    config = ModelConfig.load(folder)
-    return ModelSource(name, None, config, _weights(folder, config, random_weights), folder)
+    return ModelSource(name, None, ModelConfig.load(folder), folder, random_weights)
 
 
 def _from_hub(
@@ -113,17 +128,9 @@ def _from_hub(
 ) -> ModelSource:
     from edgekit.models.hub import download  # pulls in an HTTP client that folders do not need
 
-    folder = download(hub_id, revision, offline=offline, weights=not random_weights)
+    folder = download(hub_id, revision, offline=offline, weights=False)
     source = _from_folder(hub_id, folder, random_weights)
-    return ModelSource(hub_id, folder.name, source.config, source.checkpoint, folder)
-
-
-def _weights(folder: Path, config: ModelConfig, random_weights: bool) -> WeightSource:
-    if random_weights:
-        return RandomCheckpoint(config)
-    checkpoint = Checkpoint.open(folder)
-    checkpoint.validate(config)
-    return checkpoint
+    return replace(source, revision=folder.name, offline=offline)
 
 
 def _refuse_revision(name: str, revision: str | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, one_line
 from edgekit.models.chat_template import ChatTemplate
 from edgekit.models.config import load_json_object, token_ids
 
@@ -130,8 +130,7 @@ def _load_backend(file: Path) -> tokenizers.Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # bare Exceptions, and Rust panics, which are BaseExceptions
-        reason = " ".join(str(error).split())[:120]
-        raise EdgekitError(f"{file}: not a usable tokenizer: {reason}") from error
+        raise EdgekitError(f"{file}: not a usable tokenizer: {one_line(error, 120)}") from error
     if not backend.get_vocab_size():
         raise EdgekitError(f"{file}: the vocabulary is empty")
     # padding or truncation stored by a trainer would change every prompt without a word

@@ -1,0 +1,53 @@
+"""Output files: refused before any work where they cannot be, and whole or absent afterwards."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from edgekit.errors import EdgekitError
+
+
+def os_reason(error: OSError) -> str:
+    """Return what the system says, in words for a user."""
+    if error.errno == errno.ENOSPC:
+        return "no space left on the device"
+    return error.strerror or str(error)
+
+
+def check_output_file(path: Path, force: bool) -> None:
+    """Raise EdgekitError where `path` cannot become a file, before any work is done for it."""
+    if path.is_dir():
+        raise EdgekitError(f"{path}: is a folder; give the name of a file")
+    if path.exists() and not force:
+        raise EdgekitError(f"{path}: exists; give --force to replace it or another -o")
+    if path.exists() and (path.is_symlink() or not path.is_file()):
+        raise EdgekitError(f"{path}: is no regular file, so --force does not replace it")
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Raise EdgekitError where nothing can be made at `path`."""
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise EdgekitError(f"{parent}: does not exist, so {path.name} cannot be made in it")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise EdgekitError(f"{parent}: is not writable, so {path.name} cannot be made in it")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give a hidden name to write; it becomes `path` in one rename, or nothing is left.
+
+    An existing file is replaced. EdgekitError where the system refuses.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield scratch
+        scratch.replace(path)
+    except OSError as error:
+        raise EdgekitError(f"{path}: cannot be written: {os_reason(error)}") from error
+    finally:
+        with suppress(OSError):  # there is none after the rename
+            scratch.unlink()
