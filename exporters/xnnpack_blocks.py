@@ -22,14 +22,6 @@ _decomposed_ops = torch.ops.quantized_decomposed
 _llama_ops = torch.ops.llama
 
 
-_BLOCK = 64  # positions
-
-
-def padded(context: int) -> int:
-    """Positions of a cache: the context in whole blocks."""
-    return -(-context // _BLOCK) * _BLOCK
-
-
 class XnnpackBlocks:
     """`edgekit.models.lfm2.Blocks` in ExecuTorch's operators; codes become constants as they are.
 
@@ -68,8 +60,8 @@ class XnnpackBlocks:
         """`causal_attention` on a cache that `llama::update_cache` fills."""
         if self._positions is None:
             group = config.num_heads // config.num_kv_heads
-            self._positions = _Positions(padded(context), group)
-        return _Attention(config, padded(context), self._positions)
+            self._positions = _Positions(context, group)
+        return _Attention(config, context, self._positions)
 
     def rope(self, config: ModelConfig, context: int) -> nn.Module:
         """Rows of precomputed tables."""
@@ -235,30 +227,28 @@ class _ShortConv(nn.Module):
 class _Positions(nn.Module):
     """Where a run of tokens stands, as its attention wants to know it.
 
-    Traced once however many layers attend: tracing runs them with the same `start`.
+    Traced once however many layers attend: tracing runs them with the same symbolic `start`.
     """
 
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, length: int, group: int) -> None:
+    def __init__(self, context: int, group: int) -> None:
         super().__init__()
-        positions = torch.arange(length, dtype=torch.float32)
+        positions = torch.arange(context, dtype=torch.float32)
         self.register_buffer("rows", positions[:, None].repeat(1, group))
         self.register_buffer("columns", positions[None].clone())
-        self._last: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._traced: tuple[object, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def forward(self, start: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the start, the length of the cache to attend to (int64 `[1]`), and the rows.
-
-        The length is rounded up to a whole block: XNNPACK plans its memory anew whenever a shape
-        changes. The mask hides the surplus.
-        """
-        if self._last is None or self._last[0] is not start:
-            at = torch.full((1,), start, dtype=torch.long)
-            end = (at + (n + _BLOCK - 1)) & -_BLOCK
-            self._last = start, (at, end, self.rows[:n] + at)
-        return self._last[1]
+        """Return the start and the end (int64 `[1]`), and the queries' positions `[n, group]`."""
+        if self._traced is not None and self._traced[0] is start:
+            return self._traced[1]
+        at = torch.full((1,), start, dtype=torch.long)
+        result = at, at + n, self.rows[:n] + at
+        if isinstance(start, torch.SymInt):
+            self._traced = start, result
+        return result
 
 
 class _Attention(nn.Module):
@@ -267,9 +257,9 @@ class _Attention(nn.Module):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, config: ModelConfig, length: int, positions: _Positions) -> None:
+    def __init__(self, config: ModelConfig, context: int, positions: _Positions) -> None:
         super().__init__()
-        shape = (1, length, config.num_kv_heads, config.head_dim)
+        shape = (1, context, config.num_kv_heads, config.head_dim)
         self.register_buffer("keys", torch.zeros(shape), persistent=False)
         self.register_buffer("values", torch.zeros(shape), persistent=False)
         self.positions = positions
