@@ -37,6 +37,7 @@ def export_pte(
 
     `weights` is emptied on the way, so that no weight is held longer than it is needed.
     """
+    from edgekit.exporters.pte_sharing import store_once
     from edgekit.exporters.xnnpack_blocks import XnnpackBlocks
     from edgekit.exporters.xnnpack_lowering import (
         delegate,
@@ -62,11 +63,18 @@ def export_pte(
     write_program(program, path)
     del edge, program
     release_traces()
+    store_once(path)
 
 
 def runner_metadata(config: ModelConfig, context: int) -> dict[str, Any]:
-    """Return the constant methods that ExecuTorch's LLM runner reads (extension/llm/runner)."""
+    """Return the constant methods that ExecuTorch's LLM runner reads (extension/llm/runner).
+
+    `get_prefill_chunk` is for edgekit's engine: prompts are fastest in pieces of that length.
+    """
+    from edgekit.exporters.xnnpack_blocks import PREFILL_CHUNK
+
     return {
+        "get_prefill_chunk": min(PREFILL_CHUNK, context),
         "get_max_seq_len": context,
         "get_max_context_len": context,
         "get_n_layers": config.num_layers,

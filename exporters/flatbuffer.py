@@ -55,7 +55,7 @@ class Table:
 
     def number(self, slot: int, form: str, default: int = 0) -> int:
         """Return a scalar field, `form` as in `struct` without byte order."""
-        position = self._field(slot)
+        position = self.place(slot)
         return default if position is None else self._buffer.scalar(f"<{form}", position)
 
     def table(self, slot: int) -> "Table | None":
@@ -84,7 +84,8 @@ class Table:
         """Return where a vector of bytes lies: position in the buffer, length."""
         return self._vector(slot, 1)
 
-    def _field(self, slot: int) -> int | None:
+    def place(self, slot: int) -> int | None:
+        """Return where a scalar field lies in the buffer, None where its default is left out."""
         place = 4 + 2 * slot
         if place + 2 > self._fields_size:
             return None
@@ -92,7 +93,7 @@ class Table:
         return self._position + offset if offset else None
 
     def _target(self, slot: int) -> int | None:
-        position = self._field(slot)
+        position = self.place(slot)
         return None if position is None else position + self._buffer.scalar("<I", position)
 
     def _vector(self, slot: int, item_size: int) -> tuple[int, int]:

@@ -164,6 +164,7 @@ def _components(
         ("program", program.program),
         *(("other data", span) for span in program.named.values()),
     ]
+    parts = _name_shared(parts)
     counts, sizes, end = Counter[str](), Counter[str](), 0
     order = {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in parts))}
     for name, span in sorted(parts, key=lambda part: (part[1].offset, order[part[0]])):
@@ -175,6 +176,16 @@ def _components(
     found = [Component(name, counts[name], sizes[name]) for name in order if sizes[name]]
     rest = program.file_bytes - sum(sizes.values())
     return [*found, Component("padding", 0, rest)]
+
+
+def _name_shared(parts: list[tuple[str, Span]]) -> list[tuple[str, Span]]:
+    """Name bytes that are embedding and head at once as both."""
+    embedding, head = (
+        {span: name for name, span in parts if name.startswith(kind)}
+        for kind in ("embedding, ", "head, ")
+    )
+    both = {span: f"{embedding[span]}, and {head[span]}" for span in embedding.keys() & head.keys()}
+    return [(both.get(span, name), span) for name, span in parts]
 
 
 def _kernel_parts(forward: Method) -> Iterator[tuple[str, Span]]:

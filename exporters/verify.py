@@ -38,6 +38,10 @@ class Engine(Protocol):
     """What verification needs of an engine."""
 
     context: int
+    longest_chunk: int
+    """The most tokens that one forward pass takes."""
+    chunk: int
+    """Tokens of a prompt that `prefill` gives to one forward pass."""
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         """Process tokens; logits of the last."""
@@ -171,14 +175,15 @@ def _repeat(engine: Engine, tokens: list[int], first: Logits) -> tuple[float, bo
 def _check_lengths(engine: Engine, tokens: list[int]) -> tuple[list[int], float]:
     """Run prompts of 1, max - 1 and max tokens; one more must be refused, nothing may break.
 
-    Returns the lengths that ran and how far a decoded last token strays from a prefilled one.
+    The longest runs in one pass, as ExecuTorch's own runner would have it. Returns the lengths
+    that ran and how far a last token decoded after chunks strays from it.
     """
     longest = min(engine.context, LONGEST_PROMPT)
     text = (tokens * (engine.context // len(tokens) + 1))[: engine.context]
     engine.reset()
     engine.prefill(text[:1])
     engine.reset()
-    full = engine.prefill(text[:longest])
+    full = _in_one_pass(engine, text[:longest])
     if longest == engine.context:
         _must_refuse(engine, text[:1])
     engine.reset()
@@ -190,6 +195,15 @@ def _check_lengths(engine: Engine, tokens: list[int]) -> tuple[list[int], float]
         difference = kld(full, engine.decode(text[longest - 1]))
         engine.reset()
     return sorted({1, longest - 1 or 1, longest}), difference
+
+
+def _in_one_pass(engine: Engine, tokens: list[int]) -> Logits:
+    chunk = engine.chunk
+    engine.chunk = engine.longest_chunk
+    try:
+        return engine.prefill(tokens)
+    finally:
+        engine.chunk = chunk
 
 
 def _must_refuse(engine: Engine, tokens: list[int]) -> None:

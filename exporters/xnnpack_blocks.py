@@ -22,6 +22,13 @@ _decomposed_ops = torch.ops.quantized_decomposed
 _llama_ops = torch.ops.llama
 
 
+PREFILL_CHUNK = 512
+"""Longest run of tokens that attends in XNNPACK: 134 MB of scores at 32 heads and 2,048 positions.
+
+`llama.cpp` computes prompts in pieces of the same length (its `n_ubatch`).
+"""
+
+
 class XnnpackBlocks:
     """`edgekit.models.lfm2.Blocks` in ExecuTorch's operators; codes become constants as they are.
 
@@ -238,21 +245,26 @@ class _Positions(nn.Module):
         positions = torch.arange(context, dtype=torch.float32)
         self.register_buffer("rows", positions[:, None].repeat(1, group))
         self.register_buffer("columns", positions[None].clone())
-        self._traced: tuple[object, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._traced: tuple[object, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
 
-    def forward(self, start: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the start and the end (int64 `[1]`), and the queries' positions `[n, group]`."""
+    def forward(self, start: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return whether a matrix pays, start and end (int64 `[1]`), queries' positions `[n, group]`."""
         if self._traced is not None and self._traced[0] is start:
             return self._traced[1]
-        at = torch.full((1,), start, dtype=torch.long)
-        result = at, at + n, self.rows[:n] + at
+        at, length = (torch.full((1,), number, dtype=torch.long) for number in (start, n))
+        pays = torch.logical_and(length > 1, length <= PREFILL_CHUNK)
+        result = pays, at, at + n, self.rows[:n] + at
         if isinstance(start, torch.SymInt):
             self._traced = start, result
         return result
 
 
 class _Attention(nn.Module):
-    """A prompt attends in XNNPACK, one token by `llama::custom_sdpa`, which copies no cache."""
+    """Attention in XNNPACK for a chunk of a prompt, `llama::custom_sdpa` for all else.
+
+    XNNPACK multiplies matrices several times faster, but copies the cache for it, which one token
+    does not repay, and holds all scores at once: `heads * n * end` numbers.
+    """
 
     keys: Tensor
     values: Tensor
@@ -265,16 +277,16 @@ class _Attention(nn.Module):
         self.positions = positions
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        at, end, rows = self.positions(start, q.shape[0])
+        pays, at, end, rows = self.positions(start, q.shape[0])
         _llama_ops.update_cache(k.unsqueeze(0), self.keys, start)
         _llama_ops.update_cache(v.unsqueeze(0), self.values, start)
         # A branch takes tensors only, and none whose shape hangs on the position.
         operands = (q, self.keys, self.values, at, end, rows, self.positions.columns)
-        mixed: Tensor = torch.cond(q.shape[0] > 1, _attend_prompt, _attend_token, operands)
+        mixed: Tensor = torch.cond(pays, _attend_in_xnnpack, _attend_streaming, operands)
         return mixed
 
 
-def _attend_prompt(
+def _attend_in_xnnpack(
     q: Tensor, keys: Tensor, values: Tensor, at: Tensor, end: Tensor, rows: Tensor, columns: Tensor
 ) -> Tensor:
     length = cast(int, end.item())
@@ -284,13 +296,13 @@ def _attend_prompt(
     return cast(Tensor, xnnpack_ops.causal_attention(q, keys, values, rows, columns))
 
 
-def _attend_token(
+def _attend_streaming(
     q: Tensor, keys: Tensor, values: Tensor, at: Tensor, end: Tensor, rows: Tensor, columns: Tensor
 ) -> Tensor:
     start = cast(int, at.item())
     torch._check(start >= 0)
     mixed = _llama_ops.custom_sdpa(q.unsqueeze(0), keys, values, start, None, 0.0, True)
-    return cast(Tensor, mixed.view(q.shape[0], -1))
+    return cast(Tensor, mixed.view(-1, q.shape[1] * q.shape[2]))
 
 
 class _Rope(nn.Module):

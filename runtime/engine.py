@@ -31,7 +31,8 @@ class Engine(Protocol):
     """One loaded model and the state of one sequence.
 
     `name` and `version` are the engine's, `context` is the number of positions its state holds,
-    `position` the number of tokens processed since the last reset. The logits returned are the
+    `position` the number of tokens processed since the last reset; one forward pass can take
+    `longest_chunk` tokens, and `prefill` gives it at most `chunk`. The logits returned are the
     caller's own: no later call changes them.
     """
 
@@ -39,6 +40,8 @@ class Engine(Protocol):
     version: str
     context: int
     vocab_size: int
+    longest_chunk: int
+    chunk: int
 
     @property
     def position(self) -> int:
@@ -71,6 +74,8 @@ class OneSequenceEngine(ABC):
     vocab_size: int
     longest_chunk: int
     """The most tokens that one forward pass takes."""
+    chunk: int
+    """Tokens of a prompt that one forward pass is given, at most `longest_chunk`."""
 
     def __init__(self) -> None:
         """Start an open engine at position 0; the subclass sets the attributes above."""
@@ -95,7 +100,7 @@ class OneSequenceEngine(ABC):
         if not self._open:
             raise EdgekitError(f"the {self.name} engine is closed")
         ids = check_tokens(tokens, self._position, self.context, self.vocab_size)
-        for chunk in np.split(ids, range(self.longest_chunk, len(ids), self.longest_chunk)):
+        for chunk in np.split(ids, range(self.chunk, len(ids), self.chunk)):
             logits = self._forward(chunk, self._position)
             self._position += len(chunk)
         return logits

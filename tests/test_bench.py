@@ -58,7 +58,8 @@ def one_line_error(result: Result) -> str:
 class EchoEngine(OneSequenceEngine):
     """The smallest engine: keeps every run of tokens it was given."""
 
-    name, version, context, vocab_size, longest_chunk = "echo", "1", 64, 50, 64
+    name, version, context, vocab_size = "echo", "1", 64, 50
+    longest_chunk = chunk = 64
 
     def __init__(self) -> None:
         super().__init__()

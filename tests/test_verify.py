@@ -28,6 +28,7 @@ class Defective:
     def __init__(self, engine: ExecutorchEngine) -> None:
         self.engine = engine
         self.context = engine.context
+        self.longest_chunk, self.chunk = engine.longest_chunk, engine.chunk
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         return self.engine.prefill(tokens)

@@ -109,9 +109,9 @@ def _predict(
     source = resolve_model(model, random_weights=True)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     rows = resolve(choice.recipe(), shapes)
-    # The .pte holds shared int8 codes once, shared floats and int4 codes twice.
+    # The .pte holds shared int8 codes and floats once; int4 codes are packed in two ways.
     twins = shared_rows(rows, tied)
-    shared = [row.tensor for row in rows if row.tensor in twins and row.scheme.bits == 8]
+    shared = [row.tensor for row in rows if row.tensor in twins and row.scheme.bits != 4]
     positions = context or source.config.default_context
     return predict(source.config, rows, positions, depth, shared=shared), source.id
 

@@ -1,0 +1,84 @@
+"""No byte twice: what the program and its delegates both hold is stored once in a `.pte`.
+
+The codes of a tied embedding are a constant of the program, for the lookup, and named data of a
+delegate, for the head. ExecuTorch writes both; its loaders only ask where a segment begins and how
+long it is, so the named data's segment may lie inside the constants' one.
+"""
+
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+from edgekit.exporters.flatbuffer import Flatbuffer, Table
+from edgekit.exporters.pte import FORWARD, Program, Span
+from edgekit.pte_header import PteHeader
+
+_WORTH = 1024  # bytes; below that a segment's alignment eats the gain
+_BLOCK = 16 << 20
+_DATA_SIZE_PLACE = 32  # of the size of all segments, in the file's header
+
+
+def store_once(path: Path) -> int:
+    """Drop named data that equal a constant of the program; return the bytes saved."""
+    header, program = PteHeader.read(path), Program.open(path)
+    with path.open("r+b") as file:
+        data = bytearray(file.read(header.program_bytes))
+        root = Flatbuffer(bytes(data)).root(b"ET12")
+        segments = root.tables(4)
+        starts = [segment.number(0, "Q") + header.segment_base for segment in segments]
+        moved = _twins(file, program, root)
+        cuts = [_whole_segment(starts, starts[index], header.file_bytes) for index in moved]
+        for index, start in enumerate(starts):
+            place = segments[index].place(0)
+            if place is not None:  # the first segment's offset, 0, is not stored
+                start = moved.get(index, start - sum(c.size for c in cuts if c.offset < start))
+                struct.pack_into("<Q", data, place, start - header.segment_base)
+        saved = sum(cut.size for cut in cuts)
+        size = header.file_bytes - saved - header.segment_base
+        struct.pack_into("<Q", data, _DATA_SIZE_PLACE, size)
+        for cut in sorted(cuts, key=lambda cut: -cut.offset):
+            _remove(file, cut)
+        file.seek(0)
+        file.write(data)
+    return saved
+
+
+def _twins(file: BinaryIO, program: Program, root: Table) -> dict[int, int]:
+    """Return where the data of a segment also lie: its index -> the place among the constants."""
+    constants = {constant.span for constant in program.methods[FORWARD].constants}
+    found = {}
+    for entry in root.tables(7):
+        named = program.named[entry.text(0)]
+        for span in constants:
+            if named.size == span.size >= _WORTH and _equal(file, named, span):
+                found[entry.number(1, "I")] = span.offset
+    return found
+
+
+def _equal(file: BinaryIO, first: Span, second: Span) -> bool:
+    for done in range(0, first.size, _BLOCK):
+        size = min(_BLOCK, first.size - done)
+        if _read(file, first.offset + done, size) != _read(file, second.offset + done, size):
+            return False
+    return True
+
+
+def _whole_segment(starts: list[int], start: int, end_of_file: int) -> Span:
+    """Return a segment with the padding behind it, so that the next ones stay aligned."""
+    end = min((other for other in starts if other > start), default=end_of_file)
+    return Span(start, end - start)
+
+
+def _remove(file: BinaryIO, cut: Span) -> None:
+    """Move what lies behind to the place of the cut."""
+    source, target = cut.offset + cut.size, cut.offset
+    while block := _read(file, source, _BLOCK):
+        file.seek(target)
+        file.write(block)
+        source, target = source + len(block), target + len(block)
+    file.truncate(target)
+
+
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
