@@ -49,7 +49,7 @@ def _twins(file: BinaryIO, program: Program, root: Table) -> dict[int, int]:
     found = {}
     for entry in root.tables(7):
         named = program.named[entry.text(0)]
-        for span in constants:
+        for span in constants - {named}:
             if named.size == span.size >= _WORTH and _equal(file, named, span):
                 found[entry.number(1, "I")] = span.offset
     return found

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,11 @@ from pathlib import Path
 import pytest
 
 TINY_CONTEXT = 512
+
+# A shell starts its background jobs with Ctrl-C ignored, and children inherit that: the tests
+# that send it must not depend on how they were started.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

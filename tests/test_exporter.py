@@ -16,6 +16,7 @@ from edgekit.errors import EdgekitError
 from edgekit.export import plan_export
 from edgekit.exporters.executorch import export_pte, runner_metadata
 from edgekit.exporters.pte import FORWARD, Program
+from edgekit.exporters.verify import MAX_KLD, kld
 from edgekit.exporters.xnnpack_graph import read_graph
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import resolve_model
@@ -178,6 +179,7 @@ def test_a_quantized_embedding_is_nowhere_a_float(exported: Exported) -> None:
 
 def test_every_constant_method_that_runners_read(exported: Exported) -> None:
     assert exported.program.constant_methods == {
+        "get_prefill_chunk": CONTEXT,
         "get_max_seq_len": CONTEXT,
         "get_max_context_len": CONTEXT,
         "get_n_layers": 2,
@@ -205,6 +207,23 @@ def test_the_program_itself_takes_the_stated_maximum_and_no_more(exported: Expor
     assert forward.call((torch.ones(1, CONTEXT, dtype=torch.int64), start))[0].shape == (1, 320)
     with pytest.raises(RuntimeError):
         forward.call((torch.ones(1, CONTEXT + 1, dtype=torch.int64), start))
+
+
+@pytest.mark.parametrize("n", [2, 3, 63, 511, 512])
+def test_every_way_to_attend_gives_the_same_logits(tiny_artifact: Path, n: int) -> None:
+    """In one pass, above 512 tokens by `custom_sdpa`; in chunks in XNNPACK; then one token."""
+    with ExecutorchEngine(tiny_artifact / "model.pte", threads=1) as engine:
+        tokens = [(7 * i) % 4000 + 20 for i in range(n)]
+        assert engine.chunk == 512
+        chunks = engine.prefill(tokens)
+        engine.reset()
+        engine.prefill(tokens[: n - 1])
+        token = engine.decode(tokens[-1])
+        engine.reset()
+        engine.chunk = engine.longest_chunk
+        whole = engine.prefill(tokens)
+    assert kld(whole, chunks) < MAX_KLD
+    assert kld(whole, token) < MAX_KLD
 
 
 def test_a_single_end_of_sequence_token_is_a_list_too() -> None:

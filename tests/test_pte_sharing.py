@@ -1,0 +1,45 @@
+"""What is stored once in a `.pte` is read by both that need it, and nothing else changes."""
+
+from pathlib import Path
+
+import pytest
+from pte_weights import embedding, linears
+
+from edgekit.exporters.pte import FORWARD, Program, Span
+from edgekit.exporters.pte_sharing import _remove, store_once
+from edgekit.models.source import resolve_model
+
+
+def test_a_tied_table_lies_once_in_the_file(tiny_artifact: Path) -> None:
+    path = tiny_artifact / "model.pte"
+    program = Program.open(path)
+    table = embedding(program)
+    vocabulary = resolve_model("lfm2-tiny").config.vocab_size
+    (head,) = (linear for linear in linears(program) if linear.shape[0] == vocabulary)
+    assert (head.data, head.scales) == (table.data, table.scales)
+    codes = program.read(table.data)
+    assert path.read_bytes().count(codes[:4096]) == 1
+
+
+def test_nothing_is_left_to_share(tiny_artifact: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.pte"
+    content = (tiny_artifact / "model.pte").read_bytes()
+    path.write_bytes(content)
+    assert store_once(path) == 0
+    assert path.read_bytes() == content
+
+
+def test_the_prompt_and_the_head_need_few_delegates(tiny_artifact: Path) -> None:
+    """One delegate from attention to attention, one in each attention, one for the last row."""
+    program = Program.open(tiny_artifact / "model.pte")
+    kinds = resolve_model("lfm2-tiny").config.layer_types
+    assert len(program.methods[FORWARD].delegates) <= 2 * kinds.count("full_attention") + 3
+
+
+@pytest.mark.parametrize("cut", [Span(0, 5), Span(3, 4), Span(8, 2), Span(2, 0)])
+def test_removing_a_run_of_bytes(cut: Span, tmp_path: Path) -> None:
+    path, content = tmp_path / "bytes", bytes(range(10))
+    path.write_bytes(content)
+    with path.open("r+b") as file:
+        _remove(file, cut)
+    assert path.read_bytes() == content[: cut.offset] + content[cut.offset + cut.size :]
