@@ -3,11 +3,14 @@
 from pathlib import Path
 
 from edgekit.artifact import Artifact
-from edgekit.export import export, plan_export
-from edgekit.exporters.artifact import check_output
 from edgekit.progress import Progress
-from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
-from edgekit.quantize.scheme import Scheme
+from edgekit.quiet import quiet_imports
+
+with quiet_imports():
+    from edgekit.export import export, plan_export
+    from edgekit.exporters.artifact import check_output
+    from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
+    from edgekit.quantize.scheme import Scheme
 
 
 def export_model(

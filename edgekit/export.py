@@ -23,6 +23,7 @@ from edgekit.runtime.engine import load_engine
 
 TARGETS = ("executorch",)
 VERIFY_TOKENS = 128
+MIN_CONTEXT = 16  # tokens; with fewer there is no prompt to speak of, and nothing to verify
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def plan_export(
     target_executorch.check_rows(rows)
     limit = source.config.max_context
     context = source.config.default_context if context is None else context
-    if not 1 <= context <= limit:
-        raise EdgekitError(f"--context {context}: {source.id} has room for 1 to {limit} tokens")
+    least = min(MIN_CONTEXT, limit)
+    if not least <= context <= limit:
+        raise EdgekitError(f"--context {context}: {source.id} takes {least} to {limit} tokens")
     return Plan(source, recipe, rows, tied, context, target)
 
 
@@ -93,11 +95,8 @@ def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[st
 
 
 def _verify(target: str, path: Path, expected: Reference) -> Verification:
-    engine = load_engine(target, path)
-    try:
+    with load_engine(target, path) as engine:
         return verify(engine, expected)
-    finally:
-        engine.close()
 
 
 def verification_tokens(source: ModelSource, context: int) -> list[int]:

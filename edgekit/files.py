@@ -20,9 +20,10 @@ def check_output_file(path: Path, force: bool) -> None:
     """Raise EdgekitError where `path` cannot become a file, before any work is done for it."""
     if path.is_dir():
         raise EdgekitError(f"{path}: is a folder; give the name of a file")
-    if path.exists() and not force:
+    there = os.path.lexists(path)  # a dangling link is something, too
+    if there and not force:
         raise EdgekitError(f"{path}: exists; give --force to replace it or another -o")
-    if path.exists() and (path.is_symlink() or not path.is_file()):
+    if there and (path.is_symlink() or not path.is_file()):
         raise EdgekitError(f"{path}: is no regular file, so --force does not replace it")
     check_parent(path)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from edgekit.errors import EdgekitError
 
 _HEAD_BYTES = 40
+_SIZES_PLACE = 12  # uint32 length of the header, then uint64 program, segment base, segments
+SEGMENTS_SIZE_PLACE = _SIZES_PLACE + struct.calcsize("<IQQ")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class PteHeader:
             raise EdgekitError(f"{path}: has the ExecuTorch format {mark!r}, not 'ET12'")
         if head[8:12] != b"eh00" or len(head) < _HEAD_BYTES:
             return cls(size, size, 0, complete=False)
-        length, program, base, data = struct.unpack_from("<IQQQ", head, 12)
+        length, program, base, data = struct.unpack_from("<IQQQ", head, _SIZES_PLACE)
         complete = length >= 32  # an older header ends before the size of the segments
         end = max(program, base + (data if complete else 0))
         if size < end:

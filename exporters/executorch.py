@@ -1,6 +1,6 @@
 """Target `executorch`: a `.pte` whose linears run in XNNPACK, for ExecuTorch's LLM runners."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from edgekit.errors import EdgekitError
 from edgekit.models.config import ModelConfig
 from edgekit.models.weights import Weight
-from edgekit.quantize.recipe import EMBEDDING, Resolved
+from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
 
 MODEL_FILE = "model.pte"
 LINEAR_SCHEMES = "float, w8, w4 and w4gN"
@@ -24,6 +24,15 @@ def check_rows(rows: Sequence[Resolved]) -> None:
                 f"{row.tensor}: target executorch cannot hold {row.scheme.name}; for linear "
                 f"layers XNNPACK holds {LINEAR_SCHEMES}"
             )
+
+
+def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
+    """Return the tensors whose bytes the file holds under another's name (`pte_sharing`).
+
+    Codes of 4 bits are not among them: lookup and product pack them differently.
+    """
+    twins = shared_rows(rows, tied)
+    return [row.tensor for row in rows if row.tensor in twins and row.scheme.bits != 4]
 
 
 def export_pte(

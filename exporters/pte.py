@@ -77,9 +77,9 @@ class Delegate:
 class Method:
     """One method: what it runs in order of its instructions, and what it needs.
 
-    `constants` are also those that delegates take as inputs; `delegate_calls` are indices of
-    `delegates`; `planned_bytes` is the memory that its
-    intermediate tensors and state share; `output` the value of a constant method, else None.
+    `constants` include those that delegates take as inputs; `delegate_calls` are indices of
+    `delegates`; `planned_bytes` is the memory that its intermediate tensors and state share;
+    `output` the value of a constant method, else None.
     """
 
     name: str

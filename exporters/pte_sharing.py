@@ -11,46 +11,43 @@ from typing import BinaryIO
 
 from edgekit.exporters.flatbuffer import Flatbuffer, Table
 from edgekit.exporters.pte import FORWARD, Program, Span
-from edgekit.pte_header import PteHeader
+from edgekit.pte_header import SEGMENTS_SIZE_PLACE, PteHeader
 
-_WORTH = 1024  # bytes; below that a segment's alignment eats the gain
+_LEAST_BYTES = 1024  # below that a segment's alignment eats the gain
 _BLOCK = 16 << 20
-_DATA_SIZE_PLACE = 32  # of the size of all segments, in the file's header
 
 
-def store_once(path: Path) -> int:
-    """Drop named data that equal a constant of the program; return the bytes saved."""
+def store_once(path: Path) -> None:
+    """Point named data that equal a constant at the constant, and cut their own segments out."""
     header, program = PteHeader.read(path), Program.open(path)
     with path.open("r+b") as file:
         data = bytearray(file.read(header.program_bytes))
         root = Flatbuffer(bytes(data)).root(b"ET12")
         segments = root.tables(4)
         starts = [segment.number(0, "Q") + header.segment_base for segment in segments]
-        moved = _twins(file, program, root)
+        moved = _found_among_constants(file, program, root)
         cuts = [_whole_segment(starts, starts[index], header.file_bytes) for index in moved]
         for index, start in enumerate(starts):
             place = segments[index].place(0)
             if place is not None:  # the first segment's offset, 0, is not stored
                 start = moved.get(index, start - sum(c.size for c in cuts if c.offset < start))
                 struct.pack_into("<Q", data, place, start - header.segment_base)
-        saved = sum(cut.size for cut in cuts)
-        size = header.file_bytes - saved - header.segment_base
-        struct.pack_into("<Q", data, _DATA_SIZE_PLACE, size)
+        size = header.file_bytes - sum(cut.size for cut in cuts) - header.segment_base
+        struct.pack_into("<Q", data, SEGMENTS_SIZE_PLACE, size)
         for cut in sorted(cuts, key=lambda cut: -cut.offset):
             _remove(file, cut)
         file.seek(0)
         file.write(data)
-    return saved
 
 
-def _twins(file: BinaryIO, program: Program, root: Table) -> dict[int, int]:
+def _found_among_constants(file: BinaryIO, program: Program, root: Table) -> dict[int, int]:
     """Return where the data of a segment also lie: its index -> the place among the constants."""
     constants = {constant.span for constant in program.methods[FORWARD].constants}
     found = {}
     for entry in root.tables(7):
         named = program.named[entry.text(0)]
         for span in constants - {named}:
-            if named.size == span.size >= _WORTH and _equal(file, named, span):
+            if named.size == span.size >= _LEAST_BYTES and _equal(file, named, span):
                 found[entry.number(1, "I")] = span.offset
     return found
 

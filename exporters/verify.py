@@ -39,12 +39,9 @@ class Engine(Protocol):
 
     context: int
     longest_chunk: int
-    """The most tokens that one forward pass takes."""
-    chunk: int
-    """Tokens of a prompt that `prefill` gives to one forward pass."""
 
-    def prefill(self, tokens: Sequence[int]) -> Logits:
-        """Process tokens; logits of the last."""
+    def prefill(self, tokens: Sequence[int], chunk: int | None = None) -> Logits:
+        """Process tokens, `chunk` in one forward pass; logits of the last."""
         ...
 
     def decode(self, token: int) -> Logits:
@@ -183,7 +180,7 @@ def _check_lengths(engine: Engine, tokens: list[int]) -> tuple[list[int], float]
     engine.reset()
     engine.prefill(text[:1])
     engine.reset()
-    full = _in_one_pass(engine, text[:longest])
+    full = engine.prefill(text[:longest], chunk=engine.longest_chunk)
     if longest == engine.context:
         _must_refuse(engine, text[:1])
     engine.reset()
@@ -195,15 +192,6 @@ def _check_lengths(engine: Engine, tokens: list[int]) -> tuple[list[int], float]
         difference = kld(full, engine.decode(text[longest - 1]))
         engine.reset()
     return sorted({1, longest - 1 or 1, longest}), difference
-
-
-def _in_one_pass(engine: Engine, tokens: list[int]) -> Logits:
-    chunk = engine.chunk
-    engine.chunk = engine.longest_chunk
-    try:
-        return engine.prefill(tokens)
-    finally:
-        engine.chunk = chunk
 
 
 def _must_refuse(engine: Engine, tokens: list[int]) -> None:

@@ -23,7 +23,8 @@ _llama_ops = torch.ops.llama
 
 
 PREFILL_CHUNK = 512
-"""Longest run of tokens that attends in XNNPACK: 134 MB of scores at 32 heads and 2,048 positions.
+"""Longest run of tokens that attends in XNNPACK: 134 MB for each copy of the
+scores at 32 heads and 2,048 positions.
 
 `llama.cpp` computes prompts in pieces of the same length (its `n_ubatch`).
 """
@@ -115,12 +116,10 @@ class _CodesLinear(nn.Module):
 
     def __init__(self, weight: QuantizedTensor, activation: _DynamicActivation) -> None:
         super().__init__()
-        is_view = weight.codes.untyped_storage().nbytes() != weight.codes.nbytes
         self.bits, self.group_size = weight.bits, weight.group_size
         self._activation = activation
-        # XNNPACK's serializer writes a tensor's whole storage: a block of rows needs its own.
-        self.register_buffer("codes", weight.codes.clone() if is_view else weight.codes)
-        self.register_buffer("scales", weight.scales.clone() if is_view else weight.scales)
+        self.register_buffer("codes", _own(weight.codes))
+        self.register_buffer("scales", _own(weight.scales))
         # XNNPACK's pattern wants zero points; one byte each is the least they can cost.
         self.register_buffer("zeros", torch.zeros_like(weight.scales, dtype=torch.int8))
 
@@ -144,12 +143,17 @@ class _CodesLinear(nn.Module):
         return nn.functional.linear(self._activation(x), weight)
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """XNNPACK's serializer writes a tensor's whole storage: a block of rows needs its own."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
 class _FloatLinear(nn.Module):
     weight: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.float().clone())
+        self.register_buffer("weight", _own(weight.float()))
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight)
@@ -248,12 +252,16 @@ class _Positions(nn.Module):
         self._traced: tuple[object, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
 
     def forward(self, start: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return whether a matrix pays, start and end (int64 `[1]`), queries' positions `[n, group]`."""
+        """Return whether to attend in XNNPACK, start and end, the queries' positions.
+
+        bool `[1]`, int64 `[1]` and `[1]`, float32 `[n, group]`.
+        """
         if self._traced is not None and self._traced[0] is start:
             return self._traced[1]
         at, length = (torch.full((1,), number, dtype=torch.long) for number in (start, n))
-        pays = torch.logical_and(length > 1, length <= PREFILL_CHUNK)
-        result = pays, at, at + n, self.rows[:n] + at
+        in_xnnpack = torch.logical_and(length > 1, length <= PREFILL_CHUNK)
+        result = in_xnnpack, at, at + n, self.rows[:n] + at
+        # Eagerly, equal small numbers are one object too, and `n` may differ.
         if isinstance(start, torch.SymInt):
             self._traced = start, result
         return result
@@ -277,12 +285,12 @@ class _Attention(nn.Module):
         self.positions = positions
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        pays, at, end, rows = self.positions(start, q.shape[0])
+        in_xnnpack, at, end, rows = self.positions(start, q.shape[0])
         _llama_ops.update_cache(k.unsqueeze(0), self.keys, start)
         _llama_ops.update_cache(v.unsqueeze(0), self.values, start)
         # A branch takes tensors only, and none whose shape hangs on the position.
         operands = (q, self.keys, self.values, at, end, rows, self.positions.columns)
-        mixed: Tensor = torch.cond(pays, _attend_in_xnnpack, _attend_streaming, operands)
+        mixed: Tensor = torch.cond(in_xnnpack, _attend_in_xnnpack, _attend_streaming, operands)
         return mixed
 
 

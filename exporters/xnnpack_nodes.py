@@ -38,7 +38,7 @@ import edgekit.exporters.xnnpack_ops  # noqa: F401  registers edgekit::*
 
 CAUSAL_ATTENTION = "edgekit.causal_attention.default"
 _TRANSPOSE_B = 1  # XNN_FLAG_TRANSPOSE_B of xnnpack.h
-_MASKED = 1e9  # subtracted from the logit of a position one ahead: its probability is exactly 0
+_SLOPE = 1e9  # of the mask: a position one ahead loses so much that its probability is exactly 0
 
 
 class _Emitter:
@@ -89,6 +89,8 @@ class _Emitter:
 class CausalAttentionVisitor(NodeVisitor):  # type: ignore[misc]  # executorch is untyped
     """softmax(q k^T / sqrt(head_dim) + mask) v, batched over KV heads.
 
+    mask = min(0, (row - column) * slope) is 0 up to the query's own position.
+
     The queries of a KV head's group are rows of one product, token by token: `[1, kv, n * group, d]`.
     """
 
@@ -118,17 +120,17 @@ class CausalAttentionVisitor(NodeVisitor):  # type: ignore[misc]  # executorch i
         row = emit.reshape(rows, emit.value(n * group, 1), 0, 1)
         emit.node(XNNSubtract(row, columns, behind, 0))
         steep = emit.value(n * group, end)
-        emit.node(XNNMultiply(behind, emit.constant(_MASKED), steep, 0))
+        emit.node(XNNMultiply(behind, emit.constant(_SLOPE), steep, 0))
         mask = emit.value(n * group, end)
         emit.node(XNNMinimum(steep, emit.constant(0.0), mask, 0))
         masked = emit.value(1, kv, n * group, end)
         emit.node(XNNAdd(scores, mask, masked, 0))
 
-        shares = emit.value(1, kv, n * group, end)
-        emit.node(XNNSoftmax(masked, shares, 0))
+        probabilities = emit.value(1, kv, n * group, end)
+        emit.node(XNNSoftmax(masked, probabilities, 0))
         v = emit.transpose(values, emit.value(1, kv, end, width), 0, 2, 1, 3)
         mixed = emit.value(1, kv, n * group, width)
-        emit.node(XNNBatchMatrixMultiply(shares, v, mixed, 0))
+        emit.node(XNNBatchMatrixMultiply(probabilities, v, mixed, 0))
         mixed = emit.reshape(mixed, emit.value(1, kv, n, group * width), 1, kv, 0, group * width)
         mixed = emit.transpose(mixed, emit.value(1, n, kv, group * width), 0, 2, 1, 3)
         emit.reshape(mixed, vals_to_ids[node], 0, heads * width)

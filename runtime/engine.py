@@ -32,7 +32,7 @@ class Engine(Protocol):
 
     `name` and `version` are the engine's, `context` is the number of positions its state holds,
     `position` the number of tokens processed since the last reset; one forward pass can take
-    `longest_chunk` tokens, and `prefill` gives it at most `chunk`. The logits returned are the
+    `longest_chunk` tokens and is fastest with `default_chunk`. The logits returned are the
     caller's own: no later call changes them.
     """
 
@@ -41,15 +41,18 @@ class Engine(Protocol):
     context: int
     vocab_size: int
     longest_chunk: int
-    chunk: int
+    default_chunk: int
 
     @property
     def position(self) -> int:
         """Number of tokens processed since the last reset."""
         ...
 
-    def prefill(self, tokens: Sequence[int]) -> Logits:
-        """Process tokens after those already processed; logits `[vocab_size]` of the last one."""
+    def prefill(self, tokens: Sequence[int], chunk: int | None = None) -> Logits:
+        """Process tokens after those already processed; logits `[vocab_size]` of the last one.
+
+        `chunk` is the number of tokens in one forward pass, by default `default_chunk`.
+        """
         ...
 
     def decode(self, token: int) -> Logits:
@@ -64,6 +67,19 @@ class Engine(Protocol):
         """Release the model; the engine cannot be used afterwards."""
         ...
 
+    def __enter__(self) -> Self:
+        """Return the engine, which the `with` block closes."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the engine."""
+        ...
+
 
 class OneSequenceEngine(ABC):
     """The part of an engine that is the same everywhere: checks, chunks, the position."""
@@ -73,9 +89,7 @@ class OneSequenceEngine(ABC):
     context: int
     vocab_size: int
     longest_chunk: int
-    """The most tokens that one forward pass takes."""
-    chunk: int
-    """Tokens of a prompt that one forward pass is given, at most `longest_chunk`."""
+    default_chunk: int
 
     def __init__(self) -> None:
         """Start an open engine at position 0; the subclass sets the attributes above."""
@@ -91,7 +105,7 @@ class OneSequenceEngine(ABC):
         """Number of tokens processed since the last reset."""
         return self._position
 
-    def prefill(self, tokens: Sequence[int]) -> Logits:
+    def prefill(self, tokens: Sequence[int], chunk: int | None = None) -> Logits:
         """Process tokens after those already processed; logits `[vocab_size]` of the last one.
 
         Raises `EdgekitError` before any work when there are no tokens, one is outside the
@@ -100,9 +114,10 @@ class OneSequenceEngine(ABC):
         if not self._open:
             raise EdgekitError(f"the {self.name} engine is closed")
         ids = check_tokens(tokens, self._position, self.context, self.vocab_size)
-        for chunk in np.split(ids, range(self.chunk, len(ids), self.chunk)):
-            logits = self._forward(chunk, self._position)
-            self._position += len(chunk)
+        size = min(chunk or self.default_chunk, self.longest_chunk)
+        for part in np.split(ids, range(size, len(ids), size)):
+            logits = self._forward(part, self._position)
+            self._position += len(part)
         return logits
 
     def decode(self, token: int) -> Logits:

@@ -92,8 +92,12 @@ class ExecutorchEngine(OneSequenceEngine):
         self.vocab_size = int(meta.output_tensor_meta(0).sizes()[-1])
         stated = self.metadata.get("get_max_context_len", self.metadata.get("get_max_seq_len"))
         self.context = self.longest_chunk if stated is None else cast(int, stated)
-        chunk = cast(int, self.metadata.get("get_prefill_chunk", self.longest_chunk))
-        self.chunk = max(1, min(chunk, self.longest_chunk))
+        chunk = self.metadata.get("get_prefill_chunk", self.longest_chunk)
+        if not isinstance(chunk, int) or not 1 <= chunk <= self.longest_chunk:
+            raise EdgekitError(
+                f"{path}: get_prefill_chunk must be 1 to {self.longest_chunk}, not {chunk!r:.60}"
+            )
+        self.default_chunk = chunk
         self._tokens = torch.zeros((1, self.longest_chunk), dtype=torch.int64)
         self._input_pos = torch.zeros(1, dtype=torch.int64)
 

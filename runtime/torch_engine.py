@@ -27,7 +27,7 @@ class TorchEngine(OneSequenceEngine):
         """Run `module`, whose state holds `context` positions."""
         super().__init__()
         torch.set_num_threads(threads or physical_cores())
-        self.context = self.longest_chunk = self.chunk = context
+        self.context = self.longest_chunk = self.default_chunk = context
         self.vocab_size = vocab_size
         self._module: nn.Module | None = module.eval()
 

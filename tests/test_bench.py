@@ -59,7 +59,7 @@ class EchoEngine(OneSequenceEngine):
     """The smallest engine: keeps every run of tokens it was given."""
 
     name, version, context, vocab_size = "echo", "1", 64, 50
-    longest_chunk = chunk = 64
+    longest_chunk = default_chunk = 64
 
     def __init__(self) -> None:
         super().__init__()

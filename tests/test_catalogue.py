@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
+from edgekit.artifact import MANIFEST
 from edgekit.commands.models import command
 from edgekit.errors import EdgekitError
 from edgekit.models import catalogue as module
@@ -17,7 +18,7 @@ from edgekit.models.catalogue import catalogue, find_model
 from edgekit.models.checkpoint import Checkpoint
 from edgekit.models.config import ModelConfig
 from edgekit.models.random_weights import RandomCheckpoint
-from edgekit.models.source import resolve_model
+from edgekit.models.source import ARTIFACT_MANIFEST, resolve_model
 from edgekit.models.tokenizer import Tokenizer
 
 TINY = Path(module.__file__).parent / "lfm2_tiny"
@@ -182,3 +183,11 @@ def test_the_command_lists_the_catalogue(tmp_path: Path, monkeypatch: pytest.Mon
     tiny = rows[0]
     assert tiny["hub_id"] is None
     assert tiny["local_bytes"] > 100_000
+
+
+def test_an_artifact_is_no_model(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "artifact")
+    (tmp_path / "artifact" / MANIFEST).touch()
+    assert ARTIFACT_MANIFEST == MANIFEST
+    with pytest.raises(EdgekitError, match="is an exported artifact; give the model"):
+        resolve_model(str(tmp_path / "artifact"))

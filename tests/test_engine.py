@@ -18,6 +18,7 @@ from executorch.exir import (
 )
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, export
 
@@ -26,12 +27,13 @@ from edgekit.runtime.engine import OneSequenceEngine, load_engine, physical_core
 from edgekit.runtime.executorch_engine import ExecutorchEngine, check_program_file
 from edgekit.runtime.torch_engine import TorchEngine
 
-VOCAB, CONTEXT, CHUNK = 64, 32, 8
+VOCAB, CONTEXT, CHUNK, PREFILL_CHUNK = 64, 32, 8, 3
 Metadata = dict[str, int | list[int]]
 METADATA: Metadata = {
     "get_max_context_len": CONTEXT,
     "get_vocab_size": VOCAB,
     "get_eos_ids": [7],
+    "get_prefill_chunk": PREFILL_CHUNK,
 }
 
 
@@ -123,6 +125,34 @@ def test_prefill_takes_any_length_up_to_the_context(engine: OneSequenceEngine, c
     assert logits.shape == (VOCAB,)
     np.testing.assert_allclose(logits, expected(tokens), rtol=1e-4, atol=1e-4)
     assert engine.position == count
+
+
+def test_a_prompt_runs_in_the_pieces_that_the_program_states(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, passes = some_tokens(CHUNK + 1), []
+    with ExecutorchEngine(program, threads=1) as engine:
+        forward = engine._forward
+
+        def counted(part: NDArray[np.int64], position: int) -> NDArray[np.float32]:
+            passes.append(len(part))
+            return forward(part, position)
+
+        monkeypatch.setattr(engine, "_forward", counted)
+        for chunk in (None, 4, 1 << 20):
+            engine.reset()
+            np.testing.assert_allclose(
+                engine.prefill(tokens, chunk), expected(tokens), rtol=1e-4, atol=1e-4
+            )
+    assert passes == [3, 3, 3, 4, 4, 1, 8, 1]
+
+
+@pytest.mark.parametrize("chunk", [0, CHUNK + 1, [1, 2]])
+def test_impossible_pieces_are_refused(tmp_path: Path, chunk: int | list[int]) -> None:
+    metadata = METADATA | {"get_prefill_chunk": chunk}
+    path = write_program(tmp_path / "m.pte", Remembering(), model_inputs(2), metadata, CHUNK)
+    with pytest.raises(EdgekitError, match=rf"get_prefill_chunk must be 1 to {CHUNK}, not "):
+        ExecutorchEngine(path, threads=1)
 
 
 def test_chunks_and_single_tokens_equal_one_prefill(engine: OneSequenceEngine) -> None:

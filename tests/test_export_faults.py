@@ -115,9 +115,9 @@ def assert_refused(done: Result, place: Path, *words: str) -> None:
         (("--target", "gguf"), "unknown target 'gguf': allowed are executorch"),
         (("--target", ""), "unknown target ''"),
         (("--context", "65"), "--context 65: "),
-        (("--context", "0"), "room for 1 to 64 tokens"),
-        (("--context", "-3"), "room for 1 to 64 tokens"),
-        (("--context", str(1 << 70)), "room for 1 to 64 tokens"),
+        (("--context", "15"), "takes 16 to 64 tokens"),
+        (("--context", "-3"), "takes 16 to 64 tokens"),
+        (("--context", str(1 << 70)), "takes 16 to 64 tokens"),
         (("--revision", "main"), "is a local folder"),
     ],
 )

@@ -3,9 +3,10 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from executorch.extension.pybindings import _C as binding
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.export import plan_export
+from edgekit.exporters import xnnpack_blocks
 from edgekit.exporters.executorch import export_pte, runner_metadata
 from edgekit.exporters.pte import FORWARD, Program
-from edgekit.exporters.verify import MAX_KLD, kld
 from edgekit.exporters.xnnpack_graph import read_graph
 from edgekit.models.config import ModelConfig
+from edgekit.models.eager import build_eager
 from edgekit.models.source import resolve_model
 from edgekit.models.weights import Weight, row_block
 from edgekit.quantize.apply import quantize_tensors
@@ -209,21 +211,64 @@ def test_the_program_itself_takes_the_stated_maximum_and_no_more(exported: Expor
         forward.call((torch.ones(1, CONTEXT + 1, dtype=torch.int64), start))
 
 
-@pytest.mark.parametrize("n", [2, 3, 63, 511, 512])
-def test_every_way_to_attend_gives_the_same_logits(tiny_artifact: Path, n: int) -> None:
-    """In one pass, above 512 tokens by `custom_sdpa`; in chunks in XNNPACK; then one token."""
-    with ExecutorchEngine(tiny_artifact / "model.pte", threads=1) as engine:
-        tokens = [(7 * i) % 4000 + 20 for i in range(n)]
-        assert engine.chunk == 512
-        chunks = engine.prefill(tokens)
-        engine.reset()
-        engine.prefill(tokens[: n - 1])
-        token = engine.decode(tokens[-1])
-        engine.reset()
-        engine.chunk = engine.longest_chunk
-        whole = engine.prefill(tokens)
-    assert kld(whole, chunks) < MAX_KLD
-    assert kld(whole, token) < MAX_KLD
+SHORT = 8
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (4, 2),
+        pytest.param((4, 4), marks=pytest.mark.slow),
+        pytest.param((4, 1), marks=pytest.mark.slow),
+    ],
+    ids=lambda heads: f"{heads[0]}-heads-{heads[1]}-kv",
+)
+def short_chunks(
+    config: ModelConfig, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ModelConfig, dict[str, Tensor]]:
+    """A float model's file that attends in XNNPACK for 2 to 8 tokens, and its weights.
+
+    Its last layer is no attention: only then do the results of earlier chunks matter later.
+    """
+    heads, kv_heads = request.param
+    config = replace(
+        config,
+        layer_types=("full_attention", "conv"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+    )
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        for name, shape in config.tensor_shapes().items()
+    }
+    path = tmp_path_factory.mktemp("short") / "model.pte"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xnnpack_blocks, "PREFILL_CHUNK", SHORT)
+        export_pte(config, dict(weights), CONTEXT, path, lambda stage: None)
+    return path, config, weights
+
+
+@pytest.mark.parametrize("chunk", [1, 3, SHORT, SHORT + 1, CONTEXT])
+def test_every_way_to_attend_computes_the_models_logits(
+    short_chunks: tuple[Path, ModelConfig, dict[str, Tensor]], chunk: int
+) -> None:
+    """One token and more than 8 by `custom_sdpa`; 2 to 8 in XNNPACK, from 0 and from later on."""
+    path, config, weights = short_chunks
+    tokens = [(7 * i) % 300 + 10 for i in range(CONTEXT)]
+    model = build_eager(config, weights.__getitem__, CONTEXT)
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens]), torch.zeros(1, dtype=torch.long))[0].numpy()
+    with ExecutorchEngine(path, threads=1) as engine:
+        assert engine.default_chunk == SHORT
+        np.testing.assert_allclose(engine.prefill(tokens, chunk), expected, atol=1e-3)
+
+
+def test_the_graph_is_cut_at_the_caches_and_the_last_row_alone(tiny_artifact: Path) -> None:
+    """One delegate from attention to attention, one in each attention, one for the last row."""
+    program = Program.open(tiny_artifact / "model.pte")
+    attentions = resolve_model("lfm2-tiny").config.layer_types.count("full_attention")
+    assert len(program.methods[FORWARD].delegates) == 2 * attentions + 3
 
 
 def test_a_single_end_of_sequence_token_is_a_list_too() -> None:

@@ -43,15 +43,18 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_an_output_is_refused_before_any_work(tmp_path: Path) -> None:
-    file, link = tmp_path / "file", tmp_path / "link"
+    file, link, dangling = tmp_path / "file", tmp_path / "link", tmp_path / "dangling"
     file.touch()
     link.symlink_to(file)
+    dangling.symlink_to(tmp_path / "nothing")
     check_output_file(tmp_path / "new", force=False)
     check_output_file(file, force=True)
     for path, force, words in (
         (file, False, "exists; give --force"),
         (tmp_path, True, "is a folder"),
         (link, True, "is no regular file, so --force does not replace it"),
+        (dangling, False, "exists; give --force"),
+        (dangling, True, "is no regular file, so --force does not replace it"),
         (tmp_path / "absent" / "f", False, "does not exist, so f cannot be made in it"),
         (file / "f", False, "does not exist, so f cannot be made in it"),
     ):

@@ -322,7 +322,7 @@ UNIFORM = "edgekit.quantize.recipe.uniform(edgekit.quantize.scheme.Scheme.parse(
 @pytest.mark.parametrize(
     ("scheme", "context", "words"),
     [
-        ("w8", 1 << 20, "--context 1048576: org/mini has room for 1 to"),
+        ("w8", 1 << 20, "--context 1048576: org/mini takes 16 to"),
         ("w8g32", None, "target executorch cannot hold w8g32"),
         ("w4g96", None, "w4g96 cannot hold it"),
     ],

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from pte_weights import embedding, linears
 
-from edgekit.exporters.pte import FORWARD, Program, Span
-from edgekit.exporters.pte_sharing import _remove, store_once
+from edgekit.exporters import pte_sharing
+from edgekit.exporters.pte import Program, Span
+from edgekit.exporters.pte_sharing import _equal, _remove, store_once
 from edgekit.models.source import resolve_model
 
 
@@ -25,21 +26,32 @@ def test_nothing_is_left_to_share(tiny_artifact: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.pte"
     content = (tiny_artifact / "model.pte").read_bytes()
     path.write_bytes(content)
-    assert store_once(path) == 0
+    store_once(path)
     assert path.read_bytes() == content
 
 
-def test_the_prompt_and_the_head_need_few_delegates(tiny_artifact: Path) -> None:
-    """One delegate from attention to attention, one in each attention, one for the last row."""
-    program = Program.open(tiny_artifact / "model.pte")
-    kinds = resolve_model("lfm2-tiny").config.layer_types
-    assert len(program.methods[FORWARD].delegates) <= 2 * kinds.count("full_attention") + 3
-
-
+@pytest.mark.parametrize("block", [1, 3, 100])
 @pytest.mark.parametrize("cut", [Span(0, 5), Span(3, 4), Span(8, 2), Span(2, 0)])
-def test_removing_a_run_of_bytes(cut: Span, tmp_path: Path) -> None:
+def test_removing_a_run_of_bytes(
+    cut: Span, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pte_sharing, "_BLOCK", block)
     path, content = tmp_path / "bytes", bytes(range(10))
     path.write_bytes(content)
     with path.open("r+b") as file:
         _remove(file, cut)
     assert path.read_bytes() == content[: cut.offset] + content[cut.offset + cut.size :]
+
+
+@pytest.mark.parametrize("different", [None, 0, 2, 3, 4])
+def test_comparing_two_runs_of_bytes(
+    different: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pte_sharing, "_BLOCK", 3)
+    content = bytearray(b"abcdeabcde")
+    if different is not None:
+        content[different] ^= 1
+    path = tmp_path / "bytes"
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        assert _equal(file, Span(0, 5), Span(5, 5)) == (different is None)

@@ -28,10 +28,10 @@ class Defective:
     def __init__(self, engine: ExecutorchEngine) -> None:
         self.engine = engine
         self.context = engine.context
-        self.longest_chunk, self.chunk = engine.longest_chunk, engine.chunk
+        self.longest_chunk = engine.longest_chunk
 
-    def prefill(self, tokens: Sequence[int]) -> Logits:
-        return self.engine.prefill(tokens)
+    def prefill(self, tokens: Sequence[int], chunk: int | None = None) -> Logits:
+        return self.engine.prefill(tokens, chunk)
 
     def decode(self, token: int) -> Logits:
         return self.prefill([token])
@@ -43,8 +43,8 @@ class Defective:
 class DroppedScale(Defective):
     """The head's scales are lost for some rows, as in a delegate that ignores them."""
 
-    def prefill(self, tokens: Sequence[int]) -> Logits:
-        logits = super().prefill(tokens)
+    def prefill(self, tokens: Sequence[int], chunk: int | None = None) -> Logits:
+        logits = super().prefill(tokens, chunk)
         logits[::16] *= 0.5
         return logits
 
@@ -52,25 +52,25 @@ class DroppedScale(Defective):
 class WrongAfterPrefill(Defective):
     """Single tokens after a prefill go wrong, whole prompts do not."""
 
-    def prefill(self, tokens: Sequence[int]) -> Logits:
-        logits = super().prefill(tokens)
+    def prefill(self, tokens: Sequence[int], chunk: int | None = None) -> Logits:
+        logits = super().prefill(tokens, chunk)
         return np.roll(logits, 1) if len(tokens) == 1 else logits
 
 
 class WrongInChunks(Defective):
     """A prompt that continues another goes wrong."""
 
-    def prefill(self, tokens: Sequence[int]) -> Logits:
+    def prefill(self, tokens: Sequence[int], chunk: int | None = None) -> Logits:
         continues = self.engine.position > 0 and len(tokens) > 1
-        logits = super().prefill(tokens)
+        logits = super().prefill(tokens, chunk)
         return np.roll(logits, 1) if continues else logits
 
 
 class WrongAtTheEnd(Defective):
     """A single token at the last position sees a mask that is one short."""
 
-    def prefill(self, tokens: Sequence[int]) -> Logits:
-        logits = super().prefill(tokens)
+    def prefill(self, tokens: Sequence[int], chunk: int | None = None) -> Logits:
+        logits = super().prefill(tokens, chunk)
         last = self.engine.position == self.context and len(tokens) == 1
         return np.roll(logits, 1) if last else logits
 
@@ -86,8 +86,8 @@ class StaleState(Defective):
         super().reset()
         self.resets += 1
 
-    def prefill(self, tokens: Sequence[int]) -> Logits:
-        logits = super().prefill(tokens)
+    def prefill(self, tokens: Sequence[int], chunk: int | None = None) -> Logits:
+        logits = super().prefill(tokens, chunk)
         logits[0] += np.float32(1e-3 * min(self.resets, 1))
         return logits
 
@@ -95,18 +95,18 @@ class StaleState(Defective):
 class TakesOneTooMany(Defective):
     """Past the context it writes over the last position instead of refusing."""
 
-    def prefill(self, tokens: Sequence[int]) -> Logits:
+    def prefill(self, tokens: Sequence[int], chunk: int | None = None) -> Logits:
         room = self.context - self.engine.position
         if len(tokens) > room:
             return np.zeros(self.engine.vocab_size, np.float32)
-        return super().prefill(tokens)
+        return super().prefill(tokens, chunk)
 
 
 class NotFinite(Defective):
     """One logit overflows."""
 
-    def prefill(self, tokens: Sequence[int]) -> Logits:
-        logits = super().prefill(tokens)
+    def prefill(self, tokens: Sequence[int], chunk: int | None = None) -> Logits:
+        logits = super().prefill(tokens, chunk)
         logits[5] = np.inf
         return logits
 

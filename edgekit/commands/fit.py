@@ -103,15 +103,14 @@ def _predict(
 
     with interrupts_end_the_process():
         from edgekit.devices.fit import predict
+        from edgekit.exporters.executorch import stored_once
         from edgekit.models.source import resolve_model
-        from edgekit.quantize.recipe import resolve, shared_rows, tied_shapes
+        from edgekit.quantize.recipe import resolve, tied_shapes
 
     source = resolve_model(model, random_weights=True)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     rows = resolve(choice.recipe(), shapes)
-    # The .pte holds shared int8 codes and floats once; int4 codes are packed in two ways.
-    twins = shared_rows(rows, tied)
-    shared = [row.tensor for row in rows if row.tensor in twins and row.scheme.bits != 4]
+    shared = stored_once(rows, tied)
     positions = context or source.config.default_context
     return predict(source.config, rows, positions, depth, shared=shared), source.id
 

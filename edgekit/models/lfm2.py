@@ -5,15 +5,12 @@ linear, a norm, the attention with its cache are made of is given by `Blocks`, s
 reference and each exporter share the wiring and differ only in the operators they trace.
 """
 
-from collections.abc import Callable
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from edgekit.models.config import ModelConfig
-
-LinearMap = Callable[[Tensor], Tensor]
 
 
 class Blocks(Protocol):
@@ -41,7 +38,8 @@ class Blocks(Protocol):
     def attention(self, config: ModelConfig, context: int) -> nn.Module:
         """Causal attention with its KV cache.
 
-        `(q, k, v, start)`, each `[n, heads, head_dim]`, to `[n, heads * head_dim]`.
+        `(q [n, heads, head_dim], k, v [n, kv_heads, head_dim], start)` to
+        `[n, heads * head_dim]`.
         """
         ...
 
@@ -89,7 +87,7 @@ class ShortConvolution(nn.Module):
         shape = (config.conv_kernel - 1, config.hidden_size)
         self.register_buffer("state", torch.zeros(shape), persistent=False)
 
-    def forward(self, h: Tensor, keep_state: Tensor, last: bool) -> Tensor:
+    def forward(self, h: Tensor, keep_state: Tensor, only_last: bool) -> Tensor:
         """Map `[n, d]` to `[n, d]`, or to `[1, d]`, the last row, where only it is wanted.
 
         `keep_state` `[1]` is 0 at position 0 and 1 elsewhere.
@@ -97,7 +95,7 @@ class ShortConvolution(nn.Module):
         state = cast(Tensor, self.state)
         padded = torch.cat([state * keep_state, self.b_proj(h) * self.x_proj(h)])
         state.copy_(padded[-state.shape[0] :])
-        if last:
+        if only_last:
             h, padded = h[-1:], padded[-(state.shape[0] + 1) :]
         return cast(Tensor, self.out_proj(self.c_proj(h) * self.conv(padded)))
 
@@ -146,16 +144,16 @@ class Layer(nn.Module):
         self.ffn_norm = blocks.rms_norm(f"{prefix}.ffn_norm.weight", config.norm_eps)
 
     def forward(
-        self, x: Tensor, start: int, cos: Tensor, sin: Tensor, keep_state: Tensor, last: bool
+        self, x: Tensor, start: int, cos: Tensor, sin: Tensor, keep_state: Tensor, only_last: bool
     ) -> Tensor:
         """Map `[n, d]` to `[n, d]`, or to `[1, d]`, the last row, where only it is wanted."""
         h = self.operator_norm(x)
         if self.is_attention:
             mixed = self.operator(h, start, cos, sin)
-            mixed = mixed[-1:] if last else mixed
+            mixed = mixed[-1:] if only_last else mixed
         else:
-            mixed = self.operator(h, keep_state, last)
-        x = (x[-1:] if last else x) + mixed
+            mixed = self.operator(h, keep_state, only_last)
+        x = (x[-1:] if only_last else x) + mixed
         return cast(Tensor, x + self.feed_forward(self.ffn_norm(x)))
 
 
@@ -179,11 +177,12 @@ class LFM2(nn.Module):
         self.lm_head = blocks.linear("lm_head.weight")
         self.rope = blocks.rope(config, context)
 
-    def hidden(self, tokens: Tensor, input_pos: Tensor, last: bool) -> Tensor:
+    def _hidden(self, tokens: Tensor, input_pos: Tensor, only_last: bool) -> Tensor:
         """Hidden states before the last norm of tokens `[1, n]`: `[n, d]`, or the last's `[1, d]`.
 
-        Nothing after the last layer looks at the other positions, so where only the last is
-        wanted, that layer does all it can for it alone.
+        Nothing after the last layer looks at the other positions: where only the last is wanted,
+        a convolution layer gates and projects that row alone, and an attention layer, last in no
+        known LFM2, drops the others at its end.
         """
         n = tokens.shape[1]
         start = cast(int, input_pos[0].item())
@@ -194,13 +193,17 @@ class LFM2(nn.Module):
         x = self.embed_tokens(tokens.view(n))
         final = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x = layer(x, start, cos, sin, keep_state, last and index == final)
+            x = layer(x, start, cos, sin, keep_state, only_last and index == final)
         return cast(Tensor, x)
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Logits `[1, vocab]` of the last of the tokens `[1, n]` at `input_pos` `[1]`."""
-        return cast(Tensor, self.lm_head(self.norm(self.hidden(tokens, input_pos, last=True))))
+        return cast(
+            Tensor, self.lm_head(self.norm(self._hidden(tokens, input_pos, only_last=True)))
+        )
 
     def all_logits(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Logits `[n, vocab]` of every position, for evaluation."""
-        return cast(Tensor, self.lm_head(self.norm(self.hidden(tokens, input_pos, last=False))))
+        return cast(
+            Tensor, self.lm_head(self.norm(self._hidden(tokens, input_pos, only_last=False)))
+        )

@@ -11,6 +11,7 @@ from edgekit.models.checkpoint import Checkpoint, WeightSource
 from edgekit.models.config import ModelConfig
 from edgekit.models.random_weights import RandomCheckpoint
 
+ARTIFACT_MANIFEST = "edgekit.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -91,6 +92,8 @@ def resolve_model(
     if known is not None:
         return _from_catalogue(known, revision, random_weights, offline)
     if name and _exists(Path(name)):
+        if (Path(name) / ARTIFACT_MANIFEST).is_file():
+            raise EdgekitError(f"{name}: is an exported artifact; give the model it was made of")
         if Path(name).is_dir():
             return _from_folder(_refuse_revision(name, revision), Path(name), random_weights)
         raise EdgekitError(f"{name}: is a file; give the folder that holds config.json")
