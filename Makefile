@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 ARTIFACT := out/lfm2-tiny-int8
-STORY := Write a story about a little dog who finds a red ball.
+STORY := Tell me a story about a dog and a ball.
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help demo test test-all lint format types package clean
