@@ -34,6 +34,12 @@ SCALAR_TYPES = {
     11: ("bool", 1),
     15: ("bfloat16", 2),
 }
+# Slots of program.fbs: of Program, of ExecutionPlan, of Tensor, and of NamedData.
+PLANS, INLINE_BLOBS, SEGMENTS, CONSTANT_SEGMENT, NAMED_DATA = 1, 3, 4, 5, 7
+_NAME, _CONTAINER, _VALUES, _OUTPUTS = 0, 1, 2, 4
+_CHAINS, _OPERATORS, _DELEGATES, _PLANNED = 5, 6, 7, 8
+_SCALAR_TYPE, _SIZES, _DATA_BUFFER, _ALLOCATION = 0, 2, 5, 6
+KEY, SEGMENT_INDEX = 0, 1
 _MAX_PROGRAM_BYTES = 256 << 20
 _NULL, _INT, _BOOL, _DOUBLE, _TENSOR, _STRING = 1, 2, 3, 4, 5, 6  # union KernelTypes
 _KERNEL_CALL, _DELEGATE_CALL = 1, 2  # union InstructionArguments
@@ -143,22 +149,23 @@ class _Parser:
     def __init__(self, path: Path, header: PteHeader, data: bytes) -> None:
         self._path, self._header = path, header
         self._root = Flatbuffer(data).root(b"ET12")
-        self._inline = [table.bytes_span(0) for table in self._root.tables(3)]
+        self._inline = [table.bytes_span(0) for table in self._root.tables(INLINE_BLOBS)]
         self._segments = [
             self._checked(header.segment_base + segment.number(0, "Q"), segment.number(1, "Q"))
-            for segment in self._root.tables(4)
+            for segment in self._root.tables(SEGMENTS)
         ]
         self._offsets: tuple[int, ...] = ()
-        constants = self._root.table(5)
+        constants = self._root.table(CONSTANT_SEGMENT)
         if constants is not None:
             self._offsets = constants.numbers(1, "Q")
         if constants is not None and self._offsets:
             self._constants = self._segment(constants.number(0, "I"))
 
     def parse(self) -> Program:
-        methods = [self._method(plan) for plan in self._root.tables(1)]
+        methods = [self._method(plan) for plan in self._root.tables(PLANS)]
         named = {
-            entry.text(0): self._segment(entry.number(1, "I")) for entry in self._root.tables(7)
+            entry.text(KEY): self._segment(entry.number(SEGMENT_INDEX, "I"))
+            for entry in self._root.tables(NAMED_DATA)
         }
         return Program(
             self._path,
@@ -169,9 +176,9 @@ class _Parser:
         )
 
     def _method(self, plan: Table) -> Method:
-        values = plan.tables(2)
-        operators = [_dotted(table.text(0), table.text(1)) for table in plan.tables(6)]
-        delegates = tuple(self._delegate(table) for table in plan.tables(7))
+        values = plan.tables(_VALUES)
+        operators = [_dotted(table.text(0), table.text(1)) for table in plan.tables(_OPERATORS)]
+        delegates = tuple(self._delegate(table) for table in plan.tables(_DELEGATES))
         kernels, delegated = list[KernelCall](), list[int]()
         constants = [self._constant(value) for value in values]
         for kind, call in _calls(plan):
@@ -183,12 +190,12 @@ class _Parser:
                 _item(delegates, index)
                 delegated.append(index)
         return Method(
-            plan.text(0),
+            plan.text(_NAME),
             tuple(constant for constant in constants if constant is not None),
             tuple(kernels),
             delegates,
             tuple(delegated),
-            sum(plan.numbers(8, "q")),
+            sum(plan.numbers(_PLANNED, "q")),
             None if kernels or delegated else _output(plan, values),
         )
 
@@ -204,15 +211,17 @@ class _Parser:
     def _constant(self, value: Table) -> Constant | None:
         """Return a tensor whose data lie in the constant segment: buffer 0 and planned ones don't."""
         tensor = value.table(1) if value.number(0, "B") == _TENSOR else None
-        if tensor is None or tensor.table(6) is not None:
+        if tensor is None or tensor.table(_ALLOCATION) is not None:
             return None
-        index = tensor.number(5, "I")
+        index = tensor.number(_DATA_BUFFER, "I")
         if index == 0 or not self._offsets:
             return None
-        kind = SCALAR_TYPES.get(tensor.number(0, "b"))
+        kind = SCALAR_TYPES.get(tensor.number(_SCALAR_TYPE, "b"))
         if kind is None:
-            raise FlatbufferError(f"a constant has the unknown type {tensor.number(0, 'b')}")
-        shape = tensor.numbers(2, "i")
+            raise FlatbufferError(
+                f"a constant has the unknown type {tensor.number(_SCALAR_TYPE, 'b')}"
+            )
+        shape = tensor.numbers(_SIZES, "i")
         if any(extent < 0 for extent in shape) or len(shape) > 16:
             raise FlatbufferError("a constant has an impossible shape")
         size = math.prod(shape) * kind[1]
@@ -233,7 +242,7 @@ class _Parser:
 
 def _calls(plan: Table) -> list[tuple[int, Table]]:
     found = []
-    for chain in plan.tables(5):
+    for chain in plan.tables(_CHAINS):
         for instruction in chain.tables(2):
             call = instruction.table(1)
             if call is not None:
@@ -243,8 +252,8 @@ def _calls(plan: Table) -> list[tuple[int, Table]]:
 
 def _output(plan: Table, values: Sequence[Table]) -> Value:
     """Return what a method without instructions returns; only a list comes as several values."""
-    results = [_plain(_item(values, index)) for index in plan.numbers(4, "i")]
-    container = plan.table(1)
+    results = [_plain(_item(values, index)) for index in plan.numbers(_OUTPUTS, "i")]
+    container = plan.table(_CONTAINER)
     if container is not None and '"builtins.list"' in container.text(1):
         return [int(value) for value in results if isinstance(value, int)]
     return results[0] if len(results) == 1 else None

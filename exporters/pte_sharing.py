@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edgekit.exporters.flatbuffer import Flatbuffer, Table
-from edgekit.exporters.pte import FORWARD, Program, Span
+from edgekit.exporters.pte import (
+    FORWARD,
+    KEY,
+    NAMED_DATA,
+    SEGMENT_INDEX,
+    SEGMENTS,
+    Program,
+    Span,
+)
 from edgekit.pte_header import SEGMENTS_SIZE_PLACE, PteHeader
 
 _LEAST_BYTES = 1024  # below that a segment's alignment eats the gain
@@ -23,7 +31,7 @@ def store_once(path: Path) -> None:
     with path.open("r+b") as file:
         data = bytearray(file.read(header.program_bytes))
         root = Flatbuffer(bytes(data)).root(b"ET12")
-        segments = root.tables(4)
+        segments = root.tables(SEGMENTS)
         starts = [segment.number(0, "Q") + header.segment_base for segment in segments]
         moved = _found_among_constants(file, program, root)
         cuts = [_whole_segment(starts, starts[index], header.file_bytes) for index in moved]
@@ -44,11 +52,11 @@ def _found_among_constants(file: BinaryIO, program: Program, root: Table) -> dic
     """Return where the data of a segment also lie: its index -> the place among the constants."""
     constants = {constant.span for constant in program.methods[FORWARD].constants}
     found = {}
-    for entry in root.tables(7):
-        named = program.named[entry.text(0)]
+    for entry in root.tables(NAMED_DATA):
+        named = program.named[entry.text(KEY)]
         for span in constants - {named}:
             if named.size == span.size >= _LEAST_BYTES and _equal(file, named, span):
-                found[entry.number(1, "I")] = span.offset
+                found[entry.number(SEGMENT_INDEX, "I")] = span.offset
     return found
 
 
