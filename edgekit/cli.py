@@ -4,9 +4,9 @@ Command files import click alone, so `edgekit --help` answers at once; each impo
 (torch, executorch, ...) inside the function that needs it.
 
 No traceback reaches a user: every error is one printable line on stderr, whatever stands in the
-names that it repeats. Exit status: 0 success, 1 a failed
-verification, 2 a mistake or a machine that cannot do it (full disk, no memory), 70 a defect of
-edgekit, 130 Ctrl-C, 141 a reader that closed the pipe. EDGEKIT_TRACEBACK=1 gives the tracebacks.
+names that it repeats. Exit status: 0 success, 1 a failed verification, 2 a mistake or a machine
+that cannot do it (full disk, no memory), 70 a defect of edgekit, 130 Ctrl-C, 141 a reader that
+closed the pipe. EDGEKIT_TRACEBACK=1 gives the tracebacks.
 """
 
 import importlib

@@ -24,8 +24,10 @@ from edgekit.runtime.engine import load_engine
 TARGETS = ("executorch",)
 VERIFY_TOKENS = 128
 MIN_CONTEXT = 16
-"""Fewest tokens that are worth a file: one has no length to trace, and at two ExecuTorch decodes the
-second wrong (3 and 16 equal transformers' model)."""
+"""Fewest tokens that are worth a file.
+
+One has no length to trace, and at two ExecuTorch decodes the second wrong (cause not found).
+"""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgekit.models.eager import grouped_query_attention
+
 
 @torch.library.custom_op("edgekit::causal_attention", mutates_args=())
 def causal_attention(
@@ -21,14 +23,7 @@ def causal_attention(
     keys' positions, both as float32. Returns `[n, heads * head_dim]`.
     """
     mask = columns <= rows[:, :1]
-    mixed = functional.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=mask,
-        enable_gqa=True,
-    )
-    return mixed[0].transpose(0, 1).reshape(query.shape[0], -1)
+    return grouped_query_attention(query, keys[0], values[0], mask)
 
 
 @causal_attention.register_fake

@@ -4,6 +4,7 @@ import importlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, cast
@@ -27,8 +28,8 @@ ENGINES = {
 THREADS_PER_CPU = 4
 
 
-class Engine(Protocol):
-    """One loaded model and the state of one sequence.
+class Engine(AbstractContextManager["Engine", None], Protocol):
+    """One loaded model and the state of one sequence; a `with` block closes it.
 
     `name` and `version` are the engine's, `context` is the number of positions its state holds,
     `position` the number of tokens processed since the last reset; one forward pass can take
@@ -65,19 +66,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the model; the engine cannot be used afterwards."""
-        ...
-
-    def __enter__(self) -> Self:
-        """Return the engine, which the `with` block closes."""
-        ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the engine."""
         ...
 
 

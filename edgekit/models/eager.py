@@ -47,6 +47,16 @@ def fake_quantize_tokens(x: Tensor) -> Tensor:
     return (codes - zero) * scale
 
 
+def grouped_query_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attend from `query [n, heads, head_dim]` to `keys`, `values` `[end, kv_heads, head_dim]`.
+
+    `mask` `[n, end]` is True where a query sees a key. Returns `[n, heads * head_dim]`.
+    """
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, keys, values))
+    mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return mixed[0].transpose(0, 1).reshape(query.shape[0], -1)
+
+
 class EagerBlocks:
     """`edgekit.models.lfm2.Blocks` in plain torch operators."""
 
@@ -157,14 +167,7 @@ class _Attention(nn.Module):
         self.values[start:end] = v
         positions = torch.arange(start, end)
         mask = torch.arange(end)[None, :] <= positions[:, None]
-        mixed = nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            self.keys[:end].transpose(0, 1)[None],
-            self.values[:end].transpose(0, 1)[None],
-            attn_mask=mask,
-            enable_gqa=True,
-        )
-        return mixed[0].transpose(0, 1).reshape(q.shape[0], -1)
+        return grouped_query_attention(q, self.keys[:end], self.values[:end], mask)
 
 
 class _Rope(nn.Module):
