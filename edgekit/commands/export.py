@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from edgekit.export import Plan
 
 
-@click.command()
+@click.command("export", short_help="Export a model for an engine and verify the file.")
 @click.argument("model")
 @click.option("--target", required=True, metavar="TARGET", help="executorch, gguf or onnx")
 @recipe_options

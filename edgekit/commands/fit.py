@@ -31,7 +31,7 @@ class _Target:
     bandwidth: tuple[float, str] | None
 
 
-@click.command()
+@click.command("fit", short_help="Predict memory and decode speed on a device.")
 @click.argument("model")
 @click.option(
     "--device",

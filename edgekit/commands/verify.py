@@ -7,7 +7,7 @@ import click
 from edgekit.commands._json import print_json
 
 
-@click.command()
+@click.command("verify", short_help="Run an artifact in its engine and compare it with its model.")
 @click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.option(
     "--model", metavar="MODEL", help="Where the weights are  [default: what the manifest names]"
