@@ -28,7 +28,7 @@ def open_subject(name: str, context: int, threads: int | None) -> Subject:
     if (Path(name) / MANIFEST).is_file():
         artifact = Artifact.open(name)
         tokenizer = Tokenizer.load(artifact.folder)
-        engine = load_engine(artifact.target, artifact.model_path, threads)
+        engine = load_engine(artifact.target, artifact.model_path, threads, context)
         return Subject(Path(name).resolve().name, engine, tokenizer)
     return _open_model(name, context, threads)
 

@@ -8,7 +8,7 @@ import click
 from edgekit.commands._json import print_json
 
 
-@click.command()
+@click.command("eval", short_help="Measure quality: perplexity, and divergence from a reference.")
 @click.argument("artifact")
 @click.option(
     "--text",
