@@ -6,12 +6,16 @@ from html import escape
 from edgekit.compare import Compared, Comparison
 from edgekit.exporters.weights import TensorComparison, sqnr_db
 from edgekit.plots import Axis, Point, bars, lines, marker, scatter
+from edgekit.quantize.recipe import EMBEDDING, HEAD
 from edgekit.runtime.record import spread
 
 # Okabe and Ito's colours, which the colour-blind tell apart, a little deeper in light and lighter
 # in dark, so that each stands out from the ground by a contrast of 3 to 1 or more.
 _LIGHT = ("#0062a3", "#c14f00", "#00805c", "#a04a83", "#8a6d00", "#555555")
 _DARK = ("#5cb3ec", "#f0894a", "#2fc79c", "#dd95c2", "#e0c53d", "#b0b0b0")
+
+LEAST_KLD = 1e-6
+"""Nats; what is less is rounding, and would stretch a logarithmic axis over empty decades."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fcfcfb; --card: #ffffff; --ink: #1c1c1a;
@@ -162,17 +166,26 @@ def _quality(index: int, one: Compared) -> Point | None:
 
 
 def _quality_figure(ones: Sequence[Compared], points: Sequence[Point], size: Axis) -> str:
-    values = [point.y for point in points]
+    note = "down and left is better"
     if ones[0].kld is None:
         # The errors of perplexities share the text: between artifacts they say little.
         points = [Point(point.series, point.label, point.x, point.y) for point in points]
-        axis, title = Axis.over("perplexity", values, zero=False), "Perplexity against bytes"
-    elif min(values) > 0 and max(values) > 5 * min(values):
-        axis, title = Axis.log_over("mean KLD (nats), log", values), "Divergence against bytes"
+        axis = Axis.over("perplexity", [point.y for point in points], zero=False)
+        plot = scatter("perplexity against bytes", points, size, axis)
+        return _figure("Perplexity against bytes", note, plot)
+    values = [max(point.y, LEAST_KLD) for point in points]
+    if max(values) > 5 * min(values):
+        floored = [point for point in points if point.y < LEAST_KLD]
+        note += f"; at {LEAST_KLD:.0e} also what is less" if floored else ""
+        points = [
+            Point(point.series, point.label, point.x, value, min(point.error, 0.9 * value))
+            for point, value in zip(points, values, strict=True)
+        ]
+        axis = Axis.log_over("mean KLD (nats), logarithmic", values)
     else:
         axis = Axis.over("mean KLD (nats)", [point.y + point.error for point in points])
-        title = "Divergence against bytes"
-    return _figure(title, "down and left is better", scatter(title, points, size, axis))
+    plot = scatter("divergence against bytes", points, size, axis)
+    return _figure("Divergence against bytes", note, plot)
 
 
 def _speeds(ones: Sequence[Compared], kind: str) -> Iterator[Point]:
@@ -212,11 +225,14 @@ def _layers(tensors: Sequence[TensorComparison]) -> Iterator[tuple[str, list[Ten
     groups: dict[str, list[TensorComparison]] = {}
     for tensor in tensors:
         if len(tensor.shape) == 2:
-            parts = tensor.tensor.split(".")
-            name = parts[2] if tensor.tensor.startswith("model.layers.") else parts[-2]
-            groups.setdefault({"embed_tokens": "emb", "lm_head": "head"}.get(name, name), [])
-            groups[{"embed_tokens": "emb", "lm_head": "head"}.get(name, name)].append(tensor)
+            groups.setdefault(_layer(tensor.tensor), []).append(tensor)
     yield from groups.items()
+
+
+def _layer(name: str) -> str:
+    if name in (EMBEDDING, HEAD):
+        return "emb" if name == EMBEDDING else "head"
+    return name.removeprefix("model.layers.").partition(".")[0]
 
 
 def _layer_sqnr(tensors: Sequence[TensorComparison], place: int) -> float | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 520, 320
-LEFT, RIGHT, TOP, BOTTOM = 66, 18, 16, 50
+LEFT, RIGHT, TOP, BOTTOM = 66, 26, 16, 50
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "ring")
 
 
@@ -67,7 +67,7 @@ class Axis:
 def scatter(title: str, points: Sequence[Point], x: Axis, y: Axis) -> str:
     """Return a plot of labelled points."""
     parts = _frame(x, y)
-    boxes = [_marker_box(_x(x, point.x), _y(y, point.y)) for point in points]
+    boxes = [_point_box(point, x, y) for point in points]
     labels = []
     for point in points:
         at, up = _x(x, point.x), _y(y, point.y)
@@ -207,8 +207,11 @@ def _whisker(x1: float, y1: float, x2: float, y2: float) -> str:
 Box = tuple[float, float, float, float]
 
 
-def _marker_box(x: float, y: float) -> Box:
-    return x - 8, y - 8, x + 8, y + 8
+def _point_box(point: Point, x: Axis, y: Axis) -> Box:
+    """Return what a point covers with its error bar."""
+    at, up = _x(x, point.x), _y(y, point.y)
+    reach = abs(_y(y, max(point.y - point.error, y.low)) - up) if point.error else 0.0
+    return at - 8, up - max(8, reach), at + 8, up + max(8, reach)
 
 
 def _free_label(text: str, x: float, y: float, taken: Sequence[Box]) -> tuple[str, Box]:
@@ -282,11 +285,12 @@ def _round_step(rough: float) -> float:
 
 
 def _number(value: float) -> str:
-    """Write at most four significant digits without an exponent where that is short."""
+    """Write a few significant digits, below a thousandth with an exponent."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    if abs(value) < 1e-4:
-        return f"{value:.0e}"
-    return f"{value:.4g}"
+    if abs(value) >= 1e-3:
+        return f"{value:.4g}"
+    digits, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}"
