@@ -42,20 +42,22 @@ class Axis:
         if high <= low:
             low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
         step = _round_step((high - low) / 5)
-        first, last = math.floor(low / step), math.ceil(high / step * (1 + 1e-9))
+        first, last = math.floor(low / step), math.ceil(high / step * (1 - 1e-9))
         ticks = tuple(index * step for index in range(first, last + 1))
         return cls(title, ticks[0], ticks[-1], ticks)
 
     @classmethod
     def log_over(cls, title: str, values: Sequence[float]) -> "Axis":
-        """Cover positive values by decades with ticks at 1, 2 and 5."""
-        low, high = min(values) / 1.3, max(values) * 1.3
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        all_ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
-        inner = [tick for tick in all_ticks if low <= tick <= high]
+        """Cover positive values from tick to tick of 1, 2 and 5; of many only powers of ten."""
+        low, high = min(values), max(values)
+        decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+        ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+        first = max(tick for tick in ticks if tick < low)
+        last = min(tick for tick in ticks if tick > high)
+        inner = [tick for tick in ticks if first <= tick <= last]
         if len(inner) > 6:
             inner = [tick for tick in inner if f"{tick:e}".startswith("1")]
-        return cls(title, low, high, tuple(inner), True)
+        return cls(title, first, last, tuple(inner), True)
 
     def place(self, value: float) -> float:
         """Return where a value lies, 0 to 1."""
