@@ -27,7 +27,8 @@ ROOMS = {
     ),
     "devices": r"edgekit\.(errors|tables)|numpy",
     "runtime": (
-        r"edgekit|edgekit\.(artifact|devices|errors|files|gguf_file|models|pte_header|quantize|tables)"
+        r"edgekit|edgekit\.(artifact|devices|errors|files|genai_config|gguf_file|models|onnx_file"
+        r"|pte_header|quantize|tables)"
         r"|torch|numpy|executorch|onnxruntime|llama_cpp"
     ),
     "edgekit/commands": r"edgekit\..+|click",
