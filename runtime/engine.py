@@ -21,12 +21,17 @@ TokenIds = NDArray[np.int64]
 # imported, because an engine brings its own run time.
 ENGINES = {
     "executorch": "edgekit.runtime.executorch_engine",
+    "gguf": "edgekit.runtime.gguf_engine",
     "onnx": "edgekit.runtime.onnx_engine",
     "torch": "edgekit.runtime.torch_engine",
 }
 
-
+DEFAULT_CONTEXT = 2048
+"""Positions that a file gets room for which leaves that open; fewer where its model takes fewer."""
 THREADS_PER_CPU = 4
+
+# Where a module's name is not what one installs.
+_DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python"}
 
 
 class Engine(AbstractContextManager["Engine", None], Protocol):
@@ -34,7 +39,8 @@ class Engine(AbstractContextManager["Engine", None], Protocol):
 
     `name` and `version` are the engine's, `context` is the number of positions its state holds,
     `position` the number of tokens processed since the last reset; one forward pass can take
-    `longest_chunk` tokens and is fastest with `default_chunk`. The logits returned are the
+    `longest_chunk` tokens and is fastest with `default_chunk`. `eos_ids` are the tokens that end a
+    text by what the file itself says, none where it does not say. The logits returned are the
     caller's own: no later call changes them.
     """
 
@@ -44,6 +50,7 @@ class Engine(AbstractContextManager["Engine", None], Protocol):
     vocab_size: int
     longest_chunk: int
     default_chunk: int
+    eos_ids: tuple[int, ...]
 
     @property
     def position(self) -> int:
@@ -86,6 +93,7 @@ class OneSequenceEngine(ABC):
     vocab_size: int
     longest_chunk: int
     default_chunk: int
+    eos_ids: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         """Start an open engine at position 0; the subclass sets the attributes above."""
@@ -107,9 +115,7 @@ class OneSequenceEngine(ABC):
         Raises `EdgekitError` before any work when there are no tokens, one is outside the
         vocabulary or they do not fit the context.
         """
-        if not self._open:
-            raise EdgekitError(f"the {self.name} engine is closed")
-        ids = check_tokens(tokens, self._position, self.context, self.vocab_size)
+        ids = self._checked(tokens)
         size = min(chunk or self.default_chunk, self.longest_chunk)
         for part in np.split(ids, range(size, len(ids), size)):
             logits = self._forward(part, self._position)
@@ -133,6 +139,12 @@ class OneSequenceEngine(ABC):
         for row, token in zip(rows[1:], tokens[first + 1 :], strict=True):
             row[:] = self.decode(token)
         return rows
+
+    def _checked(self, tokens: Sequence[int]) -> TokenIds:
+        """Return the ids of tokens that can be processed now."""
+        if not self._open:
+            raise EdgekitError(f"the {self.name} engine is closed")
+        return check_tokens(tokens, self._position, self.context, self.vocab_size)
 
     def reset(self) -> None:
         """Forget every token: a model's state starts anew whenever it is run at position 0."""
@@ -170,8 +182,9 @@ def import_engine(name: str) -> ModuleType:
         package = (error.name or "").partition(".")[0]
         if package == "edgekit":
             raise
+        needed = _DISTRIBUTIONS.get(package, package)
         raise EngineMissing(
-            f"the {name} engine needs {package}: pip install 'edgekit[{name}]'"
+            f"the {name} engine needs {needed}: pip install 'edgekit[{name}]'"
         ) from error
 
 
