@@ -117,7 +117,8 @@ class OneSequenceEngine(ABC):
         """
         ids = self._checked(tokens)
         size = min(chunk or self.default_chunk, self.longest_chunk)
-        for part in np.split(ids, range(size, len(ids), size)):
+        for begin in range(0, len(ids), size):
+            part = ids[begin : begin + size]
             logits = self._forward(part, self._position)
             self._position += len(part)
         return logits
@@ -221,14 +222,20 @@ def check_tokens(tokens: Sequence[int], position: int, context: int, vocab_size:
         raise EdgekitError("the prompt holds no token")
     if position + count > context:
         raise EdgekitError(_does_not_fit(count, position, context))
+    if count == 1 and type(tokens[0]) is int:  # decoding: what follows takes microseconds there
+        _check_range(tokens[0], vocab_size)
+        return np.array(tokens, np.int64)
     ids = np.asarray(tokens)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise EdgekitError("token ids must be a flat sequence of integers")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise EdgekitError(f"token id {bad} is outside the vocabulary of {vocab_size}")
+    for extreme in (int(ids.min()), int(ids.max())):
+        _check_range(extreme, vocab_size)
     return ids.astype(np.int64, copy=False)
+
+
+def _check_range(token: int, vocab_size: int) -> None:
+    if not 0 <= token < vocab_size:
+        raise EdgekitError(f"token id {token} is outside the vocabulary of {vocab_size}")
 
 
 def check_first(first: int, count: int) -> None:

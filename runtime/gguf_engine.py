@@ -37,8 +37,7 @@ from edgekit.runtime.engine import (
 )
 
 CHUNK = 512
-_ALL_BUT_GPU: Final = 0  # layers on a GPU, where the library was built for one
-_NO_MEMORY_SLOT = 1  # llama_decode: no room in the cache
+_ON_GPU: Final = 0  # layers, where the library was built for a GPU
 
 
 class GgufEngine(OneSequenceEngine):
@@ -52,8 +51,10 @@ class GgufEngine(OneSequenceEngine):
     version = llama_library.VERSION
 
     def __init__(self, path: Path, threads: int | None = None, context: int | None = None) -> None:
-        """Check and load a file, with room for `context` tokens: by default what it states, at most
-        2048."""
+        """Check and load a file.
+
+        It gets room for `context` tokens, by default for what it states and at most 2048.
+        """
         super().__init__()
         file = open_checked(path)
         self.context = _context(file, context)
@@ -81,7 +82,8 @@ class GgufEngine(OneSequenceEngine):
         if position == 0:
             self._clear()
         self._decode(self._batch, tokens, position)
-        return self._logits(llama.llama_get_logits_ith(self._handle, -1), 1)[0]
+        row: Logits = self._logits(llama.llama_get_logits(self._handle), 1)[0]
+        return row
 
     def score(self, tokens: Sequence[int], first: int) -> Logits:
         """Process tokens from a fresh state; logits `[n - first, vocab_size]`, in whole chunks."""
@@ -143,7 +145,7 @@ def open_checked(path: Path) -> GgufFile:
 def load_model(path: Path, *, vocab_only: bool) -> Any:  # noqa: ANN401 - a handle
     """Return a handle to the model of a checked file, to be freed by `llama_model_free`."""
     params = llama.llama_model_default_params()
-    params.n_gpu_layers = _ALL_BUT_GPU
+    params.n_gpu_layers = _ON_GPU
     params.load_mode = llama.LLAMA_LOAD_MODE_NONE
     params.vocab_only = vocab_only
     model = llama.llama_model_load_from_file(bytes(path), params)

@@ -26,7 +26,7 @@ def _listen(level: int, text: bytes | None, user_data: object) -> None:
         _errors.append(" ".join(text.decode(errors="replace").split()))
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)  # type: ignore[untyped-decorator]
 def _aborted(message: bytes | None) -> None:
     """End the process with one line where ggml would end it with a backtrace and a core dump.
 
