@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
@@ -19,6 +20,7 @@ from edgekit.quantize.tensor import QuantizedTensor
 # Each module is a `Target`; only the one asked for is imported, with its libraries.
 TARGETS = {
     "executorch": "edgekit.exporters.executorch",
+    "gguf": "edgekit.exporters.gguf",
 }
 
 
@@ -48,6 +50,10 @@ class Weights(Mapping[str, Weight]):
     def __getitem__(self, name: str) -> QuantizedTensor | Tensor:
         """Return the codes, or the float tensor as the checkpoint stores it."""
         return self._codes[name] if name in self._codes else self._source.tensor(self._places[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which the checkpoint stores a tensor."""
+        return self._source.dtype(self._places[name])
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names in model order."""
