@@ -25,6 +25,7 @@ from benchmarks.measure import run
 from edgekit.tables import markdown_table
 
 PERPLEXITY_BOUND = 0.005
+TRIES = 5
 REFERENCE = "the reference alone"
 
 
@@ -48,29 +49,22 @@ class Row:
         return [self.name, f"{self.ours:.6g}", f"{self.theirs:.6g}", difference, allowed, verdict]
 
 
-def theirs(arguments: argparse.Namespace) -> dict[str, tuple[float, float | None]]:
+Figures = dict[str, tuple[float, float | None]]
+
+
+def theirs(arguments: argparse.Namespace) -> Figures:
     """Return llama.cpp's figures with their errors, shares as it prints them: in per cent."""
     with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder) / "base.kld"
-        common = ["-t", str(arguments.threads), "--kl-divergence-base", str(base)]
+        base = ["--kl-divergence-base", str(Path(folder) / "base.kld")]
         text = ["-f", str(arguments.text), "--chunks", str(arguments.chunks)]
-        program = str(arguments.llama_perplexity)
-        first = subprocess.run(
-            [program, "-m", str(arguments.reference / "model.gguf"), *common, *text],
-            check=True,
-            capture_output=True,
-            text=True,
+        first = llama_perplexity(arguments, arguments.reference, [*base, *text], "Final estimate")
+        last = llama_perplexity(
+            arguments, arguments.artifact, [*base, "--kl-divergence"], "Same top p"
         )
-        done = subprocess.run(
-            [program, "-m", str(arguments.artifact / "model.gguf"), *common, "--kl-divergence"],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    final = re.search(r"PPL = (\d+\.\d+) \+/- (\d+\.\d+)", first.stdout + first.stderr)
-    assert final is not None, first.stderr[-2000:]
-    found: dict[str, tuple[float, float | None]] = {REFERENCE: (float(final[1]), float(final[2]))}
-    for line in (done.stdout + done.stderr).splitlines():
+    final = re.search(r"PPL = (\d+\.\d+) \+/- (\d+\.\d+)", first)
+    assert final is not None, first
+    found: Figures = {REFERENCE: (float(final[1]), float(final[2]))}
+    for line in last.splitlines():
         match = re.search(
             r"([A-Za-z0-9.%][^:|]*?)\s*:\s+(-?\d+\.\d+)%?(?:\s*±\s*(\d+\.\d+))?", line
         )
@@ -78,6 +72,23 @@ def theirs(arguments: argparse.Namespace) -> dict[str, tuple[float, float | None
             name = re.sub(r"\s+", " ", match[1]).strip()
             found[name] = float(match[2]), float(match[3]) if match[3] else None
     return found
+
+
+def llama_perplexity(
+    arguments: argparse.Namespace, folder: Path, more: list[str], last: str
+) -> str:
+    """Run it and return what it prints, again where the end is missing.
+
+    Its log is written by a thread that does not always finish before the process does.
+    """
+    command = [str(arguments.llama_perplexity), "-m", str(folder / "model.gguf"), *more]
+    command += ["-t", str(arguments.threads)]
+    for _ in range(TRIES):
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        printed = done.stdout + done.stderr
+        if last in printed:
+            return printed
+    raise SystemExit(f"llama-perplexity printed no {last!r} in {TRIES} runs")
 
 
 def ours(arguments: argparse.Namespace) -> dict:
@@ -88,7 +99,7 @@ def ours(arguments: argparse.Namespace) -> dict:
     return json.loads(run(command).stdout)
 
 
-def rows(mine: dict, other: dict[str, tuple[float, float | None]]) -> list[Row]:
+def rows(mine: dict, other: Figures) -> list[Row]:
     """Pair the figures."""
     found = mine["divergence"]
     kld, delta, top = found["kld"], found["delta_p"], found["same_top"]
