@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import EdgekitError
-from edgekit.models.tokenizer import Tokenizer
+from edgekit.models.tokenizer import TextTokenizer
 from edgekit.runtime.divergence import (
     Divergence,
     Estimate,
@@ -143,7 +143,7 @@ def evaluate_each(
         ]
 
 
-def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
+def tokenize(tokenizer: TextTokenizer, text: str) -> list[int]:
     """Return the ids of a whole text as llama.cpp's tools read a file."""
     return tokenizer.encode_plain(text.removesuffix("\n"))
 
