@@ -73,7 +73,7 @@ def find_model_file(place: Path) -> ModelFile:
 
     An artifact folder, a folder of onnxruntime-genai's, or one file by the end of its name.
     """
-    if place.is_dir() and is_genai_folder(place) and not (place / MANIFEST).exists():
+    if is_genai_folder(place) and not (place / MANIFEST).exists():
         return _genai_folder(place)
     if place.is_file():
         return _bare_file(place)
@@ -87,6 +87,11 @@ def find_model_file(place: Path) -> ModelFile:
         artifact.eos_ids,
         artifact.manifest,
     )
+
+
+def is_model_file(place: Path) -> bool:
+    """Whether `find_model_file` is to be asked for a path, rather than a model's name or folder."""
+    return place.is_file() or (place / MANIFEST).is_file() or is_genai_folder(place)
 
 
 def _genai_folder(place: Path) -> ModelFile:

@@ -63,9 +63,7 @@ class Worker:
             self._engine.close()
             self._engine = None
 
-    def _load(
-        self, name: str, model: str, threads: int, context: int | None
-    ) -> dict[str, Any]:
+    def _load(self, name: str, model: str, threads: int, context: int | None) -> dict[str, Any]:
         self._threads = threads
         started = time.perf_counter_ns()
         import_engine(name)  # so that the engine's libraries are not in the time to load
