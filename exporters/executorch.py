@@ -109,6 +109,11 @@ def runner_metadata(config: ModelConfig, context: int) -> dict[str, Any]:
     }
 
 
+def check_tokenizer(path: Path, folder: Path) -> dict[str, int]:
+    """Return nothing: a `.pte` holds no tokenizer, its runners read tokenizer.json."""
+    return {}
+
+
 def versions() -> dict[str, str]:
     """Return the versions that decided the file's bytes."""
     return {name: metadata.version(name) for name in PACKAGES}
