@@ -27,7 +27,7 @@ ROOMS = {
     ),
     "devices": r"edgekit\.(errors|tables)|numpy",
     "runtime": (
-        r"edgekit|edgekit\.(artifact|devices|errors|files|gguf_file|models|pte_header|quantize|tables)"
+        r"edgekit|edgekit\.(artifact|devices|errors|files|gguf_checks|gguf_file|models|pte_header|quantize|tables)"
         r"|torch|numpy|executorch|onnxruntime|llama_cpp"
     ),
     "edgekit/commands": r"edgekit\..+|click",
