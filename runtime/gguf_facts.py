@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from edgekit.errors import EdgekitError
+from edgekit.gguf_checks import check_model
 from edgekit.gguf_file import STRING, GgufArray, GgufFile
 from edgekit.runtime.record import Traffic
 
@@ -13,11 +14,7 @@ _CACHE_BYTES = 2  # float16, as the engine has it
 def open_checked(path: Path) -> GgufFile:
     """Read a file's head; EdgekitError for one that llama.cpp cannot or must not be given."""
     file = GgufFile.open(path)
-    parts = file.metadata.get("split.count", 1)
-    if parts != 1:
-        raise EdgekitError(
-            f"{path}: is one of {parts} parts; make one file of them with llama-gguf-split --merge"
-        )
+    check_model(file)
     return file
 
 
