@@ -27,6 +27,7 @@ COMMANDS = (
     "run",
     "bench",
     "eval",
+    "compare",
     "inspect",
     "quantize",
     "fit",

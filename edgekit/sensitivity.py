@@ -211,14 +211,10 @@ class _FloatRun:
     def _last_state(self, name: str) -> Tensor:
         if name == HEAD:
             return self.states[-1]
-        if name == EMBEDDING:
-            first, state = 0, self._embedded()
-        else:
-            first = int(name.split(".")[2])
-            state = self.states[first]
-        for state in self._from(first, state):  # noqa: B007 - the last one counts
-            pass
-        return state
+        first = 0 if name == EMBEDDING else int(name.split(".")[2])
+        begin = self._embedded() if name == EMBEDDING else self.states[first]
+        *_, last = self._from(first, begin)
+        return last
 
     @torch.inference_mode()
     def _embedded(self) -> Tensor:

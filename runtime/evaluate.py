@@ -153,9 +153,7 @@ def tokenize(tokenizer: TextTokenizer, text: str) -> list[int]:
     return tokenizer.encode_plain(text.removesuffix("\n"))
 
 
-def cut(
-    tokens: Sequence[int], context: int, limit: int | None, bos: int | None
-) -> list[list[int]]:
+def cut(tokens: Sequence[int], context: int, limit: int | None, bos: int | None) -> list[list[int]]:
     """Cut into chunks of `context` tokens that begin with `bos` where there is one."""
     count = len(tokens) // context
     if count == 0:

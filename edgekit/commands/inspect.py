@@ -63,9 +63,10 @@ def _sensitivity(name: str, scheme: str, text_file: Path | None, as_json: bool) 
     from edgekit.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
+        from edgekit.exporters.reference_text import TEXT
         from edgekit.files import read_text
         from edgekit.quantize.scheme import Scheme
-        from edgekit.sensitivity import TEXT, sensitivity
+        from edgekit.sensitivity import sensitivity
 
     parsed = Scheme.parse(scheme)
     text = TEXT if text_file is None else read_text(text_file)
