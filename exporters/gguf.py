@@ -74,6 +74,13 @@ def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
     write_gguf(folder / MODEL_FILE, _metadata(job, planned), planned, pieces)
 
 
+def check_tokenizer(path: Path, folder: Path) -> dict[str, int]:
+    """Compare llama.cpp's ids with those of tokenizer.json over a corpus."""
+    from edgekit.exporters.gguf_tokenizer_check import check_tokenizer as check
+
+    return check(path, folder)
+
+
 def versions() -> dict[str, str]:
     """Return the versions that decided the file's bytes: only our own code does."""
     return {}

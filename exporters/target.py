@@ -114,6 +114,15 @@ class Target(Protocol):
         """
         ...
 
+    def check_tokenizer(self, path: Path, folder: Path) -> dict[str, int]:
+        """Compare the tokenizer inside a written file with that of the model's folder.
+
+        Returns how many texts were compared, and how many tokens they have; nothing where the
+        file holds no tokenizer. VerificationError names the first text whose ids differ. Called
+        where the target's engine is installed.
+        """
+        ...
+
     def versions(self) -> dict[str, str]:
         """Return the versions that decided the file's bytes."""
         ...

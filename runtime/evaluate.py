@@ -11,12 +11,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgekit.errors import EdgekitError
-from edgekit.models.tokenizer import Tokenizer
+from edgekit.models.tokenizer import TextTokenizer
 from edgekit.runtime.divergence import (
     Divergence,
     Estimate,
@@ -82,13 +83,15 @@ def evaluate(
     context: int = DEFAULT_CONTEXT,
     chunks: int | None = None,
     threads: int | None = None,
+    tokenizer: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score an artifact on a text, and compare it with a reference where one is named.
 
-    Both are a folder that `edgekit export` wrote or a model (a name of `edgekit models`, a hub id
-    or a folder), which runs in torch as the float model it is. `chunks` bounds how many chunks of
-    `context` tokens are scored. Raises `EdgekitError` for a text that is too short, a context that
+    Both are a folder that `edgekit export` wrote, what `find_model_file` takes besides, or a model
+    (a name of `edgekit models`, a hub id or a folder), which runs in torch as the float model it
+    is. `chunks` bounds how many chunks of `context` tokens are scored; `tokenizer` is the folder of
+    a tokenizer to use for files instead of their own. Raises `EdgekitError` for a text that is too short, a context that
     does not fit, a reference with other tokens, and logits that are not finite.
     """
     return evaluate_each(
@@ -98,6 +101,7 @@ def evaluate(
         context=context,
         chunks=chunks,
         threads=threads,
+        tokenizer=tokenizer,
         progress=progress,
     )[0]
 
@@ -110,6 +114,7 @@ def evaluate_each(
     context: int = DEFAULT_CONTEXT,
     chunks: int | None = None,
     threads: int | None = None,
+    tokenizer: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Evaluation]:
     """Do what `evaluate` does for several artifacts, with one run of the reference for all."""
@@ -118,8 +123,8 @@ def evaluate_each(
     if not text:
         raise EdgekitError("the text is empty")
     with ExitStack() as stack:
-        subjects = [_enter(stack, name, context, threads) for name in artifacts]
-        base = None if reference is None else _enter(stack, reference, context, threads)
+        subjects = [_enter(stack, name, context, threads, tokenizer) for name in artifacts]
+        base = None if reference is None else _enter(stack, reference, context, threads, tokenizer)
         texts = [tokenize(subject.tokenizer, text) for subject in subjects]
         if base is not None:
             _check_comparable(subjects, texts, base, tokenize(base.tokenizer, text))
@@ -143,7 +148,7 @@ def evaluate_each(
         ]
 
 
-def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
+def tokenize(tokenizer: TextTokenizer, text: str) -> list[int]:
     """Return the ids of a whole text as llama.cpp's tools read a file."""
     return tokenizer.encode_plain(text.removesuffix("\n"))
 
@@ -166,8 +171,10 @@ def cut(tokens: Sequence[int], context: int, limit: int | None, bos: int | None)
     return chunks
 
 
-def _enter(stack: ExitStack, name: str, context: int, threads: int | None) -> Subject:
-    subject = open_subject(name, context, threads)
+def _enter(
+    stack: ExitStack, name: str, context: int, threads: int | None, tokenizer: Path | None
+) -> Subject:
+    subject = open_subject(name, context, threads, tokenizer)
     stack.enter_context(subject.engine)
     if subject.engine.context < context:
         raise EdgekitError(

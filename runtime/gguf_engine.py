@@ -35,6 +35,7 @@ from edgekit.runtime.engine import (
     check_first,
     physical_cores,
 )
+from edgekit.runtime.gguf_facts import open_checked, stated_context
 
 CHUNK = 512
 _ON_GPU: Final = 0  # layers, where the library was built for a GPU
@@ -131,17 +132,6 @@ def open_engine(model_path: Path, threads: int | None, context: int | None) -> G
     return GgufEngine(model_path, threads, context)
 
 
-def open_checked(path: Path) -> GgufFile:
-    """Read a file's head; EdgekitError for what llama.cpp cannot or must not be given."""
-    file = GgufFile.open(path)
-    parts = file.metadata.get("split.count", 1)
-    if parts != 1:
-        raise EdgekitError(
-            f"{path}: is one of {parts} parts; make one file of them with llama-gguf-split --merge"
-        )
-    return file
-
-
 def load_model(path: Path, *, vocab_only: bool) -> Any:  # noqa: ANN401 - a handle
     """Return a handle to the model of a checked file, to be freed by `llama_model_free`."""
     params = llama.llama_model_default_params()
@@ -158,15 +148,6 @@ def end_ids(vocab: Any) -> tuple[int, ...]:  # noqa: ANN401 - a handle
     """Return the tokens at which llama.cpp's own programs end a text."""
     ids = range(llama.llama_vocab_n_tokens(vocab))
     return tuple(token for token in ids if llama.llama_vocab_is_eog(vocab, token))
-
-
-def stated_context(file: GgufFile) -> int:
-    """Return the positions that a file's model was made for."""
-    key = f"{file.metadata.get('general.architecture')}.context_length"
-    stated = file.metadata.get(key)
-    if not isinstance(stated, int) or not 1 <= stated < 1 << 31:
-        raise EdgekitError(f"{file.path}: its {key} must be a count of positions, not {stated!r}")
-    return stated
 
 
 def _context(file: GgufFile, asked: int | None) -> int:

@@ -58,10 +58,8 @@ def failure(doing: str) -> EdgekitError:
 
 
 def _without_place(line: str) -> str:
-    """Drop the names of C++ functions that llama.cpp puts before what it says."""
-    for _ in range(2):
-        head, colon, rest = line.partition(": ")
-        if not colon or " " in head or not head.replace("_", "").isalnum():
-            break
-        line = rest
+    """Drop what llama.cpp puts before what it says: names of functions, and what we say ourselves."""
+    head, colon, rest = line.partition(": ")
+    if colon and (head == "error loading model" or head.replace("_", "").isalnum()):
+        return _without_place(rest)
     return line[:300]

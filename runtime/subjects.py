@@ -1,12 +1,12 @@
-"""Opening what a user names, an artifact or a model, as an engine and its tokenizer."""
+"""Opening what a user names, a model file or a model, as an engine and its tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit.artifact import MANIFEST, Artifact
 from edgekit.models.source import resolve_model
-from edgekit.models.tokenizer import Tokenizer
-from edgekit.runtime.engine import Engine, check_threads, load_engine
+from edgekit.models.tokenizer import TextTokenizer, Tokenizer
+from edgekit.runtime.engine import Engine, check_threads
+from edgekit.runtime.model_files import find_model_file, is_model_file
 
 
 @dataclass(frozen=True)
@@ -15,21 +15,24 @@ class Subject:
 
     name: str
     engine: Engine
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
 
 
-def open_subject(name: str, context: int, threads: int | None) -> Subject:
-    """Open an artifact in its engine, or a model as the float model it is, in torch.
+def open_subject(
+    name: str, context: int, threads: int | None, tokenizer: Path | None = None
+) -> Subject:
+    """Open an artifact or a foreign file in its engine, or a model, in torch as the float model.
 
-    `context` is the number of positions a model needs; an artifact has those of its file. Raises
-    `EdgekitError` where there is neither.
+    `context` is the number of positions a model needs; an artifact has those of its file.
+    `tokenizer` is the folder of another tokenizer for a file. Raises `EdgekitError` where there is
+    neither.
     """
     check_threads(threads)
-    if (Path(name) / MANIFEST).is_file():
-        artifact = Artifact.open(name)
-        tokenizer = Tokenizer.load(artifact.folder)
-        engine = load_engine(artifact.target, artifact.model_path, threads, context)
-        return Subject(Path(name).resolve().name, engine, tokenizer)
+    if is_model_file(Path(name)):
+        file = find_model_file(Path(name))
+        text = file.tokenizer(tokenizer)
+        room = file.context and min(max(file.context, context), file.longest or file.context)
+        return Subject(file.name, file.load(threads, room), text)
     return _open_model(name, context, threads)
 
 

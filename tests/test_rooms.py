@@ -27,8 +27,8 @@ ROOMS = {
     ),
     "devices": r"edgekit\.(errors|tables)|numpy",
     "runtime": (
-        r"edgekit|edgekit\.(artifact|devices|errors|files|genai_config|gguf_file|models|onnx_file"
-        r"|pte_header|quantize|tables)"
+        r"edgekit|edgekit\.(artifact|devices|errors|files|genai_config|gguf_checks|gguf_file|models"
+        r"|onnx_file|pte_header|quantize|tables)"
         r"|torch|numpy|executorch|onnxruntime|llama_cpp"
     ),
     "edgekit/commands": r"edgekit\..+|click",

@@ -25,6 +25,12 @@ from edgekit.commands._json import print_json
 )
 @click.option("--chunks", type=click.IntRange(min=1), help="Most chunks to score  [default: all]")
 @click.option(
+    "--tokenizer",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder with the tokenizer.json to use for files  [default: their own]",
+)
+@click.option(
     "-t", "--threads", type=int, help="CPU threads, 4 per CPU at most  [default: physical cores]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
@@ -34,6 +40,7 @@ def command(
     reference: str | None,
     context: int,
     chunks: int | None,
+    tokenizer: Path | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -57,6 +64,7 @@ def command(
             context=context,
             chunks=chunks,
             threads=threads,
+            tokenizer=tokenizer,
             progress=_show if sys.stderr.isatty() else None,
         )
     finally:
