@@ -35,6 +35,7 @@ table { border-collapse: collapse; width: 100%%; font-size: 14px; }
 th, td { padding: 7px 12px; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--rule); font-variant-numeric: tabular-nums; }
 tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600; }
+td.text + td.text, td:last-child { white-space: normal; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px; }
 @media (max-width: 520px) { .plots { grid-template-columns: 1fr; } }
@@ -102,7 +103,7 @@ def _introduction(comparison: Comparison) -> Iterator[str]:
         against = "" if found.reference is None else f", against {found.reference} in float"
         yield (
             f"Quality on {found.tokens:,} tokens, second half of {found.chunks:,} chunks of "
-            f"{found.context}{against}. Bars on points are standard errors."
+            f"{found.context}{against}."
         )
 
 
@@ -147,13 +148,19 @@ def _figures(comparison: Comparison) -> Iterator[str]:
     if decode:
         axis = Axis.over("decode (tokens/s)", [point.y + point.error for point in decode])
         plot = scatter("decode against bytes", decode, size, axis)
-        yield _figure("Decode against bytes", "up and left is better", plot)
+        yield _figure(
+            "Decode against bytes", "up and left is better; bars are standard deviations", plot
+        )
     prefill = [
         Point(point.series, point.label, point.y, 0, point.error) for point in _speeds(ones, "pp")
     ]
     if prefill:
         axis = Axis.over("prefill (tokens/s)", [point.x + point.error for point in prefill])
-        yield _figure("Prefill", "longer is better", bars("prefill", prefill, axis))
+        yield _figure(
+            "Prefill",
+            "longer is better; lines are standard deviations",
+            bars("prefill", prefill, axis),
+        )
     yield from _sqnr_figure(comparison)
 
 
@@ -167,10 +174,11 @@ def _quality(index: int, one: Compared) -> Point | None:
 
 
 def _quality_figure(ones: Sequence[Compared], points: Sequence[Point], size: Axis) -> str:
-    note = "down and left is better"
+    note = "down and left is better; bars are standard errors"
     if ones[0].kld is None:
         # The errors of perplexities share the text: between artifacts they say little.
         points = [Point(point.series, point.label, point.x, point.y) for point in points]
+        note = "down and left is better"
         axis = Axis.over("perplexity", [point.y for point in points], zero=False)
         plot = scatter("perplexity against bytes", points, size, axis)
         return _figure("Perplexity against bytes", note, plot)

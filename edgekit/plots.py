@@ -52,8 +52,8 @@ class Axis:
         low, high = min(values), max(values)
         decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
         ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
-        first = max(tick for tick in ticks if tick < low)
-        last = min(tick for tick in ticks if tick > high)
+        first = max(tick for tick in ticks if tick < low / 1.2)
+        last = min(tick for tick in ticks if tick > high * 1.2)
         inner = [tick for tick in ticks if first <= tick <= last]
         if len(inner) > 6:
             inner = [tick for tick in inner if f"{tick:e}".startswith("1")]
@@ -126,21 +126,17 @@ def bars(title: str, points: Sequence[Point], x: Axis) -> str:
         if point.error:
             low, high = _x(x, max(x.low, point.x - point.error)), _x(x, point.x + point.error)
             parts.append(_whisker(low, top + 25, high, top + 25))
-        inside = end - LEFT > 90
-        at = end - 8 if inside else end + 8
-        if point.error:
-            at = min(at, _x(x, max(x.low, point.x - point.error)) - 6) if inside else at
-        parts.append(
-            _text(
-                at,
-                top + 29,
-                _number(point.x),
-                "value in" if inside else "value",
-                "end" if inside else "start",
-            )
-        )
+        parts.append(_bar_value(point, end, top + 29, x))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 8, x.title, "axis", "middle"))
     return _svg(title, parts, height)
+
+
+def _bar_value(point: Point, end: float, y: float, x: Axis) -> str:
+    """Write the value inside a long bar, else behind it, clear of the error."""
+    low, high = _x(x, max(x.low, point.x - point.error)), _x(x, point.x + point.error)
+    if min(end, low) - LEFT > 90:
+        return _text(min(end, low) - 8, y, _number(point.x), "value in", "end")
+    return _text(max(end, high) + 8, y, _number(point.x), "value", "start")
 
 
 def marker(series: int, x: float, y: float, tip: str = "", size: float = 6.0) -> str:

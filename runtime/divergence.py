@@ -62,7 +62,7 @@ def score_rows(logits: Logits, targets: Sequence[int], reference: Logits | None 
         if reference is not None:
             p = _log_softmax(reference[i])
             nll_reference[i] = -p[target]
-            kld[i] = np.dot(np.exp(p), p - q)
+            kld[i] = (np.exp(p) * (p - q)).sum()
     if reference is None:
         return Scores(nll)
     return Scores(
