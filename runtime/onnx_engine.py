@@ -64,7 +64,7 @@ class OnnxEngine(OneSequenceEngine):
         )
 
     def _forward(self, tokens: TokenIds, position: int) -> Logits:
-        return self._rows(tokens, position, 1)[0]
+        return self._rows(tokens, position, 1).reshape(-1)
 
     def _rows(self, tokens: TokenIds, position: int, rows: int) -> Logits:
         """Run tokens; logits `[rows, vocab_size]` of the last so many of them."""
