@@ -23,6 +23,7 @@ from edgekit.runtime.engine import (
     Logits,
     OneSequenceEngine,
     TokenIds,
+    check_first,
     check_tokens,
     physical_cores,
 )
@@ -68,7 +69,8 @@ class OnnxEngine(OneSequenceEngine):
 
     def _rows(self, tokens: TokenIds, position: int, rows: int) -> Logits:
         """Run tokens; logits `[rows, vocab_size]` of the last so many of them."""
-        assert self._run is not None
+        if self._run is None:
+            raise EdgekitError("the onnx engine is closed")
         try:
             if position == 0:
                 self._run.begin()
@@ -84,18 +86,21 @@ class OnnxEngine(OneSequenceEngine):
             ) from error
 
     def score(self, tokens: Sequence[int], first: int) -> Logits:
-        """Process tokens as a new sequence; row i holds the logits after `tokens[first + i]`."""
+        """Process tokens in chunks where the graph gives logits for every token."""
+        if self._last_row_only:
+            return super().score(tokens, first)
+        check_first(first, len(tokens))
         self.reset()
         ids = check_tokens(tokens, 0, self.context, self.vocab_size)
-        size = 1 if self._last_row_only else self.default_chunk
-        found = []
-        for part in np.split(ids, range(size, len(ids), size)):
-            wanted = min(len(part), self._position + len(part) - first)
-            logits = self._rows(part, self._position, max(1, wanted))
-            self._position += len(part)
+        found = np.empty((len(ids) - first, self.vocab_size), np.float32)
+        for part in np.split(ids, range(self.default_chunk, len(ids), self.default_chunk)):
+            end = self._position + len(part)
+            wanted = min(len(part), end - first)
+            rows = self._rows(part, self._position, max(1, wanted))
             if wanted > 0:
-                found.append(logits)
-        return np.concatenate(found)
+                found[end - first - wanted : end - first] = rows
+            self._position = end
+        return found
 
     def close(self) -> None:
         """Release the model and its states."""

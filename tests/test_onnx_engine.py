@@ -19,6 +19,7 @@ from onnx_decoders import CONTEXT, FOLDER, KINDS, VOCAB, Form, decoder, save
 from transformers import AutoModelForCausalLM
 
 from edgekit.errors import EdgekitError
+from edgekit.genai_config import GenaiConfig
 from edgekit.onnx_file import OnnxFile
 from edgekit.runtime.engine import load_engine
 from edgekit.runtime.onnx_decoder import read_decoder
@@ -104,6 +105,8 @@ def test_score_gives_a_row_for_each_token(
     engine.prefill([1, 2, 3])
     assert_close(engine.score(TOKENS, first), expected[first:])
     assert engine.position == len(TOKENS)
+    with pytest.raises(EdgekitError, match="first position to score must be 0 to 59, not 60"):
+        engine.score(TOKENS, 60)
 
 
 def test_logits_stay_what_they_were(engine: OnnxEngine) -> None:
@@ -115,6 +118,8 @@ def test_logits_stay_what_they_were(engine: OnnxEngine) -> None:
     assert not np.array_equal(first, second)
     with pytest.raises(EdgekitError, match="the onnx engine is closed"):
         engine.prefill([1])
+    with pytest.raises(EdgekitError, match="the onnx engine is closed"):
+        engine.score([1], 0)
 
 
 @pytest.mark.parametrize("name", ["genai", "transformersjs"])
@@ -413,6 +418,26 @@ def test_opening_a_file_prints_nothing_and_imports_no_torch(models: dict[str, Pa
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--extra_options", "prune_lm_head=true"]])
+def test_a_folder_of_onnxruntime_genai_itself(
+    tmp_path: Path, expected: NDArray[np.float32], options: list[str]
+) -> None:
+    """What its builder makes of lfm2-tiny, not of our own making."""
+    pytest.importorskip("onnx_ir", reason="onnxruntime-genai's builder needs onnx_ir")
+    builder = (sys.executable, "-m", "onnxruntime_genai.models.builder")
+    arguments = ("-m", str(FOLDER), "-o", str(tmp_path), "-p", "fp32", "-e", "cpu")
+    cache = ("-c", str(tmp_path / "cache"))
+    subprocess.run([*builder, *arguments, *cache, *options], check=True, capture_output=True)
+    with OnnxEngine(GenaiConfig.open(tmp_path).model_path, threads=1) as engine:
+        assert engine.context == 2048
+        runner = engine._run
+        assert runner is not None
+        assert not runner._growing
+        assert_close(engine.prefill(TOKENS, 17), expected[-1])
+        assert_close(engine.score(TOKENS, 9), expected[9:])
 
 
 def test_open_engine_takes_threads(models: dict[str, Path], expected: NDArray[np.float32]) -> None:
