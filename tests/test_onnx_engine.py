@@ -363,10 +363,13 @@ def test_what_onnxruntime_refuses_is_one_line(
     model = decoder(Form(layers=3))
     model.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(model, tmp_path / "model.onnx")
-    with pytest.raises(EdgekitError, match="onnxruntime cannot load .*model.onnx: ") as caught:
-        OnnxEngine(tmp_path / "model.onnx")
-    assert "NoSuchOperator" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    path = tmp_path / "model.onnx"
+    with pytest.raises(EdgekitError) as caught:
+        OnnxEngine(path)
+    assert str(caught.value) == (
+        f"onnxruntime cannot load {path}: No Op registered for NoSuchOperator with domain_version "
+        "of 21"
+    )
     assert capfd.readouterr() == ("", "")
 
 
