@@ -54,10 +54,11 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "Installing edgekit with torch and ExecuTorch into $(VENV): some minutes, once."
-	@$(BIN)/python -m pip install -qq --editable ".[all]"
+	@$(BIN)/python -m pip install -qq --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	@echo "Installing edgekit and its development tools into $(VENV): some minutes, once."
-	@$(BIN)/python -m pip install -qq --editable ".[all,dev]"
+	@echo "Installing edgekit, every engine and the development tools into $(VENV): llama.cpp is"
+	@echo "compiled, which takes some minutes, once."
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" $(BIN)/python -m pip install -qq --editable ".[all,dev]"
 	@touch $@ $(VENV)/.installed

@@ -1,28 +1,21 @@
 """`export`: from a model's name to a verified artifact folder."""
 
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit import __version__
 from edgekit.errors import EdgekitError
-from edgekit.exporters import executorch as target_executorch
 from edgekit.exporters.artifact import copy_tokenizer, new_artifact, write_manifest
-from edgekit.exporters.reference_text import TEXT
-from edgekit.exporters.verify import Reference, Verification, reference, verify
-from edgekit.models.eager import build_eager, float_reader
+from edgekit.exporters.target import Job, Options, Target, Weights, find_target
 from edgekit.models.source import ModelSource, resolve_model
-from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgekit.progress import Progress
-from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.recipe import Recipe, Resolved, resolve, tied_shapes
 from edgekit.quantize.table import table_json
-from edgekit.runtime.engine import load_engine
+from edgekit.runtime.engine import EngineMissing, import_engine
+from edgekit.verification import expected_logits, verification_tokens, verify_file
 
-TARGETS = ("executorch",)
-VERIFY_TOKENS = 128
 MIN_CONTEXT = 16
 """Fewest tokens that are worth a file.
 
@@ -40,6 +33,12 @@ class Plan:
     tied: dict[str, str]
     context: int
     target: str
+    options: Options
+
+    @property
+    def writer(self) -> Target:
+        """The module that writes the target's file."""
+        return find_target(self.target, self.options)
 
 
 def plan_export(
@@ -49,99 +48,98 @@ def plan_export(
     context: int | None = None,
     revision: str | None = None,
     random_weights: bool = False,
+    options: Options | None = None,
 ) -> Plan:
     """Resolve names, schemes and limits; every refusal that needs no weights happens here."""
-    if target not in TARGETS:
-        raise EdgekitError(f"unknown target {target!r}: allowed are {', '.join(TARGETS)}")
+    options = options or Options()
+    writer = find_target(target, options)
     source = resolve_model(model, revision=revision, random_weights=random_weights)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     rows = resolve(recipe, shapes)
-    target_executorch.check_rows(rows)
+    writer.check_rows(rows)
     limit = source.config.max_context
     context = source.config.default_context if context is None else context
     least = min(MIN_CONTEXT, limit)
     if not least <= context <= limit:
         raise EdgekitError(f"--context {context}: {source.id} takes {least} to {limit} tokens")
-    return Plan(source, recipe, rows, tied, context, target)
+    return Plan(source, recipe, rows, tied, context, target, options)
 
 
 def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[str, Any]:
     """Quantize, export, verify in the engine; return the manifest of the folder `output`.
 
-    The caller has let `check_output` judge that folder. Raises EdgekitError, and leaves nothing,
+    The caller has let `check_output` judge that folder. Where the engine is not installed the
+    manifest says that the file is not verified, and why. Raises EdgekitError, and leaves nothing,
     for a mistake of the user's; VerificationError where the file does not compute what the model
     computes.
     """
-    source, config = plan.source, plan.source.config
+    source, writer = plan.source, plan.writer
     tokens = verification_tokens(source, plan.context)
+    missing = _missing_engine(plan.target)
     checkpoint = source.checkpoint  # here a model on the hub is downloaded
     with new_artifact(output, force) as folder:
         progress("quantizing")
-        read = float_reader(config, checkpoint)
-        weights = dict(quantize_tensors(plan.rows, checkpoint.tensor, plan.tied))
-        progress("computing the reference")
-        expected = reference(
-            tokens,
-            build_eager(config, read, len(tokens)),
-            build_eager(config, weights.__getitem__, len(tokens)),
+        weights = Weights(plan.rows, plan.tied, checkpoint)
+        if missing is None:
+            progress("computing the reference")
+            expected = expected_logits(source, weights, tokens)
+        job = Job(
+            source.id,
+            source.config,
+            plan.rows,
+            plan.tied,
+            weights,
+            plan.context,
+            source.folder,
+            plan.options,
         )
-        model_path = folder / target_executorch.MODEL_FILE
-        target_executorch.export_pte(config, weights, plan.context, model_path, progress)
-        progress("verifying in ExecuTorch")
-        verification = _verify(plan.target, model_path, expected)
+        writer.write(job, folder, progress)
+        weights.clear()
+        if missing is None:
+            progress(f"verifying in {writer.ENGINE}")
+            path = folder / writer.MODEL_FILE
+            figures = verify_file(plan.target, path, plan.context, expected).to_dict()
+        else:
+            figures = {"verified": False, "reason": missing}
         progress("finishing")
         if source.folder is not None:
             copy_tokenizer(source.folder, folder)
         _write_config(source, folder)
-        manifest = _manifest(plan, verification)
+        manifest = _manifest(plan, figures)
         write_manifest(folder, manifest)
     return manifest
 
 
-def _verify(target: str, path: Path, expected: Reference) -> Verification:
-    with load_engine(target, path) as engine:
-        return verify(engine, expected)
-
-
-def verification_tokens(source: ModelSource, context: int) -> list[int]:
-    """Real text where the model has a tokenizer, else random tokens; never more than fits.
-
-    Only random weights may come without a tokenizer.
-    """
-    limit = min(VERIFY_TOKENS, context)
-    folder = source.folder
-    if folder is None or (source.random_weights and not (folder / TOKENIZER_FILE).is_file()):
-        draw = random.Random(0)
-        return [draw.randrange(source.config.vocab_size) for _ in range(limit)]
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > source.config.vocab_size:
-        raise EdgekitError(
-            f"{folder / TOKENIZER_FILE}: has {tokenizer.vocab_size} tokens, the model's "
-            f"vocabulary only {source.config.vocab_size}"
-        )
-    return tokenizer.encode(TEXT)[:limit]
+def _missing_engine(name: str) -> str | None:
+    """Return why the target's engine cannot run here, None where it can."""
+    try:
+        import_engine(name)
+    except EngineMissing as error:
+        return str(error)
+    return None
 
 
 def _write_config(source: ModelSource, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(source.config.to_dict(), indent=1) + "\n")
 
 
-def _manifest(plan: Plan, verification: Verification) -> dict[str, Any]:
+def _manifest(plan: Plan, verification: dict[str, Any]) -> dict[str, Any]:
     source = plan.source
     return {
         "model": {
             "id": source.id,
             "revision": source.revision,
+            "random_weights": source.random_weights,
             "sha256": source.checkpoint.sha256(),
             "parameters": source.config.parameter_count,
         },
         "target": plan.target,
-        "file": target_executorch.MODEL_FILE,
+        "file": plan.writer.MODEL_FILE,
         "recipe": plan.recipe.name,
         "tensors": table_json(plan.rows, plan.tied),
-        "versions": {"edgekit": __version__, **target_executorch.versions()},
+        "versions": {"edgekit": __version__, **plan.writer.versions()},
         "context": plan.context,
         "bos_id": source.config.bos_id,
         "eos_ids": list(source.config.eos_ids),
-        "verification": verification.to_dict(),
+        "verification": verification,
     }

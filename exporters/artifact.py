@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgekit.artifact import FORMAT_VERSION, MANIFEST, sha256_of
+from edgekit.artifact import FORMAT_VERSION, MANIFEST, Artifact, sha256_of
 from edgekit.errors import EdgekitError
-from edgekit.files import check_parent, os_reason
+from edgekit.files import check_parent, new_file, os_reason
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,7 +32,20 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         if file.name != MANIFEST
     }
     document = {"format_version": FORMAT_VERSION, **manifest, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    (folder / MANIFEST).write_text(_json(document))
+
+
+def update_manifest(artifact: Artifact, changes: dict[str, Any]) -> dict[str, Any]:
+    """Replace entries of an artifact's manifest in one rename; return the whole of it."""
+    document = artifact.manifest | changes
+    path = artifact.folder / MANIFEST
+    with new_file(path) as file:
+        file.write_text(_json(document))
+    return document
+
+
+def _json(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
+from edgekit.exporters.target import Job, Weights
 from edgekit.models.config import ModelConfig
 from edgekit.models.weights import Weight
 from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
 
 MODEL_FILE = "model.pte"
+ENGINE = "ExecuTorch"
+OPTIONS: frozenset[str] = frozenset()
 LINEAR_SCHEMES = "float, w8, w4 and w4gN"
 PACKAGES = ("executorch", "torch")
 
@@ -35,9 +38,14 @@ def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
     return [row.tensor for row in rows if row.tensor in twins and row.scheme.bits != 4]
 
 
+def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
+    """Write `model.pte`; the codes are forgotten on the way."""
+    export_pte(job.config, job.weights, job.context, folder / MODEL_FILE, progress)
+
+
 def export_pte(
     config: ModelConfig,
-    weights: dict[str, Weight],
+    weights: Weights | dict[str, Weight],
     context: int,
     path: Path,
     progress: Callable[[str], None],

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Protocol, Self, cast
 
 import numpy as np
@@ -17,7 +17,7 @@ from edgekit.errors import EdgekitError
 Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
 
-# Each module offers `open_engine(model_path, threads) -> Engine`; only the one asked for is
+# Each module offers `open_engine(model_path, threads, context) -> Engine`; only the one asked for is
 # imported, because an engine brings its own run time.
 ENGINES = {
     "executorch": "edgekit.runtime.executorch_engine",
@@ -156,17 +156,38 @@ class OneSequenceEngine(ABC):
         self.close()
 
 
-def load_engine(name: str, model_path: Path, threads: int | None = None) -> Engine:
-    """Open a model file in the engine of that name, with one thread per physical core by default.
+class EngineMissing(EdgekitError):
+    """The run time of an engine is not installed; the message says how to install it."""
 
-    Raises `EdgekitError` for an unknown engine, an impossible number of threads, or a file that
-    the engine refuses.
-    """
+
+def import_engine(name: str) -> ModuleType:
+    """Import the engine of that name; EngineMissing where its run time is not installed."""
     if name not in ENGINES:
         raise EdgekitError(f"unknown engine {name!r}; the engines are {', '.join(sorted(ENGINES))}")
+    try:
+        return importlib.import_module(ENGINES[name])
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "edgekit":
+            raise
+        raise EngineMissing(
+            f"the {name} engine needs {package}: pip install 'edgekit[{name}]'"
+        ) from error
+
+
+def load_engine(
+    name: str, model_path: Path, threads: int | None = None, context: int | None = None
+) -> Engine:
+    """Open a model file in the engine of that name, with one thread per physical core by default.
+
+    `context` is the number of positions to make room for where the file leaves that open (GGUF,
+    ONNX), by default what the file states, at most 2048. Raises `EdgekitError` for an unknown
+    engine or one that is not installed, an impossible number of threads, or a file that the
+    engine refuses.
+    """
     check_threads(threads)
-    module = importlib.import_module(ENGINES[name])
-    return cast(Engine, module.open_engine(Path(model_path), threads))
+    module = import_engine(name)
+    return cast(Engine, module.open_engine(Path(model_path), threads, context))
 
 
 def check_threads(threads: int | None) -> None:

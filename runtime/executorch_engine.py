@@ -126,8 +126,8 @@ class ExecutorchEngine(OneSequenceEngine):
         self._method = self._program = None
 
 
-def open_engine(model_path: Path, threads: int | None) -> ExecutorchEngine:
-    """Open a `.pte` file."""
+def open_engine(model_path: Path, threads: int | None, context: int | None) -> ExecutorchEngine:
+    """Open a `.pte` file; its context was fixed when it was exported."""
     return ExecutorchEngine(model_path, threads)
 
 

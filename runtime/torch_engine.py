@@ -56,6 +56,6 @@ class TorchEngine(OneSequenceEngine):
         self._module = None
 
 
-def open_engine(model_path: Path, threads: int | None) -> TorchEngine:
+def open_engine(model_path: Path, threads: int | None, context: int | None) -> TorchEngine:
     """Open a model folder in Hugging Face layout."""
-    return TorchEngine.from_model(str(model_path), threads=threads)
+    return TorchEngine.from_model(str(model_path), context, threads)

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from edgekit.artifact import Artifact
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
-from edgekit.export import verification_tokens
 from edgekit.exporters import verify
 from edgekit.exporters.pte import Program
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import resolve_model
+from edgekit.verification import verification_tokens
 
 CONTEXT = 32
 STAGES = (

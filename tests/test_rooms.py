@@ -23,13 +23,13 @@ ROOMS = {
     ),
     "exporters": (
         r"edgekit|edgekit\.(artifact|errors|files|models|progress|pte_header|quantize|quiet|tables)"
-        r"|torch|torchao|numpy|executorch"
+        r"|torch|torchao|numpy|executorch|gguf|onnx|onnxruntime|llama_cpp"
     ),
     "devices": r"edgekit\.(errors|tables)|numpy",
     "runtime": (
         r"edgekit|edgekit\.(artifact|devices|errors|files|genai_config|models|onnx_file|pte_header"
         r"|quantize|tables)"
-        r"|torch|numpy|executorch|onnxruntime"
+        r"|torch|numpy|executorch|onnxruntime|llama_cpp"
     ),
     "edgekit/commands": r"edgekit\..+|click",
 }

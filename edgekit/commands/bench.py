@@ -21,7 +21,7 @@ def _rest(ctx: click.Context, param: click.Parameter, value: float) -> float:
     return value
 
 
-@click.command()
+@click.command("bench", short_help="Measure prefill and decode speed, latency, memory.")
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "-p",

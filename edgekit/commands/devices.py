@@ -3,7 +3,7 @@
 import click
 
 
-@click.command("devices")
+@click.command("devices", short_help="List the known devices and probe this machine.")
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def command(name: str | None, as_json: bool) -> None:

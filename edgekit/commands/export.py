@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from edgekit.export import Plan
 
 
-@click.command()
+@click.command("export", short_help="Export a model for an engine and verify the file.")
 @click.argument("model")
-@click.option("--target", required=True, metavar="TARGET", help="executorch")
+@click.option("--target", required=True, metavar="TARGET", help="executorch, gguf or onnx")
 @recipe_options
 @click.option(
     "--context", type=int, metavar="N", help="Positions to make room for  [default: 2048]"
@@ -70,10 +70,17 @@ def command(
     if dry_run:
         return
     manifest = export(plan, folder, force, stage_printer())
+    found = manifest["verification"]
+    if not found["verified"]:
+        click.echo(
+            f"edgekit: warning: {folder} is not verified: {found['reason']}, then "
+            f"edgekit verify {folder}",
+            err=True,
+        )
     if as_json:
         print_json({"artifact": str(folder), **manifest})
     else:
-        _show_result(folder, manifest["verification"])
+        _show_result(folder, found)
 
 
 def _show_plan(plan: "Plan", as_json: bool) -> None:
@@ -88,17 +95,9 @@ def _show_plan(plan: "Plan", as_json: bool) -> None:
 
 
 def _show_result(folder: Path, found: dict[str, Any]) -> None:
-    from edgekit.tables import markdown_table
+    from edgekit.exporters.verify import figures_text
 
-    rows = [
-        [
-            f"engine against {name}",
-            f"{found[f'kld_engine_vs_{key}']:.6f}",
-            f"{found[f'top1_engine_vs_{key}']:.1%}",
-        ]
-        for name, key in (("quantized model", "quantized"), ("float model", "float"))
-    ]
-    click.echo(f"\nverified over {found['positions']} positions of {found['tokens']} tokens")
-    click.echo(markdown_table(["", "mean KLD", "same top-1"], rows))
+    if found["verified"]:
+        click.echo(f"\n{figures_text(found)}")
     size = sum(file.stat().st_size for file in folder.iterdir())
     click.echo(f"\n{folder}: {size / 1e6:,.1f} MB")

@@ -31,7 +31,7 @@ class _Target:
     bandwidth: tuple[float, str] | None
 
 
-@click.command()
+@click.command("fit", short_help="Predict memory and decode speed on a device.")
 @click.argument("model")
 @click.option(
     "--device",
@@ -103,14 +103,14 @@ def _predict(
 
     with interrupts_end_the_process():
         from edgekit.devices.fit import predict
-        from edgekit.exporters.executorch import stored_once
+        from edgekit.exporters.target import Options, find_target
         from edgekit.models.source import resolve_model
         from edgekit.quantize.recipe import resolve, tied_shapes
 
     source = resolve_model(model, random_weights=True)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     rows = resolve(choice.recipe(), shapes)
-    shared = stored_once(rows, tied)
+    shared = find_target("executorch", Options()).stored_once(rows, tied)
     positions = context or source.config.default_context
     return predict(source.config, rows, positions, depth, shared=shared), source.id
 

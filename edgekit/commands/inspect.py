@@ -7,7 +7,7 @@ import click
 from edgekit.commands._json import print_json
 
 
-@click.command()
+@click.command("inspect", short_help="Show what a file is made of.")
 @click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.option("--check", is_flag=True, help="Compare every file with the sha256 in the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")

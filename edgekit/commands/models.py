@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from edgekit.models.source import ModelRow
 
 
-@click.command()
+@click.command("models", short_help="List the models known by name.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of the table.")
 def command(as_json: bool) -> None:
     """List the models known by name: parameters, licence, hub id, and what is local."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from edgekit.quantize.recipe import Resolved
 
 
-@click.command()
+@click.command("quantize", short_help="Write the quantized tensors as safetensors.")
 @click.argument("model")
 @recipe_options
 @click.option(

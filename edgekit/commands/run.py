@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgekit.runtime.sampling import SamplingParams
 
 
-@click.command()
+@click.command("run", short_help="Generate text from an artifact.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is: no chat template.")

@@ -4,12 +4,14 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgekit.errors import EdgekitError
 from edgekit.models.catalogue import CatalogueModel, catalogue, find_model, unknown_model
-from edgekit.models.checkpoint import Checkpoint, WeightSource
 from edgekit.models.config import ModelConfig
-from edgekit.models.random_weights import RandomCheckpoint
+
+if TYPE_CHECKING:
+    from edgekit.models.checkpoint import WeightSource
 
 ARTIFACT_MANIFEST = "edgekit.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -32,11 +34,15 @@ class ModelSource:
     offline: bool = False
 
     @cached_property
-    def checkpoint(self) -> WeightSource:
+    def checkpoint(self) -> "WeightSource":
         """The weights; a model from the hub is downloaded when they are first asked for.
 
         Their names and shapes are checked against the configuration.
         """
+        # Weights need torch, which takes a second to import; names and shapes do not.
+        from edgekit.models.checkpoint import Checkpoint
+        from edgekit.models.random_weights import RandomCheckpoint
+
         if self.random_weights:
             return RandomCheckpoint(self.config)
         assert self.folder is not None

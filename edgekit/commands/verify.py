@@ -1,0 +1,34 @@
+"""`edgekit verify`: run an artifact in its engine and compare it with the model."""
+
+from pathlib import Path
+
+import click
+
+from edgekit.commands._json import print_json
+
+
+@click.command("verify", short_help="Run an artifact in its engine and compare it with its model.")
+@click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.option(
+    "--model", metavar="MODEL", help="Where the weights are  [default: what the manifest names]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def command(artifact: Path, model: str | None, as_json: bool) -> None:
+    """Compare ARTIFACT, run in its engine, with the model it was made of.
+
+    For an artifact that was exported where its engine was not installed, or on another machine.
+    The figures go into its manifest. A file that computes something else ends in exit status 1.
+    """
+    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.quiet import quiet_imports
+
+    with interrupts_end_the_process(), quiet_imports():
+        from edgekit.exporters.verify import figures_text
+        from edgekit.progress import stage_printer
+        from edgekit.verification import verify_artifact
+
+    manifest = verify_artifact(artifact, model, stage_printer())
+    if as_json:
+        print_json({"artifact": str(artifact), **manifest})
+    else:
+        click.echo(figures_text(manifest["verification"]))

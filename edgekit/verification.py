@@ -1,0 +1,110 @@
+"""`verify`: run a model's file in its engine and compare it with the model."""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgekit.artifact import Artifact
+from edgekit.errors import EdgekitError
+from edgekit.exporters.artifact import update_manifest
+from edgekit.exporters.reference_text import TEXT
+from edgekit.exporters.target import Weights
+from edgekit.exporters.verify import Reference, Verification, reference, verify
+from edgekit.models.eager import build_eager, float_reader
+from edgekit.models.source import ModelSource, resolve_model
+from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
+from edgekit.models.weights import Weight
+from edgekit.progress import Progress
+from edgekit.quantize.recipe import Resolved, tied_shapes
+from edgekit.quantize.scheme import Scheme
+from edgekit.runtime.engine import import_engine, load_engine
+
+VERIFY_TOKENS = 128
+
+
+def verify_artifact(path: Path, model: str | None, progress: Progress) -> dict[str, Any]:
+    """Verify an artifact anew and record the figures in its manifest; return the manifest.
+
+    `model` is where the weights are, by default what the manifest names. They must be those that
+    the artifact was made of. Raises EdgekitError where they are not or the engine is missing, and
+    VerificationError, the manifest left as it was, where the file computes something else.
+    """
+    artifact = Artifact.open(path)
+    import_engine(artifact.target)
+    source = _source(artifact, model)
+    tokens = verification_tokens(source, artifact.context)
+    progress("reading the model")
+    if source.checkpoint.sha256() != artifact.manifest["model"].get("sha256"):
+        raise EdgekitError(f"{path}: was made of other weights than those of {model or source.id}")
+    _, tied = tied_shapes(source.config.tensor_shapes())
+    weights = Weights(_rows(artifact), tied, source.checkpoint)
+    progress("computing the reference")
+    expected = expected_logits(source, weights, tokens)
+    weights.clear()
+    progress("verifying")
+    found = verify_file(artifact.target, artifact.model_path, artifact.context, expected)
+    return update_manifest(artifact, {"verification": found.to_dict()})
+
+
+def expected_logits(
+    source: ModelSource, weights: Mapping[str, Weight], tokens: list[int]
+) -> Reference:
+    """Return the logits of the float model and of the eager model of the weights."""
+    read = float_reader(source.config, source.checkpoint)
+    return reference(
+        tokens,
+        build_eager(source.config, read, len(tokens)),
+        build_eager(source.config, weights.__getitem__, len(tokens)),
+    )
+
+
+def verify_file(target: str, path: Path, context: int, expected: Reference) -> Verification:
+    """Open the file in its engine and compare; VerificationError where it differs."""
+    with load_engine(target, path, context=context) as engine:
+        return verify(engine, expected)
+
+
+def verification_tokens(source: ModelSource, context: int) -> list[int]:
+    """Real text where the model has a tokenizer, else random tokens; never more than fits.
+
+    Only random weights may come without a tokenizer.
+    """
+    limit = min(VERIFY_TOKENS, context)
+    folder = source.folder
+    if folder is None or (source.random_weights and not (folder / TOKENIZER_FILE).is_file()):
+        draw = random.Random(0)
+        return [draw.randrange(source.config.vocab_size) for _ in range(limit)]
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise EdgekitError(
+            f"{folder / TOKENIZER_FILE}: has {tokenizer.vocab_size} tokens, the model's "
+            f"vocabulary only {source.config.vocab_size}"
+        )
+    return tokenizer.encode(TEXT)[:limit]
+
+
+def _source(artifact: Artifact, model: str | None) -> ModelSource:
+    made_of = artifact.manifest["model"]
+    revision = made_of.get("revision") if model is None else None
+    random_weights = made_of.get("random_weights") is True
+    try:
+        return resolve_model(model or made_of["id"], revision, random_weights=random_weights)
+    except EdgekitError as error:
+        if model is not None:
+            raise
+        raise EdgekitError(f"{error}; say with --model where the weights are") from error
+
+
+def _rows(artifact: Artifact) -> list[Resolved]:
+    """Return the manifest's table as rows to quantize by."""
+    return [
+        Resolved(
+            row["tensor"],
+            Scheme.parse(row["scheme"]),
+            row.get("range"),
+            tuple(row["shape"]),
+            row["bytes"],
+        )
+        for row in artifact.manifest["tensors"]
+    ]

@@ -1,0 +1,133 @@
+"""What every target offers, what it is given, and how one is found by name."""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from edgekit.errors import EdgekitError
+from edgekit.models.checkpoint import WeightSource
+from edgekit.models.config import ModelConfig
+from edgekit.models.weights import Weight
+from edgekit.quantize.apply import quantize_tensors
+from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.tensor import QuantizedTensor
+
+# Each module is a `Target`; only the one asked for is imported, with its libraries.
+TARGETS = {
+    "executorch": "edgekit.exporters.executorch",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices that only some targets have; a target refuses those that are not its own."""
+
+
+class Weights(Mapping[str, Weight]):
+    """The weights to export by checkpoint name: codes are kept, floats are read when asked for.
+
+    So a model that stays float is never in memory as a whole. `clear` forgets the codes.
+    """
+
+    def __init__(
+        self, rows: Sequence[Resolved], tied: Mapping[str, str], source: WeightSource
+    ) -> None:
+        """Quantize what the rows say; `tied` as in `quantize_tensors`."""
+        self._source = source
+        self._places = {row.tensor: tied.get(row.tensor, row.tensor) for row in rows}
+        quantized = [row for row in rows if not row.scheme.is_float]
+        self._codes = {
+            name: cast(QuantizedTensor, value)
+            for name, value in quantize_tensors(quantized, source.tensor, tied)
+        }
+
+    def __getitem__(self, name: str) -> QuantizedTensor | Tensor:
+        """Return the codes, or the float tensor as the checkpoint stores it."""
+        return self._codes[name] if name in self._codes else self._source.tensor(self._places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names in model order."""
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._places)
+
+    def clear(self) -> None:
+        """Forget everything; the weights cannot be read afterwards."""
+        self._codes.clear()
+        self._places.clear()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to write.
+
+    `rows` is the resolved table and `tied` the tensors that have another's values; `weights` gives
+    each row's tensor; `context` the positions to make room for; `folder` holds the tokenizer's
+    files, or is None for random weights.
+    """
+
+    id: str
+    config: ModelConfig
+    rows: Sequence[Resolved]
+    tied: Mapping[str, str]
+    weights: Weights
+    context: int
+    folder: Path | None
+    options: Options = field(default_factory=Options)
+
+
+class Target(Protocol):
+    """A module of this package that writes one kind of file.
+
+    `MODEL_FILE` is the file that the engine opens, `ENGINE` what people call the engine,
+    `OPTIONS` the fields of `Options` that the target understands.
+    """
+
+    MODEL_FILE: str
+    ENGINE: str
+    OPTIONS: frozenset[str]
+
+    def check_rows(self, rows: Sequence[Resolved]) -> None:
+        """Refuse, before any work, a scheme that the target cannot hold, naming what it can."""
+        ...
+
+    def stored_once(self, rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
+        """Return the tensors whose bytes the file holds under another's name."""
+        ...
+
+    def write(self, job: Job, folder: Path, progress: Callable[[str], None]) -> None:
+        """Write `MODEL_FILE`, and what belongs to it, into the folder; weights verbatim.
+
+        `job.weights` may be cleared on the way.
+        """
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions that decided the file's bytes."""
+        ...
+
+
+def find_target(name: str, options: Options) -> Target:
+    """Return the target of that name; EdgekitError for another, and for options it has not."""
+    if name not in TARGETS:
+        raise EdgekitError(f"unknown target {name!r}: allowed are {', '.join(TARGETS)}")
+    target = cast(Target, importlib.import_module(TARGETS[name]))
+    for option in _given(options):
+        if option not in target.OPTIONS:
+            raise EdgekitError(f"--{option} has no meaning for target {name}: leave it out")
+    return target
+
+
+def _given(options: Options) -> dict[str, Any]:
+    """Return the options that differ from their defaults."""
+    return {
+        item.name: getattr(options, item.name)
+        for item in fields(options)
+        if getattr(options, item.name) != item.default
+    }
