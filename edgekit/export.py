@@ -98,7 +98,7 @@ def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[st
         if missing is None:
             progress(f"verifying in {writer.ENGINE}")
             path = folder / writer.MODEL_FILE
-            figures = verify_file(plan.target, path, plan.context, expected).to_dict()
+            figures = verify_file(plan.target, path, plan.context, expected, source)
         else:
             figures = {"verified": False, "reason": missing}
         progress("finishing")

@@ -9,8 +9,8 @@ from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import update_manifest
 from edgekit.exporters.reference_text import TEXT
-from edgekit.exporters.target import Weights
-from edgekit.exporters.verify import Reference, Verification, reference, verify
+from edgekit.exporters.target import Options, Weights, find_target
+from edgekit.exporters.verify import Reference, reference, verify
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -43,8 +43,8 @@ def verify_artifact(path: Path, model: str | None, progress: Progress) -> dict[s
     expected = expected_logits(source, weights, tokens)
     weights.clear()
     progress("verifying")
-    found = verify_file(artifact.target, artifact.model_path, artifact.context, expected)
-    return update_manifest(artifact, {"verification": found.to_dict()})
+    found = verify_file(artifact.target, artifact.model_path, artifact.context, expected, source)
+    return update_manifest(artifact, {"verification": found})
 
 
 def expected_logits(
@@ -59,10 +59,20 @@ def expected_logits(
     )
 
 
-def verify_file(target: str, path: Path, context: int, expected: Reference) -> Verification:
-    """Open the file in its engine and compare; VerificationError where it differs."""
+def verify_file(
+    target: str, path: Path, context: int, expected: Reference, source: ModelSource
+) -> dict[str, Any]:
+    """Open the file in its engine and compare; return the figures for the manifest.
+
+    VerificationError where the logits differ, or the ids of the tokenizer that the file holds.
+    """
+    figures: dict[str, Any] = {}
+    if source.folder is not None and (source.folder / TOKENIZER_FILE).is_file():
+        compared = find_target(target, Options()).check_tokenizer(path, source.folder)
+        if compared:
+            figures["tokenizer"] = compared
     with load_engine(target, path, context=context) as engine:
-        return verify(engine, expected)
+        return verify(engine, expected).to_dict() | figures
 
 
 def verification_tokens(source: ModelSource, context: int) -> list[int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
@@ -19,6 +20,7 @@ from edgekit.quantize.tensor import QuantizedTensor
 # Each module is a `Target`; only the one asked for is imported, with its libraries.
 TARGETS = {
     "executorch": "edgekit.exporters.executorch",
+    "gguf": "edgekit.exporters.gguf",
 }
 
 
@@ -48,6 +50,10 @@ class Weights(Mapping[str, Weight]):
     def __getitem__(self, name: str) -> QuantizedTensor | Tensor:
         """Return the codes, or the float tensor as the checkpoint stores it."""
         return self._codes[name] if name in self._codes else self._source.tensor(self._places[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which the checkpoint stores a tensor."""
+        return self._source.dtype(self._places[name])
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names in model order."""
@@ -105,6 +111,15 @@ class Target(Protocol):
         """Write `MODEL_FILE`, and what belongs to it, into the folder; weights verbatim.
 
         `job.weights` may be cleared on the way.
+        """
+        ...
+
+    def check_tokenizer(self, path: Path, folder: Path) -> dict[str, int]:
+        """Compare the tokenizer inside a written file with that of the model's folder.
+
+        Returns how many texts were compared, and how many tokens they have; nothing where the
+        file holds no tokenizer. VerificationError names the first text whose ids differ. Called
+        where the target's engine is installed.
         """
         ...
 

@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RecipeChoice:
-    """What the user asked for: a preset, one scheme for all linears, or a file."""
+    """What the user asked for: a preset, one scheme for all linears, a file, or nothing."""
 
     preset: str | None = None
     scheme: str | None = None
     file: Path | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether the user asked for anything."""
+        return self != RecipeChoice()
 
     @property
     def label(self) -> str:
@@ -78,7 +83,9 @@ def _choice(options: dict[str, Any]) -> RecipeChoice:
     if len(given) > 1:
         first, second = (flags.get(name, f"--{name}") for name in given[:2])
         raise EdgekitError(f"{first} and {second} exclude each other: give one of them")
-    name = given[0] if given else "int8"
+    if not given:
+        return RecipeChoice()
+    name = given[0]
     if name == "recipe_file":
         return RecipeChoice(file=options[name])
     if name == "scheme":
