@@ -1,0 +1,233 @@
+"""llama.cpp's own formats: a float GGUF through llama.cpp's own quantizer.
+
+The file is, byte for byte, what `llama-quantize` of the same llama.cpp makes of the same float file.
+These formats are no schemes: scales of scales, and which tensor gets which type, are llama.cpp's,
+and only a GGUF holds them. What they hold is read back by `Dequantized`.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edgekit.errors import EdgekitError
+from edgekit.progress import Progress
+
+_STEPS = 4  # lines of progress while tensors are quantized
+
+
+@dataclass(frozen=True)
+class LlamaFormat:
+    """A format by llama-quantize's name and its number in `enum llama_ftype` (include/llama.h)."""
+
+    name: str
+    file_type: int
+
+
+FORMATS = {
+    each.name: each
+    for each in (
+        LlamaFormat("Q4_0", 2),
+        LlamaFormat("Q8_0", 7),
+        LlamaFormat("Q4_K_M", 15),
+        LlamaFormat("Q5_K_M", 17),
+        LlamaFormat("Q6_K", 18),
+        LlamaFormat("IQ4_NL", 25),
+    )
+}
+_ALIASES = {"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # llama-quantize's own
+
+
+def find_format(name: str) -> LlamaFormat | None:
+    """Return the format of a name in any case, None where it is none of llama.cpp's."""
+    upper = name.upper()
+    return FORMATS.get(_ALIASES.get(upper, upper))
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a quantized file: ggml's name of its type, its shape (rows first), its bytes.
+
+    `instead_of` is the type that the format wanted, where the row's length does not fit it.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    nbytes: int
+    instead_of: str | None = None
+
+
+def quantize_gguf(
+    source: Path,
+    output: Path,
+    form: LlamaFormat,
+    progress: Progress,
+    *,
+    imatrix: Path | None = None,
+    threads: int | None = None,
+) -> list[StoredTensor]:
+    """Write `source`, a float GGUF, to `output` in a format of llama.cpp's; return its tensors.
+
+    `imatrix` must be of this model (`Imatrix.check_model`). Nothing is left after a failure or an
+    interrupt, which ends the work at once. EdgekitError with llama.cpp's reason where it refuses.
+    """
+    try:
+        log = _run(source, output, form, progress, imatrix, threads, dry_run=False)
+    except BaseException:
+        output.unlink(missing_ok=True)
+        raise
+    return _stored_tensors(log)
+
+
+def planned_tensors(
+    source: Path, form: LlamaFormat, imatrix: Path | None = None
+) -> list[StoredTensor]:
+    """Return what `quantize_gguf` would store; of `source` the head is read alone."""
+    nowhere = Path(os.devnull)
+    log = _run(source, nowhere, form, lambda _: None, imatrix, threads=1, dry_run=True)
+    return _stored_tensors(log)
+
+
+def _run(
+    source: Path,
+    output: Path,
+    form: LlamaFormat,
+    progress: Progress,
+    imatrix: Path | None,
+    threads: int | None,
+    dry_run: bool,
+) -> str:
+    """Let the process do the job; return llama.cpp's log."""
+    if find_spec("llama_cpp") is None:
+        raise EdgekitError(
+            f"{form.name} is made by llama.cpp's quantizer: pip install 'edgekit[gguf]'"
+        )
+    job = {
+        "source": str(source),
+        "output": str(output),
+        "file_type": form.file_type,
+        "threads": threads or len(os.sched_getaffinity(0)),
+        "imatrix": None if imatrix is None else str(imatrix),
+        "dry_run": dry_run,
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgekit.exporters.llama_quantize_process"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    try:
+        log = _converse(process, json.dumps(job), form.name, progress)
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode:
+        raise _failure(process.returncode, log, form, output)
+    return log
+
+
+def _converse(process: "subprocess.Popen[str]", job: str, name: str, progress: Progress) -> str:
+    assert process.stdin is not None and process.stdout is not None
+    with process.stdin, process.stdout:
+        process.stdin.write(job)
+        process.stdin.close()
+        lines, step = [], -1
+        for line in process.stdout:
+            lines.append(line)
+            place = _COUNTER.match(line)
+            if place and (now := _STEPS * (int(place[1]) - 1) // int(place[2])) > step:
+                step = now
+                progress(f"quantizing to {name} in llama.cpp, {now / _STEPS:.0%}")
+    process.wait()
+    return "".join(lines)
+
+
+def _failure(status: int, log: str, form: LlamaFormat, output: Path) -> EdgekitError:
+    """Return llama.cpp's reason in one line."""
+    reason = log.rpartition("failed to quantize: ")[2] if status > 0 else ""
+    if "iostream" in reason or "basic_ios" in reason:  # what std::ofstream says of any failed write
+        return EdgekitError(f"{output}: cannot be written: the device is full or refuses")
+    if status < 0:
+        reason = f"its process was ended by {signal.Signals(-status).name}"
+        if status == -signal.SIGKILL:
+            reason += ", as the system does when memory runs out"
+    last = (reason or log).strip().rpartition("\n")[2][-300:]
+    return EdgekitError(f"llama.cpp cannot make {form.name}: {last or 'it gave no reason'}")
+
+
+_COUNTER = re.compile(r"\[ *(\d+)/ *(\d+)\] ")
+_TENSOR = re.compile(
+    r"^\[ *\d+/ *(?P<count>\d+)\] (?P<name>\S+) +- \[(?P<shape>[\d, ]+)\], type = +(?P<source>\w+), "
+    r"(?:converting to (?P<made>\w+) \.\. )?size = [^(\n]*(?:\((?P<planned>\w+)\))?$",
+    re.MULTILINE,
+)
+_FALLBACK = re.compile(
+    r"warning: (?P<name>\S+) .*\(required for type +(?P<wanted>\w+)\).* -> falling back to"
+)
+_REMARK = re.compile(r"\n=+ .*: did not find weights for .*\n")  # in the middle of a tensor's line
+
+
+def _stored_tensors(log: str) -> list[StoredTensor]:
+    """Read the log's line of every tensor (src/llama-quant.cpp, llama_model_quantize_impl)."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    wanted = {match["name"]: match["wanted"].upper() for match in _FALLBACK.finditer(log)}
+    tensors, count = [], None
+    for match in _TENSOR.finditer(_REMARK.sub("", log)):
+        count = int(match["count"])
+        kind = (match["made"] or match["planned"] or match["source"]).upper()
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        shape = _shape(match["shape"])
+        nbytes = math.prod(shape) // block * block_bytes
+        tensors.append(
+            StoredTensor(match["name"], kind, shape, nbytes, wanted.get(match["name"]))
+        )
+    if len(tensors) != count:
+        raise RuntimeError(f"llama.cpp's log tells of {len(tensors)} tensors out of {count}")
+    return tensors
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """Columns first and padded with ones to four axes, in the log."""
+    sizes = [int(size) for size in text.split(",")]
+    while len(sizes) > 1 and sizes[-1] == 1:
+        sizes.pop()
+    return tuple(reversed(sizes))
+
+
+class Dequantized:
+    """The weights of a GGUF as float32, each read when it is asked for: what its engine computes.
+
+    gguf-py's own dequantization, so nothing of the engine that is to be judged takes part.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a file; EdgekitError where it is no GGUF."""
+        from edgekit.exporters.gguf_file import GgufFile
+
+        self._file = GgufFile(path)
+
+    def names(self) -> Sequence[str]:
+        """Return the names of the tensors, in the file's order."""
+        return list(self._file.tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor by its GGUF name, float32, rows first."""
+        from gguf import quants
+
+        tensor = self._file.tensors[name]
+        rows = self._file.data(tensor).reshape(*tensor.shape[:-1], -1)
+        return torch.from_numpy(quants.dequantize(rows, tensor.type)).view(tensor.shape)
