@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
+from edgekit.files import new_file
 from edgekit.progress import Progress
 
 _STEPS = 4  # lines of progress while tensors are quantized
@@ -82,11 +84,8 @@ def quantize_gguf(
     `imatrix` must be of this model (`Imatrix.check_model`). Nothing is left after a failure or an
     interrupt, which ends the work at once. EdgekitError with llama.cpp's reason where it refuses.
     """
-    try:
-        log = _run(source, output, form, progress, imatrix, threads, dry_run=False)
-    except BaseException:
-        output.unlink(missing_ok=True)
-        raise
+    with new_file(output) as partial:
+        log = _run(source, partial, form, progress, imatrix, threads, dry_run=False)
     return _stored_tensors(log)
 
 
@@ -159,7 +158,7 @@ def _failure(status: int, log: str, form: LlamaFormat, output: Path) -> EdgekitE
     """Return llama.cpp's reason in one line."""
     reason = log.rpartition("failed to quantize: ")[2] if status > 0 else ""
     if "iostream" in reason or "basic_ios" in reason:  # what std::ofstream says of any failed write
-        return EdgekitError(f"{output}: cannot be written: the device is full or refuses")
+        return EdgekitError(f"{output.parent}: cannot be written to: its device is full or refuses")
     if status < 0:
         reason = f"its process was ended by {signal.Signals(-status).name}"
         if status == -signal.SIGKILL:
@@ -230,4 +229,5 @@ class Dequantized:
 
         tensor = self._file.tensors[name]
         rows = self._file.data(tensor).reshape(*tensor.shape[:-1], -1)
-        return torch.from_numpy(quants.dequantize(rows, tensor.type)).view(tensor.shape)
+        values = np.require(quants.dequantize(rows, tensor.type), requirements="W")
+        return torch.from_numpy(values).view(tensor.shape)

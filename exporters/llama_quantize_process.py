@@ -72,9 +72,14 @@ def _set_imatrix(parameters: Any, path: Path) -> object:  # noqa: ANN401 - a cty
         if isinstance(value, int):
             override.tag, override.value.val_i64 = _INT, value
         else:
-            override.tag, override.value.val_str = _STR, value.encode()[:_LONGEST_TEXT]
+            override.tag, override.value.val_str = _STR, _cut(value)
     parameters.imatrix, parameters.kv_overrides = entries, overrides
     return means, entries, overrides
+
+
+def _cut(text: str) -> bytes:
+    """Cut between letters: llama-quantize cuts between bytes, and readers choke on half a letter."""
+    return text.encode()[:_LONGEST_TEXT].decode(errors="ignore").encode()
 
 
 if __name__ == "__main__":
