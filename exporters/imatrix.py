@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.gguf_file import GgufFile
+from edgekit.exporters.gguf_writer import PlannedTensor, Value, write_gguf
 from edgekit.files import new_file
+from edgekit.gguf_file import MARK, STRING, GgufFile
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _KIND, _DATASETS = "general.type", "imatrix.datasets"
@@ -61,7 +61,7 @@ class Imatrix:
         mark, size = _beginning(path)
         if size > _MOST_BYTES:
             raise EdgekitError(f"{path}: has {size} bytes; no imatrix has more than {_MOST_BYTES}")
-        found = _read_gguf(path) if mark == b"GGUF" else _read_binary(path)
+        found = _read_gguf(path) if mark == MARK else _read_binary(path)
         if not found.entries:
             raise EdgekitError(f"{path}: holds no statistics")
         for name, entry in found.entries.items():
@@ -70,20 +70,19 @@ class Imatrix:
 
     def save(self, path: Path) -> None:
         """Write the GGUF form; an existing file is replaced."""
+        metadata: dict[str, Value] = {
+            _KIND: "imatrix",
+            _DATASETS: self.datasets,
+            _CHUNKS: self.chunk_count,
+            _CHUNK_SIZE: self.chunk_size,
+        }
+        values = dict[str, NDArray[np.float32]]()
+        for name, entry in sorted(self.entries.items()):
+            values[name + _SUMS] = entry.sums
+            values[name + _COUNTS] = np.array([entry.count], np.float32)
+        planned = [PlannedTensor(name, "F32", each.shape) for name, each in values.items()]
         with new_file(path) as partial:
-            writer = GGUFWriter(partial, arch="")
-            writer.kv_data[0].clear()  # llama-imatrix names no architecture
-            writer.add_type("imatrix")
-            writer.add_array(_DATASETS, self.datasets)
-            writer.add_uint32(_CHUNKS, self.chunk_count)
-            writer.add_uint32(_CHUNK_SIZE, self.chunk_size)
-            for name, entry in sorted(self.entries.items()):
-                writer.add_tensor(f"{name}{_SUMS}", entry.sums)
-                writer.add_tensor(f"{name}{_COUNTS}", np.array([entry.count], np.float32))
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
+            write_gguf(partial, metadata, planned, lambda one: [values[one.name].view(np.uint8)])
 
     def check_model(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse statistics that are not those of a model's matrices.
@@ -118,7 +117,7 @@ def is_measured(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 def _beginning(path: Path) -> tuple[bytes, int]:
     try:
         with path.open("rb") as file:
-            return file.read(4), path.stat().st_size
+            return file.read(len(MARK)), path.stat().st_size
     except OSError as error:
         raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -133,7 +132,7 @@ def _check(path: Path, name: str, entry: Statistics) -> None:
 
 
 def _read_gguf(path: Path) -> Imatrix:
-    file = GgufFile(path)
+    file = GgufFile.open(path)
     kind = file.metadata.get(_KIND)
     if kind != "imatrix":
         raise EdgekitError(f"{path}: is no imatrix: its general.type is {kind!r:.80}")
@@ -150,17 +149,24 @@ def _read_gguf(path: Path) -> Imatrix:
             entries[stem] = Statistics(sums, _count(path, stem, counts))
     return Imatrix(
         entries,
-        tuple(file.strings(_DATASETS)),
+        tuple(_datasets(file)),
         file.metadata[_CHUNKS],
         file.metadata[_CHUNK_SIZE],
     )
 
 
+def _datasets(file: GgufFile) -> list[str]:
+    array = file.array(_DATASETS)
+    if array.type != STRING:
+        raise EdgekitError(f"{file.path}: its {_DATASETS} are no texts")
+    return array.strings()
+
+
 def _floats(file: GgufFile, name: str) -> NDArray[np.float32]:
     tensor = file.tensors[name]
-    if tensor.type != GGMLQuantizationType.F32:
-        raise EdgekitError(f"{file.path}: {name!r:.80} is {tensor.type.name}, not F32")
-    return file.data(tensor).view(np.float32).copy()
+    if tensor.type != "F32":
+        raise EdgekitError(f"{file.path}: {name!r:.80} is {tensor.type}, not F32")
+    return np.frombuffer(file.data(tensor), np.float32)
 
 
 def _count(path: Path, name: str, counts: NDArray[np.float32]) -> int:

@@ -6,13 +6,13 @@ and only a GGUF holds them. What they hold is read back by `Dequantized`.
 """
 
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
+from edgekit.exporters.gguf_writer import PlannedTensor
 from edgekit.files import new_file
+from edgekit.gguf_file import GgufFile
 from edgekit.progress import Progress
 
 _STEPS = 4  # lines of progress while tensors are quantized
@@ -141,8 +143,9 @@ def _run(
 def _converse(process: "subprocess.Popen[str]", job: str, name: str, progress: Progress) -> str:
     assert process.stdin is not None and process.stdout is not None
     with process.stdin, process.stdout:
-        process.stdin.write(job)
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # it died: its last words and its status say why
+            process.stdin.write(job)
+            process.stdin.close()
         lines, step = [], -1
         for line in process.stdout:
             lines.append(line)
@@ -181,18 +184,14 @@ _REMARK = re.compile(r"\n=+ .*: did not find weights for .*\n")  # in the middle
 
 def _stored_tensors(log: str) -> list[StoredTensor]:
     """Read the log's line of every tensor (src/llama-quant.cpp, llama_model_quantize_impl)."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
     wanted = {match["name"]: match["wanted"].upper() for match in _FALLBACK.finditer(log)}
     tensors, count = [], None
     for match in _TENSOR.finditer(_REMARK.sub("", log)):
         count = int(match["count"])
         kind = (match["made"] or match["planned"] or match["source"]).upper()
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-        shape = _shape(match["shape"])
-        nbytes = math.prod(shape) // block * block_bytes
+        stored = PlannedTensor(match["name"], kind, _shape(match["shape"]))
         tensors.append(
-            StoredTensor(match["name"], kind, shape, nbytes, wanted.get(match["name"]))
+            StoredTensor(stored.name, kind, stored.shape, stored.nbytes, wanted.get(stored.name))
         )
     if len(tensors) != count:
         raise RuntimeError(f"llama.cpp's log tells of {len(tensors)} tensors out of {count}")
@@ -215,9 +214,7 @@ class Dequantized:
 
     def __init__(self, path: Path) -> None:
         """Open a file; EdgekitError where it is no GGUF."""
-        from edgekit.exporters.gguf_file import GgufFile
-
-        self._file = GgufFile(path)
+        self._file = GgufFile.open(path)
 
     def names(self) -> Sequence[str]:
         """Return the names of the tensors, in the file's order."""
@@ -225,9 +222,9 @@ class Dequantized:
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor by its GGUF name, float32, rows first."""
-        from gguf import quants
+        from gguf import GGMLQuantizationType, quants
 
         tensor = self._file.tensors[name]
-        rows = self._file.data(tensor).reshape(*tensor.shape[:-1], -1)
-        values = np.require(quants.dequantize(rows, tensor.type), requirements="W")
+        rows = np.frombuffer(self._file.data(tensor), np.uint8).reshape(*tensor.shape[:-1], -1)
+        values = quants.dequantize(rows, GGMLQuantizationType[tensor.type])
         return torch.from_numpy(values).view(tensor.shape)

@@ -35,7 +35,6 @@ from edgekit.exporters.llama_formats import (
     quantize_gguf,
 )
 from edgekit.models.config import ModelConfig
-from edgekit.models.source import resolve_model
 
 # gguf-py quantizes these itself; the others are ggml's alone.
 IN_PYTHON = ("F32", "Q4_0", "Q4_1", "Q8_0")
@@ -53,9 +52,7 @@ class FloatModel:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> FloatModel:
     """The bundled model."""
-    folder = resolve_model("lfm2-tiny").folder
-    assert folder is not None
-    return float_model(folder, tmp_path_factory.mktemp("tiny"))
+    return float_model("lfm2-tiny", tmp_path_factory.mktemp("tiny"))
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,9 @@ def quantized(tiny: FloatModel) -> Callable[[str, bool], Quantized]:
     return make
 
 
-def float_model(folder: Path, place: Path) -> FloatModel:
-    path, imatrix = place / "float.gguf", place / "imatrix.gguf"
-    tensors = write_float_gguf(folder, path)
+def float_model(model: str, place: Path) -> FloatModel:
+    imatrix = place / "imatrix.gguf"
+    path, tensors = write_float_gguf(model, place)
     random_imatrix({name: tuple(values.shape) for name, values in tensors.items()}).save(imatrix)
     return FloatModel(path, tensors, imatrix)
 
@@ -265,7 +262,7 @@ def model_folder(place: Path, hidden: int, inner: int) -> Path:
 
 
 def test_rows_that_a_type_cannot_hold_are_told(tmp_path: Path) -> None:
-    model = float_model(model_folder(tmp_path / "small", 64, 80), tmp_path)
+    model = float_model(str(model_folder(tmp_path / "small", 64, 80)), tmp_path)
     out = tmp_path / "out.gguf"
     table = {e.name: e for e in quantize_gguf(model.path, out, FORMATS["Q4_K_M"], silent)}
     assert list(table.values()) == planned_tensors(model.path, FORMATS["Q4_K_M"])
@@ -384,8 +381,8 @@ def test_memory_stays_far_below_the_file(tmp_path: Path) -> None:
         "quantize_gguf(source, output, FORMATS['Q8_0'], lambda stage: None)\n"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
     )
-    write_float_gguf(folder, tmp_path / "float.gguf")
-    arguments = [str(tmp_path / "float.gguf"), str(tmp_path / "out.gguf")]
+    source, _ = write_float_gguf(str(folder), tmp_path)
+    arguments = [str(source), str(tmp_path / "out.gguf")]
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True
     )
