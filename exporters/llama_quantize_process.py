@@ -1,6 +1,6 @@
 """llama.cpp's quantizer in a process of its own: `python -m edgekit.exporters.llama_quantize_process`.
 
-It reads one JSON job (`llama_formats._job`) from stdin, passes llama.cpp's log on to stdout and
+It reads one JSON job (`llama_quantize._run`) from stdin, passes llama.cpp's log on to stdout and
 ends with 0, or with 1 where llama.cpp refused. `llama_model_quantize` cannot be interrupted, ends
 the process where one of its assertions fails, and its memory is gone with the process.
 """
