@@ -24,17 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters import llama_formats
+from edgekit.exporters import llama_quantize
+from edgekit.exporters.gguf_names import checkpoint_names
+from edgekit.exporters.gguf_weights import StoredWeights
 from edgekit.exporters.imatrix import Imatrix, Statistics, is_measured
-from edgekit.exporters.llama_formats import (
-    FORMATS,
-    Dequantized,
-    StoredTensor,
-    find_format,
-    planned_tensors,
-    quantize_gguf,
-)
+from edgekit.exporters.llama_formats import FORMATS, find_format
+from edgekit.exporters.llama_quantize import StoredTensor, planned_tensors, quantize_gguf
 from edgekit.models.config import ModelConfig
+from edgekit.models.source import resolve_model
 
 # gguf-py quantizes these itself; the others are ggml's alone.
 IN_PYTHON = ("F32", "Q4_0", "Q4_1", "Q8_0")
@@ -226,10 +223,10 @@ def test_dequantized_is_what_ggml_reads(
     tiny: FloatModel, quantized: Callable[[str, bool], Quantized], form: str
 ) -> None:
     path = quantized(form, False).path
-    weights = Dequantized(path)
-    assert set(weights.names()) == set(tiny.tensors)
+    config = resolve_model("lfm2-tiny").config
+    weights, names = StoredWeights(path, config), checkpoint_names(config.num_layers)
     for name, (kind, data) in stored(path).items():
-        found, exact = weights.tensor(name), tiny.tensors[name]
+        found, exact = weights[names[name]].squeeze(), tiny.tensors[name]
         assert (found.dtype, found.shape) == (torch.float32, exact.shape)
         if kind != GGMLQuantizationType.F32:
             assert found.numpy().tobytes() == ggml.dequantize(data, kind).tobytes()
@@ -339,7 +336,8 @@ def test_a_full_device_is_one_line(tiny: FloatModel, tmp_path: Path) -> None:
     script = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from edgekit.exporters.llama_formats import FORMATS, quantize_gguf\n"
+        "from edgekit.exporters.llama_formats import FORMATS\n"
+        "from edgekit.exporters.llama_quantize import quantize_gguf\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "source, output = map(Path, sys.argv[1:])\n"
         "try:\n"
@@ -357,7 +355,7 @@ def test_a_full_device_is_one_line(tiny: FloatModel, tmp_path: Path) -> None:
 def test_without_llama_cpp_one_line_says_what_to_install(
     tiny: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llama_formats, "find_spec", lambda _name: None)
+    monkeypatch.setattr(llama_quantize, "find_spec", lambda _name: None)
     with pytest.raises(EdgekitError, match=r"Q8_0 .* pip install 'edgekit\[gguf\]'"):
         quantize_gguf(tiny.path, tmp_path / "out.gguf", FORMATS["Q8_0"], silent)
 
@@ -376,7 +374,8 @@ def test_memory_stays_far_below_the_file(tmp_path: Path) -> None:
     script = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from edgekit.exporters.llama_formats import FORMATS, quantize_gguf\n"
+        "from edgekit.exporters.llama_formats import FORMATS\n"
+        "from edgekit.exporters.llama_quantize import quantize_gguf\n"
         "source, output = map(Path, sys.argv[1:])\n"
         "quantize_gguf(source, output, FORMATS['Q8_0'], lambda stage: None)\n"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"

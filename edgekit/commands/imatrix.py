@@ -78,8 +78,8 @@ def command(
         )
     else:
         click.echo(
-            f"wrote {path}: {len(found.entries)} matrices over {found.chunk_count} chunks of "
-            f"{found.chunk_size} tokens"
+            f"wrote {path}: {len(found.entries)} matrices over "
+            f"{found.chunk_count * found.chunk_size:,} tokens in chunks of {found.chunk_size}"
         )
 
 
