@@ -39,7 +39,10 @@ def export_model(
     """
     check_output(Path(output), force)
     form = find_format(recipe) if isinstance(recipe, str) else None
-    options = Options(form and form.name, None if imatrix is None else Path(imatrix))
+    options = Options(
+        llama_format=None if form is None else form.name,
+        imatrix=None if imatrix is None else Path(imatrix),
+    )
     plan = plan_export(
         model,
         target,

@@ -106,7 +106,9 @@ def planned_table(
         hollow = Path(folder) / _FLOAT_FILE
         write_hollow_gguf(hollow, metadata, floats)
         made = {each.name: each for each in planned_tensors(hollow, form, imatrix)}
-    return [_table_row(row, made[gguf_name(tied.get(row.tensor, row.tensor))], tied) for row in rows]
+    return [
+        _table_row(row, made[gguf_name(tied.get(row.tensor, row.tensor))], tied) for row in rows
+    ]
 
 
 def _table_row(row: Resolved, made: StoredTensor, tied: Mapping[str, str]) -> dict[str, Any]:

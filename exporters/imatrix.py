@@ -101,7 +101,9 @@ class Imatrix:
                     f"{path}: is of another model: {entry.sums.size} values for {name}, "
                     f"which has {shapes[name][-1]} columns"
                 )
-        missing = [name for name in shapes if is_measured(name, shapes) and name not in self.entries]
+        missing = [
+            name for name in shapes if is_measured(name, shapes) and name not in self.entries
+        ]
         if missing:
             raise EdgekitError(
                 f"{path}: holds nothing about {missing[0]} and {len(missing) - 1} other matrices "

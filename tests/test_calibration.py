@@ -101,7 +101,9 @@ def text(tmp_path: Path) -> Path:
 
 def test_the_command_writes_what_it_says(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "i.gguf"
-    done = run("lfm2-tiny", "--text", text, "--context", CONTEXT, "--chunks", 2, "-o", out, "--json")
+    done = run(
+        "lfm2-tiny", "--text", text, "--context", CONTEXT, "--chunks", 2, "-o", out, "--json"
+    )
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
     assert facts == {

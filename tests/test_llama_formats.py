@@ -1,8 +1,6 @@
 """llama.cpp's own formats: bytes against ggml and gguf-py, and against llama-quantize if present."""
 
 import json
-import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -188,9 +186,7 @@ def test_an_imatrix_moves_codes_of_4_bits_and_none_of_8(
     assert (plain[1] == weighted[1]) is same
 
 
-def test_text_of_the_imatrix_is_cut_between_letters(
-    tiny: FloatModel, tmp_path: Path
-) -> None:
+def test_text_of_the_imatrix_is_cut_between_letters(tiny: FloatModel, tmp_path: Path) -> None:
     found = Imatrix.load(tiny.imatrix)
     long = tmp_path / "imatrix.gguf"
     Imatrix(found.entries, ("é" * 100,), 2, 512).save(long)
@@ -360,6 +356,7 @@ def test_without_llama_cpp_one_line_says_what_to_install(
         quantize_gguf(tiny.path, tmp_path / "out.gguf", FORMATS["Q8_0"], silent)
 
 
+@pytest.mark.slow
 def test_memory_stays_far_below_the_file(tmp_path: Path) -> None:
     """A tensor is quantized in slabs, so a table of 268 MB in float32 does not count whole."""
     folder = tmp_path / "wide"

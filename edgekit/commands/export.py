@@ -77,7 +77,7 @@ def command(
         context,
         revision,
         random_weights=random_weights or dry_run,
-        options=Options(form and form.name, imatrix),
+        options=Options(llama_format=None if form is None else form.name, imatrix=imatrix),
     )
     folder = output or Path(f"{Path(plan.source.id).name.lower()}-{target}-{choice.label}")
     if not dry_run:
