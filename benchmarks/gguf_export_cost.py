@@ -86,8 +86,10 @@ def measure_peer(folder: Path, kind: str, files: Path, llama: Path) -> dict[str,
         *("--llama-cpp", str(source), "-o", str(floats)),
     ]
     quantize = [str(llama / "bin" / "llama-quantize"), str(floats), str(output), kind]
-    log = output.with_suffix(".log")
-    costs = [run(command, log=log, watch_tree=True).cost for command in (convert, quantize)]
+    costs = [
+        run(command, log=output.with_suffix(f".{name}.log"), watch_tree=True).cost
+        for name, command in (("convert", convert), ("quantize", quantize))
+    ]
     floats.unlink()
     return {
         "who": "convert_hf_to_gguf.py, llama-quantize",

@@ -20,6 +20,13 @@ from edgekit.exporters.llama_formats import LlamaFormat
 from edgekit.files import new_file
 from edgekit.progress import Progress
 
+# This very package, wherever the process is started: `-m` would look into the working folder first.
+_START = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from edgekit.exporters.llama_quantize_process import main
+main()
+"""
 _STEPS = 4  # lines of progress while tensors are quantized
 
 
@@ -88,7 +95,7 @@ def _run(
         "dry_run": dry_run,
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "edgekit.exporters.llama_quantize_process"],
+        [sys.executable, "-P", "-c", _START, json.dumps(sys.path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
