@@ -22,6 +22,9 @@ from edgekit.gguf_file import MARK, STRING, GgufFile
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _KIND, _DATASETS = "general.type", "imatrix.datasets"
 _CHUNKS, _CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
+# Beyond these llama.cpp's searches for scales overflow, and it writes noise without a word.
+_SMALLEST, _LARGEST = 1e-20, 1e20
+_BLOCK = 32  # columns that share a scale, in every type
 _MOST_BYTES = 256 << 20  # three times what the largest public models need
 
 
@@ -129,8 +132,17 @@ def _check(path: Path, name: str, entry: Statistics) -> None:
         raise EdgekitError(f"{path}: {name!r:.80} was computed from {entry.count} tokens")
     if not np.isfinite(entry.sums).all() or (entry.sums < 0).any():
         raise EdgekitError(f"{path}: {name!r:.80} holds values that are no sums of squares")
-    if not entry.sums.any():
-        raise EdgekitError(f"{path}: {name!r:.80} holds zeros only")
+    largest = entry.means().max(initial=0)
+    if not _SMALLEST < largest < _LARGEST:
+        raise EdgekitError(f"{path}: {name!r:.80} has means up to {largest:.3g}: no model has such")
+    blocks = entry.sums[: entry.sums.size // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
+    silent = np.flatnonzero(~blocks.any(axis=1))
+    if silent.size:
+        begin = _BLOCK * int(silent[0])
+        raise EdgekitError(
+            f"{path}: {name!r:.80} holds zeros only for the columns {begin} to "
+            f"{begin + _BLOCK - 1}: llama.cpp would store their weights as noise"
+        )
 
 
 def _read_gguf(path: Path) -> Imatrix:
