@@ -154,7 +154,7 @@ ONE = {f"{A}.in_sum2": np.ones(4, np.float32), f"{A}.counts": np.ones(1, np.floa
         ({}, {f"{A}.in_sum2": np.array([1, 2, np.inf, 4], np.float32)}, "no sums of squares"),
         ({}, {f"{A}.in_sum2": np.array([1, 2, -3, 4], np.float32)}, "no sums of squares"),
         ({}, {f"{A}.in_sum2": np.zeros(4, np.float32)}, "has means up to 0: no model has such"),
-        ({}, {f"{A}.in_sum2": np.full(4, 1e-42, np.float32)}, "has means up to 9.99e-43"),
+        ({}, {f"{A}.in_sum2": np.full(4, 1e-42, np.float32)}, "has means up to 1e-42"),
         ({}, {f"{A}.in_sum2": np.full(4, 3e38, np.float32)}, r"has means up to 3e\+38"),
         ({}, {f"{A}.in_sum2": np.arange(96, dtype=np.float32) // 32 % 2}, "the columns 0 to 31"),
         ({}, {f"{A}.counts": np.zeros(1, np.float32)}, "was computed from 0 tokens"),
