@@ -10,6 +10,7 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import copy_tokenizer, new_artifact, write_manifest
 from edgekit.exporters.gguf_weights import StoredWeights
 from edgekit.exporters.llama_formats import FORMATS
+from edgekit.exporters.llama_quantize import quantizer_version
 from edgekit.exporters.target import Job, Options, Target, Weights, find_target
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.progress import Progress
@@ -162,9 +163,14 @@ def _manifest(plan: Plan, verification: dict[str, Any]) -> dict[str, Any]:
         "file": plan.writer.MODEL_FILE,
         "recipe": plan.recipe.name,
         "tensors": plan.table,
-        "versions": {"edgekit": __version__, **plan.writer.versions()},
+        "versions": {"edgekit": __version__, **plan.writer.versions(), **_quantizer(plan)},
         "context": plan.context,
         "bos_id": source.config.bos_id,
         "eos_ids": list(source.config.eos_ids),
         "verification": verification,
     }
+
+
+def _quantizer(plan: Plan) -> dict[str, str]:
+    """Return the version of what quantized one of llama.cpp's formats."""
+    return {} if plan.options.llama_format is None else quantizer_version()

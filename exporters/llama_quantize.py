@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +28,7 @@ sys.path[:] = json.loads(sys.argv[1])
 from edgekit.exporters.llama_quantize_process import main
 main()
 """
+_PACKAGE = "llama-cpp-python"
 _STEPS = 4  # lines of progress while tensors are quantized
 
 
@@ -70,6 +72,11 @@ def planned_tensors(
     nowhere = Path(os.devnull)
     log = _run(source, nowhere, form, lambda _: None, imatrix, threads=1, dry_run=True)
     return _stored_tensors(log)
+
+
+def quantizer_version() -> dict[str, str]:
+    """Return the version of the package that holds llama.cpp's quantizer."""
+    return {_PACKAGE: metadata.version(_PACKAGE)}
 
 
 def _run(

@@ -21,6 +21,7 @@ from edgekit.exporters.llama_formats import FORMATS
 from edgekit.exporters.llama_quantize import quantize_gguf
 from edgekit.gguf_file import GgufFile
 from edgekit.models.source import resolve_model
+from edgekit.runtime.engine import ENGINES
 
 FORMAT = ("--target", "gguf", "--scheme", "q4_k_m")
 
@@ -68,6 +69,7 @@ def test_the_file_is_the_float_file_quantized_and_the_plan_tells_it(
     assert made["recipe"] == "Q4_K_M"
     assert made["tensors"] == planned["tensors"]
     assert made["file"] == "model.gguf"
+    assert "llama-cpp-python" in made["versions"]
     assert "float.gguf" not in {path.name for path in out.iterdir()}
     floats, _ = write_float_gguf("lfm2-tiny", tmp_path)
     quantize_gguf(
@@ -114,6 +116,19 @@ def test_what_the_file_holds_is_read_by_checkpoint_names(tmp_path: Path) -> None
         assert weights[name].shape == shape
         assert (weights[name] - exact).norm() <= 0.006 * exact.norm()
     assert weights["lm_head.weight"].equal(weights["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_llama_cpp_computes_what_the_file_holds(tmp_path: Path, form: str) -> None:
+    """The bound is that of edgekit's own codes: only activations are rounded differently."""
+    if "gguf" not in ENGINES:
+        pytest.skip("this edgekit has no gguf engine")
+    out = tmp_path / "artifact"
+    found = run_json("lfm2-tiny", "--target", "gguf", "--scheme", form, "-o", out)["verification"]
+    assert found["kld_engine_vs_quantized"] < 0.003
+    assert found["kld_quantized_vs_float"] < 0.05
+    again = CliRunner().invoke(main, ["verify", str(out), "--json"])
+    assert json.loads(again.stdout)["verification"] == found
 
 
 def test_a_type_that_does_not_fit_is_told_in_the_table(tmp_path: Path) -> None:
