@@ -30,6 +30,7 @@ COMMANDS = (
     "compare",
     "inspect",
     "quantize",
+    "imatrix",
     "fit",
     "models",
     "devices",

@@ -8,6 +8,8 @@ from typing import Any
 from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import update_manifest
+from edgekit.exporters.gguf_weights import StoredWeights
+from edgekit.exporters.llama_formats import find_format
 from edgekit.exporters.reference_text import TEXT
 from edgekit.exporters.target import Options, Weights, find_target
 from edgekit.exporters.verify import Reference, reference, verify
@@ -37,11 +39,8 @@ def verify_artifact(path: Path, model: str | None, progress: Progress) -> dict[s
     progress("reading the model")
     if source.checkpoint.sha256() != artifact.manifest["model"].get("sha256"):
         raise EdgekitError(f"{path}: was made of other weights than those of {model or source.id}")
-    _, tied = tied_shapes(source.config.tensor_shapes())
-    weights = Weights(_rows(artifact), tied, source.checkpoint)
     progress("computing the reference")
-    expected = expected_logits(source, weights, tokens)
-    weights.clear()
+    expected = expected_logits(source, _weights(artifact, source), tokens)
     progress("verifying")
     found = verify_file(artifact.target, artifact.model_path, artifact.context, expected, source)
     return update_manifest(artifact, {"verification": found})
@@ -104,6 +103,14 @@ def _source(artifact: Artifact, model: str | None) -> ModelSource:
         if model is not None:
             raise
         raise EdgekitError(f"{error}; say with --model where the weights are") from error
+
+
+def _weights(artifact: Artifact, source: ModelSource) -> Mapping[str, Weight]:
+    """Return what the file must compute: the codes anew, or what it holds in a foreign format."""
+    if find_format(str(artifact.manifest.get("recipe"))) is not None:
+        return StoredWeights(artifact.model_path, source.config)
+    _, tied = tied_shapes(source.config.tensor_shapes())
+    return Weights(_rows(artifact), tied, source.checkpoint)
 
 
 def _rows(artifact: Artifact) -> list[Resolved]:

@@ -8,6 +8,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,10 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf_blocks import FLOAT_TYPES, block_pieces, block_type, float_pieces
 from edgekit.exporters.gguf_names import gguf_name
 from edgekit.exporters.gguf_tokenizer import STAND_IN, stand_in_metadata, tokenizer_metadata
-from edgekit.exporters.gguf_writer import PlannedTensor, Value, write_gguf
+from edgekit.exporters.gguf_writer import PlannedTensor, Value, write_gguf, write_hollow_gguf
+from edgekit.exporters.imatrix import Imatrix
+from edgekit.exporters.llama_formats import FORMATS, LlamaFormat
+from edgekit.exporters.llama_quantize import StoredTensor, planned_tensors, quantize_gguf
 from edgekit.exporters.target import Job
 from edgekit.models.config import ModelConfig
 from edgekit.models.tokenizer import TOKENIZER_FILE
@@ -25,8 +30,9 @@ from edgekit.quantize.tensor import QuantizedTensor
 
 MODEL_FILE = "model.gguf"
 ENGINE = "llama.cpp"
-OPTIONS: frozenset[str] = frozenset()
+OPTIONS = frozenset({"llama_format", "imatrix"})
 
+_FLOAT_FILE = "float.gguf"
 _ARCHITECTURE = "lfm2"
 _BLOCK = 32
 _FIRST_QUERY = ".self_attn.q_proj.weight"
@@ -57,8 +63,65 @@ def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
 
 
 def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
-    """Write `model.gguf`, one tensor after the other."""
-    progress("writing the file")
+    """Write `model.gguf`, one tensor after the other.
+
+    One of llama.cpp's own formats is made of a float file, which is removed afterwards.
+    """
+    form = job.options.llama_format
+    if form is None:
+        progress("writing the file")
+        _write_rows(job, folder / MODEL_FILE)
+        return
+    progress("writing the float file")
+    floats = folder / _FLOAT_FILE
+    try:
+        _write_rows(job, floats)
+        imatrix = job.options.imatrix
+        quantize_gguf(floats, folder / MODEL_FILE, FORMATS[form], progress, imatrix=imatrix)
+    finally:
+        floats.unlink(missing_ok=True)
+
+
+def planned_table(
+    config: ModelConfig,
+    rows: Sequence[Resolved],
+    tied: Mapping[str, str],
+    form: LlamaFormat,
+    imatrix: Path | None,
+) -> list[dict[str, Any]]:
+    """Return what one of llama.cpp's formats will store of float rows, as `table_json` does.
+
+    `instead_of` is in a row whose length does not fit the type that the format wants. Needs no
+    weights; EdgekitError where the imatrix is not of this model.
+    """
+    once = stored_once(rows, tied)
+    sources = {gguf_name(row.tensor): row for row in rows if row.tensor not in once}
+    kinds = {row.tensor: "BF16" if len(row.shape) == 2 else "F32" for row in rows}
+    floats = [_planned(row, name, kinds) for name, row in sources.items()]
+    if imatrix is not None:
+        shapes = {each.name: each.shape for each in floats}
+        Imatrix.load(imatrix).check_model(imatrix, shapes)
+    metadata = {"general.architecture": _ARCHITECTURE, **_model_metadata(config, floats)}
+    with TemporaryDirectory() as folder:
+        hollow = Path(folder) / _FLOAT_FILE
+        write_hollow_gguf(hollow, metadata, floats)
+        made = {each.name: each for each in planned_tensors(hollow, form, imatrix)}
+    return [
+        _table_row(row, made[gguf_name(tied.get(row.tensor, row.tensor))], tied) for row in rows
+    ]
+
+
+def _table_row(row: Resolved, made: StoredTensor, tied: Mapping[str, str]) -> dict[str, Any]:
+    entry: dict[str, Any] = row.to_dict() | {"scheme": made.type, "bytes": made.nbytes}
+    entry["range"] = None
+    if made.instead_of is not None:
+        entry["instead_of"] = made.instead_of
+    if row.tensor in tied:
+        entry["same_as"] = tied[row.tensor]
+    return entry
+
+
+def _write_rows(job: Job, path: Path) -> None:
     once = stored_once(job.rows, job.tied)
     names = {gguf_name(row.tensor): row.tensor for row in job.rows if row.tensor not in once}
     rows = {row.tensor: row for row in job.rows}
@@ -71,7 +134,7 @@ def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
             return block_pieces(names[tensor.name], weight)
         return float_pieces(names[tensor.name], weight, tensor.type)
 
-    write_gguf(folder / MODEL_FILE, _metadata(job, planned), planned, pieces)
+    write_gguf(path, _metadata(job, planned), planned, pieces)
 
 
 def check_tokenizer(path: Path, folder: Path) -> dict[str, int]:

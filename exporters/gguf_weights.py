@@ -1,6 +1,6 @@
 """The weights of a GGUF by their checkpoint names, as its engine multiplies them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf_names import checkpoint_names
 from edgekit.gguf_file import GgufFile, GgufTensor
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import HEAD
+from edgekit.quantize.recipe import EMBEDDING, HEAD
 
 
 def weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -48,3 +48,29 @@ def _floats(file: GgufFile, tensor: GgufTensor) -> Tensor:
             f"{file.path}: tensor {tensor.name} is of type {tensor.type}, which gguf-py cannot read"
         ) from error
     return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """What `weights` yields, each read when it is asked for; a tied head is the embedding."""
+
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        """Open a file; EdgekitError where it is no GGUF."""
+        self._file = GgufFile.open(path)
+        self._shapes = config.tensor_shapes()
+        names = checkpoint_names(config.num_layers)
+        self._tensors = {names.get(name, name): each for name, each in self._file.tensors.items()}
+        if config.tie_embeddings and HEAD not in self._tensors:
+            self._tensors[HEAD] = self._tensors[EMBEDDING]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor by its checkpoint name, float32."""
+        values = _floats(self._file, self._tensors[name])
+        return values.view(self._shapes.get(name, values.shape))
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names in the file's order."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Return the number of tensors, a tied head counted too."""
+        return len(self._tensors)

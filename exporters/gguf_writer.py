@@ -50,10 +50,7 @@ def write_gguf(
     Raises ValueError where the pieces are not as long as the tensor.
     """
     with path.open("wb", buffering=0) as file:
-        head = [MARK, struct.pack("<IQQ", _VERSION, len(tensors), len(metadata))]
-        head += [_string(key) + _value(value) for key, value in metadata.items()]
-        head += _infos(tensors)
-        _write(file, b"".join(head))
+        _write(file, _head(metadata, tensors))
         for tensor in tensors:
             _pad(file)
             begin = file.tell()
@@ -62,6 +59,23 @@ def write_gguf(
             if file.tell() - begin != tensor.nbytes:
                 raise ValueError(f"{tensor.name}: its data are not those of {tensor.type}")
         _pad(file)
+
+
+def write_hollow_gguf(
+    path: Path, metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor]
+) -> None:
+    """Write a file's head, and a hole as long as its tensors: for who reads no weight."""
+    with path.open("wb", buffering=0) as file:
+        _write(file, _head(metadata, tensors))
+        _pad(file)
+        padded = sum(each.nbytes + -each.nbytes % DEFAULT_ALIGNMENT for each in tensors)
+        file.truncate(file.tell() + padded)
+
+
+def _head(metadata: Mapping[str, Value], tensors: Sequence[PlannedTensor]) -> bytes:
+    head = [MARK, struct.pack("<IQQ", _VERSION, len(tensors), len(metadata))]
+    head += [_string(key) + _value(value) for key, value in metadata.items()]
+    return b"".join([*head, *_infos(tensors)])
 
 
 def _infos(tensors: Sequence[PlannedTensor]) -> list[bytes]:

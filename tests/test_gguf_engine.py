@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from foreign_gguf import FOLDER, write_foreign_gguf
 from numpy.typing import NDArray
 from transformers import Lfm2ForCausalLM
 
@@ -15,7 +16,6 @@ from edgekit.errors import EdgekitError
 from edgekit.runtime import gguf_engine
 from edgekit.runtime.engine import ENGINES, EngineMissing, import_engine, load_engine
 from edgekit.runtime.gguf_engine import GgufEngine
-from foreign_gguf import FOLDER, write_foreign_gguf
 
 VOCAB = 4096
 LENGTH = 96
@@ -221,9 +221,7 @@ def test_an_assertion_of_ggml_ends_the_process_with_one_line() -> None:
         "llama_library.start()\n"
         "llama_library.llama._lib.ggml_abort(b'ggml.c', 12, b'GGML_ASSERT(%s) failed', b'a == b')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     said = "edgekit: llama.cpp gave up: ggml.c:12: GGML_ASSERT(a == b) failed\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 

@@ -22,7 +22,8 @@ ROOMS = {
         r"edgekit\.(errors|limits|quantize)|torch|numpy|safetensors|tokenizers|jinja2|huggingface_hub"
     ),
     "exporters": (
-        r"edgekit|edgekit\.(artifact|errors|files|gguf_file|models|progress|pte_header|quantize|quiet|tables)"
+        r"edgekit|edgekit\.(artifact|errors|files|genai_config|gguf_file|models|onnx_file"
+        r"|progress|pte_header|quantize|quiet|tables)"
         r"|torch|torchao|numpy|executorch|gguf|onnx|onnxruntime|llama_cpp"
     ),
     "devices": r"edgekit\.(errors|tables)|numpy",
