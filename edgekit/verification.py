@@ -11,7 +11,7 @@ from edgekit.exporters.artifact import update_manifest
 from edgekit.exporters.gguf_weights import StoredWeights
 from edgekit.exporters.llama_formats import find_format
 from edgekit.exporters.reference_text import TEXT
-from edgekit.exporters.target import Options, Weights, find_target
+from edgekit.exporters.target import Options, Target, Weights, find_target
 from edgekit.exporters.verify import Reference, reference, verify
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource, resolve_model
@@ -33,33 +33,37 @@ def verify_artifact(path: Path, model: str | None, progress: Progress) -> dict[s
     VerificationError, the manifest left as it was, where the file computes something else.
     """
     artifact = Artifact.open(path)
-    import_engine(artifact.target)
+    target = find_target(artifact.target, Options())
+    import_engine(target.NAME)
     source = _source(artifact, model)
     tokens = verification_tokens(source, artifact.context)
     progress("reading the model")
     if source.checkpoint.sha256() != artifact.manifest["model"].get("sha256"):
         raise EdgekitError(f"{path}: was made of other weights than those of {model or source.id}")
     progress("computing the reference")
-    expected = expected_logits(source, _weights(artifact, source), tokens)
-    progress("verifying")
-    found = verify_file(artifact.target, artifact.model_path, artifact.context, expected, source)
+    expected = expected_logits(source, _weights(artifact, source), tokens, target)
+    progress(f"verifying in {target.ENGINE}")
+    found = verify_file(target, artifact.model_path, artifact.context, expected, source)
     return update_manifest(artifact, {"verification": found})
 
 
 def expected_logits(
-    source: ModelSource, weights: Mapping[str, Weight], tokens: list[int]
+    source: ModelSource, weights: Mapping[str, Weight], tokens: list[int], target: Target
 ) -> Reference:
-    """Return the logits of the float model and of the eager model of the weights."""
+    """Return the logits of the float model and of the eager model of the weights.
+
+    The latter rounds activations as the target's engine does.
+    """
     read = float_reader(source.config, source.checkpoint)
     return reference(
         tokens,
         build_eager(source.config, read, len(tokens)),
-        build_eager(source.config, weights.__getitem__, len(tokens)),
+        build_eager(source.config, weights.__getitem__, len(tokens), target.fake_quantize),
     )
 
 
 def verify_file(
-    target: str, path: Path, context: int, expected: Reference, source: ModelSource
+    target: Target, path: Path, context: int, expected: Reference, source: ModelSource
 ) -> dict[str, Any]:
     """Open the file in its engine and compare; return the figures for the manifest.
 
@@ -67,11 +71,11 @@ def verify_file(
     """
     figures: dict[str, Any] = {}
     if source.folder is not None and (source.folder / TOKENIZER_FILE).is_file():
-        compared = find_target(target, Options()).check_tokenizer(path, source.folder)
+        compared = target.check_tokenizer(path, source.folder)
         if compared:
             figures["tokenizer"] = compared
-    with load_engine(target, path, context=context) as engine:
-        return verify(engine, expected).to_dict() | figures
+    with load_engine(target.NAME, path, context=context) as engine:
+        return verify(engine, expected, target.LONGEST_CHECK).to_dict() | figures
 
 
 def verification_tokens(source: ModelSource, context: int) -> list[int]:

@@ -5,15 +5,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from edgekit.errors import EdgekitError
 from edgekit.exporters.target import Job, Weights
+from edgekit.models.activations import per_token
 from edgekit.models.config import ModelConfig
 from edgekit.models.weights import Weight
 from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
+from edgekit.quantize.tensor import QuantizedTensor
 
+NAME = "executorch"
 MODEL_FILE = "model.pte"
 ENGINE = "ExecuTorch"
 OPTIONS: frozenset[str] = frozenset()
+LONGEST_CHECK = 4096  # attention grows with its square, to hours at 32,768 tokens
 LINEAR_SCHEMES = "float, w8, w4 and w4gN"
 PACKAGES = ("executorch", "torch")
 
@@ -41,6 +47,11 @@ def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
     """
     twins = shared_rows(rows, tied)
     return [row.tensor for row in rows if row.tensor in twins and row.scheme.bits != 4]
+
+
+def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:
+    """Round the inputs of a linear as XNNPACK does."""
+    return per_token(x, weight)
 
 
 def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:

@@ -12,7 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf_blocks import FLOAT_TYPES, block_pieces, block_type, float_pieces
@@ -23,14 +25,17 @@ from edgekit.exporters.imatrix import Imatrix
 from edgekit.exporters.llama_formats import FORMATS, LlamaFormat
 from edgekit.exporters.llama_quantize import StoredTensor, planned_tensors, quantize_gguf
 from edgekit.exporters.target import Job
+from edgekit.models.activations import per_block
 from edgekit.models.config import ModelConfig
 from edgekit.models.tokenizer import TOKENIZER_FILE
 from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
 from edgekit.quantize.tensor import QuantizedTensor
 
+NAME = "gguf"
 MODEL_FILE = "model.gguf"
 ENGINE = "llama.cpp"
 OPTIONS = frozenset({"llama_format", "imatrix"})
+LONGEST_CHECK = 256  # the loops over positions are llama.cpp's
 
 _FLOAT_FILE = "float.gguf"
 _ARCHITECTURE = "lfm2"
@@ -60,6 +65,11 @@ def check_rows(rows: Sequence[Resolved]) -> None:
 def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
     """Return the tensors whose bytes the file holds under another's name: a tied head."""
     return list(shared_rows(rows, tied))
+
+
+def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:
+    """Round the inputs of a linear as ggml does for all of its types used here (`block_q8_0`)."""
+    return per_block(x, _BLOCK, torch.float16)
 
 
 def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:

@@ -106,13 +106,17 @@ class Job:
 class Target(Protocol):
     """A module of this package that writes one kind of file.
 
-    `MODEL_FILE` is the file that the engine opens, `ENGINE` what people call the engine,
-    `OPTIONS` the fields of `Options` that the target understands.
+    `NAME` is the target's and its engine's, `MODEL_FILE` the file that the engine opens, `ENGINE` what people call the engine,
+    `OPTIONS` the fields of `Options` that the target understands, `LONGEST_CHECK` the positions
+    up to which verification runs prompts: fewer where the file holds no program whose lengths
+    could be wrong.
     """
 
+    NAME: str
     MODEL_FILE: str
     ENGINE: str
     OPTIONS: frozenset[str]
+    LONGEST_CHECK: int
 
     def check_rows(self, rows: Sequence[Resolved]) -> None:
         """Refuse, before any work, a scheme that the target cannot hold, naming what it can."""
@@ -120,6 +124,10 @@ class Target(Protocol):
 
     def stored_once(self, rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
         """Return the tensors whose bytes the file holds under another's name."""
+        ...
+
+    def fake_quantize(self, x: Tensor, weight: QuantizedTensor) -> Tensor:
+        """Round the inputs `[n, columns]` of a linear as the engine does at run time."""
         ...
 
     def write(self, job: Job, folder: Path, progress: Callable[[str], None]) -> None:

@@ -15,8 +15,8 @@ from edgekit.tables import markdown_table
 MAX_KLD = 0.003
 """Most nats that the engine's distribution may stray, on average, from the eager quantized model.
 
-Both multiply the same codes, but sum in another order: 8-bit rounding of activations that falls
-the other way moves logits a little. A dropped scale or a stale state moves them by whole nats.
+Both multiply the same codes and round activations alike, but sum in another order: rounding that
+falls the other way moves logits a little. A dropped scale or a stale state moves them by whole nats.
 The same bound holds between one prompt in one piece and in chunks or token by token, which an
 engine also sums in other orders; the same prompt after a reset must give identical logits.
 """
@@ -24,12 +24,6 @@ SHARE_OF_QUANTIZATION = 0.5
 """Where quantization itself moves the model further than that, the bound is this share of it.
 
 A model of random weights amplifies every rounding: int8 alone moves an LFM2-350M by 0.02 nats.
-"""
-
-LONGEST_PROMPT = 4096
-"""Longest prompt that is run: attention grows with its square, to hours at 32,768 tokens.
-
-A larger context is tested up to here, and on refusing one token more than it holds.
 """
 
 Logits = NDArray[np.float32]
@@ -101,8 +95,11 @@ def reference(tokens: list[int], float_model: LFM2, quantized_model: LFM2) -> Re
         )
 
 
-def verify(engine: Engine, expected: Reference) -> Verification:
-    """Compare; VerificationError where a bound is exceeded or a state is stale."""
+def verify(engine: Engine, expected: Reference, longest: int) -> Verification:
+    """Compare; VerificationError where a bound is exceeded or a state is stale.
+
+    Prompts of up to `longest` tokens are run, and more than the context holds must be refused.
+    """
     tokens = expected.tokens
     half = max(1, len(tokens) // 2)
     rows = [engine.prefill(tokens[:half])]
@@ -114,7 +111,7 @@ def verify(engine: Engine, expected: Reference) -> Verification:
     exact = expected.float_logits[half - 1 :]
 
     chunked, identical = _repeat(engine, tokens[:half], actual[0])
-    lengths, at_end = _check_lengths(engine, tokens)
+    lengths, at_end = _check_lengths(engine, tokens, min(longest, engine.context))
     result = Verification(
         tokens=len(tokens),
         positions=len(rows),
@@ -188,13 +185,12 @@ def _repeat(engine: Engine, tokens: list[int], first: Logits) -> tuple[float, bo
     return kld(whole, chunked), bool(np.array_equal(first, whole))
 
 
-def _check_lengths(engine: Engine, tokens: list[int]) -> tuple[list[int], float]:
-    """Run prompts of 1, max - 1 and max tokens; one more must be refused, nothing may break.
+def _check_lengths(engine: Engine, tokens: list[int], longest: int) -> tuple[list[int], float]:
+    """Run prompts of 1, longest - 1 and longest tokens; one more must be refused, nothing may break.
 
     The longest runs in one pass, as ExecuTorch's own runner would have it. Returns the lengths
     that ran and how far a last token decoded after chunks strays from it.
     """
-    longest = min(engine.context, LONGEST_PROMPT)
     text = (tokens * (engine.context // len(tokens) + 1))[: engine.context]
     engine.reset()
     engine.prefill(text[:1])

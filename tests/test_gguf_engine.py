@@ -65,7 +65,8 @@ def test_a_prompt_in_pieces_is_one_prompt(
     engine: GgufEngine, expected: NDArray[np.float32], chunk: int | None
 ) -> None:
     logits = engine.prefill(some_tokens(LENGTH), chunk)
-    assert (logits.dtype, logits.shape) == (np.float32, (VOCAB,))
+    assert logits.dtype == np.float32
+    assert logits.shape == (VOCAB,)
     assert engine.position == LENGTH
     assert divergence(logits[None], expected[-1:]) < 1e-5
 

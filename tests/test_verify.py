@@ -134,7 +134,7 @@ def engine(tiny_artifact: Path) -> Iterator[ExecutorchEngine]:
 
 
 def test_the_real_file_passes(engine: ExecutorchEngine, expected: Reference) -> None:
-    result = verify(engine, expected)
+    result = verify(engine, expected, 4096)
     assert result.tokens == len(expected.tokens)
     assert 0 <= result.kld_engine_vs_quantized <= MAX_KLD
     assert result.top1_engine_vs_quantized > 0.9
@@ -148,7 +148,7 @@ def test_the_real_file_passes(engine: ExecutorchEngine, expected: Reference) -> 
 
 def test_a_harmless_wrapper_passes(engine: ExecutorchEngine, expected: Reference) -> None:
     """What fails below fails for the defect, not for being wrapped."""
-    verify(Defective(engine), expected)
+    verify(Defective(engine), expected, 4096)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_defect_is_found(
     words: str,
 ) -> None:
     with pytest.raises(VerificationError, match=words) as raised:
-        verify(defect(engine), expected)
+        verify(defect(engine), expected, 4096)
     assert raised.value.exit_status == 1
     assert "\n" not in str(raised.value)
 
@@ -178,7 +178,7 @@ def test_a_defect_is_found(
 def test_another_models_logits_are_found(engine: ExecutorchEngine, expected: Reference) -> None:
     other = replace(expected, quantized_logits=np.roll(expected.quantized_logits, 1, axis=0))
     with pytest.raises(VerificationError, match="the file against the quantized model"):
-        verify(engine, other)
+        verify(engine, other, 4096)
 
 
 def test_divergence_by_hand() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from edgekit.models.activations import FakeQuantize, per_token
 from edgekit.models.checkpoint import WeightSource
 from edgekit.models.config import ModelConfig
 from edgekit.models.lfm2 import LFM2
@@ -17,9 +18,17 @@ from edgekit.models.weights import ReadWeight, floats, row_block
 from edgekit.quantize.tensor import QuantizedTensor
 
 
-def build_eager(config: ModelConfig, read: ReadWeight, context: int) -> LFM2:
-    """Return the reference model for up to `context` positions, its weights read by `read`."""
-    return LFM2(EagerBlocks(read), config, context).eval()
+def build_eager(
+    config: ModelConfig,
+    read: ReadWeight,
+    context: int,
+    fake_quantize: FakeQuantize = per_token,
+) -> LFM2:
+    """Return the reference model for up to `context` positions, its weights read by `read`.
+
+    `fake_quantize` rounds the inputs of linears whose weight is quantized.
+    """
+    return LFM2(EagerBlocks(read, fake_quantize), config, context).eval()
 
 
 def float_reader(config: ModelConfig, source: WeightSource) -> Callable[[str], Tensor]:
@@ -31,20 +40,6 @@ def float_reader(config: ModelConfig, source: WeightSource) -> Callable[[str], T
         return source.tensor(name)
 
     return read
-
-
-def fake_quantize_tokens(x: Tensor) -> Tensor:
-    """Quantize each token's activations `[n, width]` to int8 and back, as engines do at run time.
-
-    Asymmetric, with a range that contains 0 (arXiv 1806.08342, section 2.1):
-    `scale = (max - min) / 255`, `zero = round(-128 - min / scale)`.
-    """
-    low = x.amin(-1, keepdim=True).clamp(max=0)
-    high = x.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
-    zero = (-128 - low / scale).round()
-    codes = ((x / scale).round() + zero).clamp(-128, 127)
-    return (codes - zero) * scale
 
 
 def grouped_query_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -60,16 +55,16 @@ def grouped_query_attention(query: Tensor, keys: Tensor, values: Tensor, mask: T
 class EagerBlocks:
     """`edgekit.models.lfm2.Blocks` in plain torch operators."""
 
-    def __init__(self, read: ReadWeight) -> None:
-        self._read = read
+    def __init__(self, read: ReadWeight, fake_quantize: FakeQuantize = per_token) -> None:
+        self._read, self._fake_quantize = read, fake_quantize
 
     def embedding(self, name: str) -> nn.Module:
         """Rows of the table."""
         return _Embedding(self._read, name)
 
     def linear(self, name: str, part: int = 0, parts: int = 1) -> nn.Module:
-        """Multiply by the dequantized weight; activations are quantized where the weight is."""
-        return _Linear(self._read, name, part, parts)
+        """Multiply by the dequantized weight; inputs are rounded where the weight is quantized."""
+        return _Linear(self._read, name, part, parts, self._fake_quantize)
 
     def rms_norm(self, name: str, eps: float) -> nn.Module:
         """RMSNorm in float32."""
@@ -114,14 +109,17 @@ class _Embedding(nn.Module):
 
 
 class _Linear(nn.Module):
-    def __init__(self, read: ReadWeight, name: str, part: int, parts: int) -> None:
+    def __init__(
+        self, read: ReadWeight, name: str, part: int, parts: int, fake_quantize: FakeQuantize
+    ) -> None:
         super().__init__()
         self._read, self._name, self._part, self._parts = read, name, part, parts
+        self._fake_quantize = fake_quantize
 
     def forward(self, x: Tensor) -> Tensor:
         weight = row_block(self._read(self._name), self._part, self._parts)
         if isinstance(weight, QuantizedTensor):
-            x = fake_quantize_tokens(x)
+            x = self._fake_quantize(x, weight)
         return _matmul(x, weight)
 
 

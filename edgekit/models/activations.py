@@ -1,0 +1,41 @@
+"""How engines round the inputs of a quantized linear to int8 at run time, as functions of torch.
+
+What an engine computes can be told from what it should only where its rounding is known: two ways
+of rounding differ by as much as quantization itself where a model amplifies small differences.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from edgekit.quantize.tensor import QuantizedTensor
+
+FakeQuantize = Callable[[Tensor, QuantizedTensor], Tensor]
+"""From a linear's inputs `[n, columns]` and its weight to the inputs that are multiplied."""
+
+
+def per_token(x: Tensor, weight: QuantizedTensor) -> Tensor:
+    """Round each token's inputs on a range of their own (XNNPACK's `qd8`).
+
+    Asymmetric, with a range that contains 0 (arXiv 1806.08342, section 2.1):
+    `scale = (max - min) / 255`, `zero = round(-128 - min / scale)`.
+    """
+    low = x.amin(-1, keepdim=True).clamp(max=0)
+    high = x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+    zero = (-128 - low / scale).round()
+    codes = ((x / scale).round() + zero).clamp(-128, 127)
+    return (codes - zero) * scale
+
+
+def per_block(x: Tensor, size: int, scale_dtype: torch.dtype = torch.float32) -> Tensor:
+    """Round each run of `size` inputs symmetrically: `scale = max |x| / 127`.
+
+    The scale is stored, and multiplied by, in `scale_dtype`.
+    """
+    blocks = x.unflatten(-1, (-1, size))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = (blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
+    rounded: Tensor = codes * scale.to(scale_dtype).float()
+    return rounded.flatten(-2)
