@@ -31,8 +31,11 @@ main()
 
 _ARGUMENTS = {
     "export": ("lfm2-tiny", "--target", "executorch", "--dry-run"),
+    "verify": ("artifact",),
     "run": ("artifact", "hello"),
     "bench": ("artifact",),
+    "eval": ("artifact", "--text", __file__),
+    "compare": ("artifact",),
     "inspect": ("artifact",),
     "quantize": ("lfm2-tiny", "--dry-run"),
     "imatrix": ("lfm2-tiny", "--text", __file__),

@@ -36,6 +36,7 @@ def per_block(x: Tensor, size: int, scale_dtype: torch.dtype = torch.float32) ->
     """
     blocks = x.unflatten(-1, (-1, size))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    codes = (blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)  # as ggml and MLAS: not a division each
+    codes = (blocks * inverse).round()
     rounded: Tensor = codes * scale.to(scale_dtype).float()
     return rounded.flatten(-2)
