@@ -6,6 +6,7 @@ change places after each run. A graph of plain operators makes a longer cache in
 its output is handed back as the next input as it is.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekit.artifact import MANIFEST, Artifact
@@ -20,25 +22,24 @@ from edgekit.errors import EdgekitError, one_line
 from edgekit.genai_config import GenaiConfig, is_genai_folder
 from edgekit.onnx_file import OnnxFile, Value
 from edgekit.runtime.engine import (
+    DEFAULT_CONTEXT,
     Logits,
     OneSequenceEngine,
     TokenIds,
-    check_tokens,
+    check_first,
     physical_cores,
 )
 from edgekit.runtime.onnx_decoder import Decoder, State, read_decoder
 
-try:
-    import onnxruntime as ort
-except ImportError as error:
-    raise EdgekitError("the onnx engine needs onnxruntime: pip install 'edgekit[onnx]'") from error
-
-DEFAULT_CONTEXT = 2048
+MOST_CONTEXT = 1 << 20
+"""Where nothing states a bound."""
 DEFAULT_CHUNK = 512
 LONGEST_CHUNK = 2048
 ALL_ROWS_BYTES = 32 << 20
 """A graph that gives logits for every token gets chunks whose logits are no larger than this."""
 _MAX_STATE_BYTES = 16 << 30
+_PREAMBLE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from \S+ failed: ?)?")
+_SOURCE_LINE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) (const )?")
 _SILENT = 4  # only fatal errors are logged; what fails is raised, too
 
 
@@ -48,12 +49,12 @@ class OnnxEngine(OneSequenceEngine):
     name = "onnx"
     version = ort.__version__
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, context: int | None = None) -> None:
         """Check and load a file; `genai_config.json` and `edgekit.json` beside it are heeded."""
         super().__init__()
         model, config = OnnxFile.open(path), _genai_config(path)
         decoder = read_decoder(model, config)
-        self.context = _context(path, config, decoder)
+        self.context = _context(path, config, decoder, context)
         self.vocab_size = decoder.vocab_size
         self.longest_chunk = min(self.context, LONGEST_CHUNK)
         self.default_chunk = min(self.longest_chunk, _default_chunk(decoder))
@@ -64,11 +65,12 @@ class OnnxEngine(OneSequenceEngine):
         )
 
     def _forward(self, tokens: TokenIds, position: int) -> Logits:
-        return self._rows(tokens, position, 1)[0]
+        return self._rows(tokens, position, 1).reshape(-1)
 
     def _rows(self, tokens: TokenIds, position: int, rows: int) -> Logits:
         """Run tokens; logits `[rows, vocab_size]` of the last so many of them."""
-        assert self._run is not None
+        if self._run is None:
+            raise EdgekitError("the onnx engine is closed")
         try:
             if position == 0:
                 self._run.begin()
@@ -80,22 +82,25 @@ class OnnxEngine(OneSequenceEngine):
         except Exception as error:  # the exceptions of onnxruntime share no other base
             raise EdgekitError(
                 f"onnxruntime failed on {len(tokens)} tokens at position {position}: "
-                f"{one_line(error)}"
+                f"{_reason(error)}"
             ) from error
 
     def score(self, tokens: Sequence[int], first: int) -> Logits:
-        """Process tokens as a new sequence; row i holds the logits after `tokens[first + i]`."""
+        """Process tokens in chunks where the graph gives logits for every token."""
+        if self._last_row_only:
+            return super().score(tokens, first)
+        check_first(first, len(tokens))
         self.reset()
-        ids = check_tokens(tokens, 0, self.context, self.vocab_size)
-        size = 1 if self._last_row_only else self.default_chunk
-        found = []
-        for part in np.split(ids, range(size, len(ids), size)):
-            wanted = min(len(part), self._position + len(part) - first)
-            logits = self._rows(part, self._position, max(1, wanted))
-            self._position += len(part)
+        ids = self._checked(tokens)
+        found = np.empty((len(ids) - first, self.vocab_size), np.float32)
+        for part in np.split(ids, range(self.default_chunk, len(ids), self.default_chunk)):
+            end = self._position + len(part)
+            wanted = min(len(part), end - first)
+            rows = self._rows(part, self._position, max(1, wanted))
             if wanted > 0:
-                found.append(logits)
-        return np.concatenate(found)
+                found[end - first - wanted : end - first] = rows
+            self._position = end
+        return found
 
     def close(self) -> None:
         """Release the model and its states."""
@@ -103,9 +108,9 @@ class OnnxEngine(OneSequenceEngine):
         self._run = None
 
 
-def open_engine(model_path: Path, threads: int | None) -> OnnxEngine:
-    """Open an `.onnx` file."""
-    return OnnxEngine(model_path, threads)
+def open_engine(model_path: Path, threads: int | None, context: int | None = None) -> OnnxEngine:
+    """Open an `.onnx` file with room for `context` positions, by default what is stated for it."""
+    return OnnxEngine(model_path, threads, context)
 
 
 class _Runner:
@@ -200,6 +205,10 @@ def _bind(binding: ort.IOBinding, value: Value | None, numbers: NDArray[np.gener
 
 
 def _open_session(path: Path, threads: int) -> ort.InferenceSession:
+    """Open a model as onnxruntime-genai does (src/models/model.cpp): its defaults, our threads.
+
+    So idle threads spin for a while. genai itself takes half the CPUs where it is not told.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -209,7 +218,15 @@ def _open_session(path: Path, threads: int) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the exceptions of onnxruntime share no other base
-        raise EdgekitError(f"onnxruntime cannot load {path}: {one_line(error)}") from error
+        raise EdgekitError(f"onnxruntime cannot load {path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what onnxruntime says of the cause, without its codes, calls and source lines."""
+    text = _PREAMBLE.sub("", one_line(error, limit=5000))
+    for start in ("Status Message: ", "This is an invalid model. ", ", Error "):
+        text = text.rpartition(start)[2]
+    return _SOURCE_LINE.sub("", text)[:200]
 
 
 def _genai_config(path: Path) -> GenaiConfig | None:
@@ -220,14 +237,16 @@ def _genai_config(path: Path) -> GenaiConfig | None:
     return config if config.model_path.name == path.name else None
 
 
-def _context(path: Path, config: GenaiConfig | None, decoder: Decoder) -> int:
-    """Return what the artifact states, else what the folder and the graph allow up to a default."""
-    if (path.parent / MANIFEST).is_file():
-        stated = Artifact.open(path.parent).context
-    else:
-        stated = min(DEFAULT_CONTEXT, (config and config.context) or DEFAULT_CONTEXT)
-    most = decoder.most_positions
-    return stated if most is None else max(1, min(stated, most))
+def _context(path: Path, config: GenaiConfig | None, decoder: Decoder, wanted: int | None) -> int:
+    """Return the positions to make room for, at most what graph, folder and artifact allow."""
+    artifact = Artifact.open(path.parent) if (path.parent / MANIFEST).is_file() else None
+    stated = (artifact and artifact.context, config and config.context, decoder.most_positions)
+    most = min((limit for limit in stated if limit), default=MOST_CONTEXT)
+    if wanted is None:
+        return most if artifact else min(most, DEFAULT_CONTEXT)
+    if not 1 <= wanted <= most:
+        raise EdgekitError(f"context must be 1 to {most} for {path}, not {wanted}")
+    return wanted
 
 
 def _default_chunk(decoder: Decoder) -> int:
