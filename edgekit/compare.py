@@ -1,21 +1,20 @@
 """`compare`: artifacts side by side, in size, quality, speed, memory and weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError
 from edgekit.exporters.weights import NamedTensors, TensorComparison, compare_weights, read_weights
-from edgekit.models.checkpoint import WeightSource
 from edgekit.models.config import ModelConfig
-from edgekit.models.source import resolve_model
-from edgekit.quantize.recipe import EMBEDDING, HEAD
+from edgekit.models.source import ModelSource, resolve_model
+from edgekit.quantize.recipe import tied_shapes
 from edgekit.runtime.bench import bench
 from edgekit.runtime.evaluate import DEFAULT_CONTEXT, Evaluation, evaluate_each
+from edgekit.runtime.model_files import ModelFile, find_model_file
 from edgekit.runtime.record import ArtifactResult, Record, ShapeResult, spread
 from edgekit.tables import markdown_table
 
@@ -26,14 +25,13 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Compared:
-    """One artifact's column: its place in the benchmark, its evaluation, its size.
+    """One artifact's row: its place in the benchmark, its evaluation, its parameters.
 
-    `evaluation` is None without a text; `parameters` and `unread`, why its weights could not be
-    read back, are None where that is not known or not so.
+    `evaluation` is None without a text, `parameters` where their number is not known, and
+    `unread`, which says why weights could not be read back, where they could.
     """
 
     result: ArtifactResult
-    model_bytes: int
     parameters: int | None
     evaluation: Evaluation | None
     unread: str | None
@@ -46,7 +44,7 @@ class Compared:
     @property
     def bits_per_weight(self) -> float | None:
         """Bits of the model's files over the model's parameters."""
-        return 8 * self.model_bytes / self.parameters if self.parameters else None
+        return 8 * self.result.file_bytes / self.parameters if self.parameters else None
 
     @property
     def kld(self) -> float | None:
@@ -67,7 +65,7 @@ class Compared:
             "target": self.result.target,
             "engine": {"name": self.result.engine, "version": self.result.engine_version},
             "model": dict(self.result.model),
-            "model_bytes": self.model_bytes,
+            "file_bytes": self.result.file_bytes,
             "bits_per_weight": self.bits_per_weight,
             "peak_bytes": self.result.memory.peak,
             "tokens_per_second": {
@@ -94,15 +92,20 @@ class Comparison:
     tensors: tuple[TensorComparison, ...]
 
     def weights_verdict(self, name: str) -> str | None:
-        """Say how an artifact's weights compare with the first's; None where that is not known."""
+        """Say whose weights an artifact's are, or in how many tensors they differ from the first's.
+
+        None where nothing can be said.
+        """
         if name not in self.read or len(self.read) < 2:
             return None
         place = self.read.index(name)
+        for earlier in range(place):
+            if all(_equal(tensor, earlier, place) for tensor in self.tensors):
+                return f"identical to {self.read[earlier]}"
         if place == 0:
             return "baseline"
-        found = [tensor.differences[place] for tensor in self.tensors]
-        other = sum(difference != 0 for difference in found)
-        return f"{other} of {len(found)} differ" if other else "identical"
+        other = sum(not _equal(tensor, 0, place) for tensor in self.tensors)
+        return f"{other} of {len(self.tensors)} differ"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON data; `bench` is the record of the benchmark."""
@@ -137,7 +140,7 @@ class Comparison:
         return [
             one.name,
             f"{one.result.engine} {one.result.engine_version}",
-            f"{one.model_bytes / 1e6:,.1f}",
+            f"{one.result.file_bytes / 1e6:,.1f}",
             _NOTHING if bits is None else f"{bits:.2f}",
             _NOTHING if evaluation is None else f"{evaluation.perplexity.value:.4f}",
             _NOTHING if one.kld is None else f"{one.kld:.6f}",
@@ -146,6 +149,10 @@ class Comparison:
             _NOTHING if peak is None else f"{peak / 1e6:,.0f}",
             self.weights_verdict(one.name) or _NOTHING,
         ]
+
+
+def _equal(tensor: TensorComparison, one: int, other: int) -> bool:
+    return tensor.same_as[one] is not None and tensor.same_as[one] == tensor.same_as[other]
 
 
 def compare(
@@ -159,18 +166,20 @@ def compare(
     generate: int = 128,
     repetitions: int = 3,
     threads: int | None = None,
+    tokenizer: Path | None = None,
     progress: Progress = lambda done, total, label: None,
 ) -> Comparison:
     """Measure artifacts and compare them, with each other and with a reference model.
 
-    `text` is scored as `evaluate` does it, `reference` is the model that they stand for, `prompt`,
-    `generate` and `repetitions` are the benchmark's. Raises `EdgekitError` for what one of these
-    refuses, before the long work where it can be known before.
+    An artifact is a folder that `edgekit export` wrote, or what `find_model_file` takes besides.
+    `text` and `tokenizer` are those of `evaluate`, `reference` the model that the artifacts stand
+    for, `prompt`, `generate` and `repetitions` the benchmark's. Raises `EdgekitError` for what one
+    of these refuses.
     """
-    opened = [Artifact.open(path) for path in artifacts]
-    source = None if reference is None else resolve_model(reference).checkpoint
-    read, unread, tensors = _compare_weights(opened, source, progress)
-    evaluations: list[Evaluation | None] = [None] * len(opened)
+    files = [find_model_file(path) for path in artifacts]
+    source = None if reference is None else resolve_model(reference)
+    weights = _compare_weights(files, source, progress)
+    evaluations: list[Evaluation | None] = [None] * len(files)
     if text is not None:
         names = [str(path) for path in artifacts]
         evaluations = [
@@ -181,6 +190,7 @@ def compare(
                 context=context,
                 chunks=chunks,
                 threads=threads,
+                tokenizer=tokenizer,
                 progress=_prefixed(progress, "quality: "),
             )
         ]
@@ -192,81 +202,89 @@ def compare(
         threads=threads,
         progress=_prefixed(progress, "speed: "),
     )
-    columns = tuple(
-        Compared(result, model_bytes(artifact), _parameters(artifact), evaluation, unread[i])
-        for i, (artifact, evaluation, result) in enumerate(
-            zip(opened, evaluations, record.artifacts, strict=True)
+    rows = tuple(
+        Compared(result, parameters, evaluation, unread)
+        for result, parameters, evaluation, unread in zip(
+            record.artifacts, weights.parameters, evaluations, weights.unread, strict=True
         )
     )
-    return Comparison(
-        columns,
-        record,
-        reference,
-        tuple(record.artifacts[i].name for i in read),
-        tensors,
-    )
+    read = tuple(record.artifacts[index].name for index in weights.read)
+    return Comparison(rows, record, reference, read, tuple(weights.tensors))
 
 
-def model_bytes(artifact: Artifact) -> int:
-    """Return the bytes of the model's files, external data included, without tokenizer's files."""
-    stem = Path(str(artifact.manifest["file"])).stem
-    return sum(
-        int(facts["bytes"])
-        for name, facts in artifact.manifest["files"].items()
-        if name.startswith(f"{stem}.")
-    )
+@dataclass(frozen=True)
+class _Weights:
+    """What reading the files' weights brought: per file the parameters and why it was not read.
 
+    `read` are the indices of the files that were, whose weights `tensors` compares.
+    """
 
-def _parameters(artifact: Artifact) -> int | None:
-    count = artifact.manifest["model"].get("parameters")
-    return count if type(count) is int and count > 0 else None
+    parameters: list[int | None]
+    unread: list[str | None]
+    read: list[int]
+    tensors: list[TensorComparison]
 
 
 def _compare_weights(
-    artifacts: Sequence[Artifact], source: WeightSource | None, progress: Progress
-) -> tuple[list[int], list[str | None], tuple[TensorComparison, ...]]:
-    """Return the indices of the artifacts that can be read, why others cannot, and the tensors."""
-    streams, read = list[NamedTensors](), list[int]()
-    unread: list[str | None] = [None] * len(artifacts)
-    for index, artifact in enumerate(artifacts):
-        try:
-            streams.append(_started(read_weights(artifact)))
-            read.append(index)
-        except EdgekitError as error:
-            unread[index] = str(error)
-    if not streams:
-        return read, unread, ()
-    found = list[TensorComparison]()
-    total = len(ModelConfig.load(artifacts[read[0]].folder).tensor_shapes())
-    for tensor in compare_weights(streams, _float_reader(source)):
-        found.append(tensor)
-        progress(min(len(found), total), total, f"weights: {tensor.tensor}")
-    return read, unread, tuple(found)
+    files: Sequence[ModelFile], source: ModelSource | None, progress: Progress
+) -> _Weights:
+    """Compare all files that can be read to their ends; begin again without one that cannot."""
+    common = _common_config(files, source)
+    configs = [_config(file) or common for file in files]
+    unread: list[str | None] = [None] * len(files)
+    while True:
+        read = [index for index in range(len(files)) if unread[index] is None]
+        streams = [_guarded(files[index], configs[index], index, unread) for index in read]
+        tensors = list[TensorComparison]()
+        for tensor in compare_weights(streams, _float_reader(source)):
+            tensors.append(tensor)
+            progress(len(tensors), len(tensors), f"weights: {tensor.tensor}")
+        if not any(unread[index] for index in read):
+            break
+    parameters = [
+        config.parameter_count if config is not None and unread[index] is None else _stated(file)
+        for index, (file, config) in enumerate(zip(files, configs, strict=True))
+    ]
+    return _Weights(parameters, unread, read, tensors)
 
 
-def _started(stream: NamedTensors) -> NamedTensors:
-    """Read the first tensor now, so that a file that cannot be read says so here."""
-    first = next(stream)
+def _guarded(
+    file: ModelFile, config: ModelConfig | None, index: int, unread: list[str | None]
+) -> NamedTensors:
+    """Yield a file's tensors; an error ends them and is noted."""
+    try:
+        if config is None:
+            raise EdgekitError(f"{file.place}: nothing says which model's tensors it holds")
+        yield from read_weights(file.engine, file.path, config)
+    except EdgekitError as error:
+        unread[index] = str(error)
 
-    def whole() -> Iterator[tuple[str, Tensor]]:
-        yield first
-        yield from stream
 
-    return whole()
+def _config(file: ModelFile) -> ModelConfig | None:
+    """Return the configuration of an artifact of ours."""
+    return None if file.manifest is None else ModelConfig.load(file.path.parent)
 
 
-def _float_reader(source: WeightSource | None) -> Callable[[str], Tensor | None] | None:
+def _common_config(files: Sequence[ModelFile], source: ModelSource | None) -> ModelConfig | None:
+    """Return what a foreign file is read by: the reference's, or that of the first artifact."""
+    if source is not None:
+        return source.config
+    return next((config for file in files if (config := _config(file)) is not None), None)
+
+
+def _stated(file: ModelFile) -> int | None:
+    """Return the number of parameters that the manifest states."""
+    count = None if file.manifest is None else file.manifest["model"].get("parameters")
+    return count if type(count) is int and count > 0 else None
+
+
+def _float_reader(source: ModelSource | None) -> Callable[[str], Tensor | None] | None:
     """Return a reader of the reference's tensors, None for a name that it has not."""
     if source is None:
         return None
-    known = source.shapes()
-
-    def read(name: str) -> Tensor | None:
-        if name == HEAD and HEAD not in known:
-            name = EMBEDDING
-        return source.tensor(name) if name in known else None
-
-    return read
+    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    checkpoint = source.checkpoint
+    return lambda name: checkpoint.tensor(tied.get(name, name)) if name in shapes else None
 
 
 def _prefixed(progress: Progress, prefix: str) -> Progress:

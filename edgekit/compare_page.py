@@ -110,7 +110,8 @@ def _legend(comparison: Comparison) -> str:
     items = []
     for index, one in enumerate(comparison.artifacts):
         sign = f'<svg viewBox="0 0 16 16">{marker(_series(index), 8, 8, one.name, 5.5)}</svg>'
-        schemes = ", ".join(name for name in one.result.schemes if name != "float") or "float"
+        stored = list(one.result.schemes)
+        schemes = ", ".join([name for name in stored if name != "float"] or stored or ["unknown"])
         items.append(
             f"<li>{sign}<span>{escape(one.name)} "
             f'<span class="soft">{escape(one.result.target)}, {escape(schemes)}</span></span></li>'
@@ -138,7 +139,7 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequenc
 def _figures(comparison: Comparison) -> Iterator[str]:
     """Yield the plots for which there are figures."""
     ones = comparison.artifacts
-    size = Axis.over("model files (MB)", [one.model_bytes / 1e6 for one in ones])
+    size = Axis.over("model files (MB)", [one.result.file_bytes / 1e6 for one in ones])
     quality = [point for i, one in enumerate(ones) if (point := _quality(i, one)) is not None]
     if quality:
         yield _quality_figure(ones, quality, size)
@@ -161,7 +162,7 @@ def _quality(index: int, one: Compared) -> Point | None:
         return None
     found = one.evaluation.divergence
     estimate = one.evaluation.perplexity if found is None else found.kld
-    x = one.model_bytes / 1e6
+    x = one.result.file_bytes / 1e6
     return Point(_series(index), one.name, x, estimate.value, estimate.error)
 
 
@@ -194,7 +195,7 @@ def _speeds(ones: Sequence[Compared], kind: str) -> Iterator[Point]:
         if test is not None:
             speed = spread(test.rates)
             mean, deviation = speed["mean"] or 0.0, speed["stdev"] or 0.0
-            yield Point(_series(index), one.name, one.model_bytes / 1e6, mean, deviation)
+            yield Point(_series(index), one.name, one.result.file_bytes / 1e6, mean, deviation)
 
 
 def _sqnr_figure(comparison: Comparison) -> Iterator[str]:
@@ -256,8 +257,8 @@ def _weights(comparison: Comparison) -> Iterator[str]:
     for one in comparison.artifacts:
         verdict = comparison.weights_verdict(one.name)
         if verdict is not None and verdict != "baseline":
-            first = comparison.read[0]
-            yield f"<p>{escape(f'{one.name} against {first}: {verdict}.')}</p>"
+            differ = f" from {comparison.read[0]}" if verdict.endswith("differ") else ""
+            yield f"<p>{escape(f'{one.name}: {verdict}{differ}.')}</p>"
         if one.unread:
             yield f'<p class="soft">{escape(f"{one.name}: {one.unread}.")}</p>'
     if not comparison.tensors:

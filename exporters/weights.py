@@ -4,34 +4,38 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.tensor import CHUNK_ELEMENTS, as_rows
 
 # Each module offers `weights(path, config)`, which yields checkpoint names with float32 tensors.
-READERS = {"executorch": "edgekit.exporters.pte_weights"}
+READERS = {
+    "executorch": "edgekit.exporters.pte_weights",
+    "gguf": "edgekit.exporters.gguf_weights",
+}
 
 NamedTensors = Iterator[tuple[str, Tensor]]
 
 
-def read_weights(artifact: Artifact) -> NamedTensors:
-    """Yield each tensor of an artifact by its checkpoint name, dequantized, one at a time.
+def read_weights(target: str, path: Path, config: ModelConfig) -> NamedTensors:
+    """Yield each tensor of a model file by its checkpoint name, dequantized, one at a time.
 
-    Raises `EdgekitError` for a target whose weights cannot be read back, and for a damaged file.
+    Raises `EdgekitError` for a target whose weights cannot be read back, for a damaged file, and
+    for one that does not hold the model of `config`.
     """
-    if artifact.target not in READERS:
-        readable = ", ".join(READERS)
+    if target not in READERS:
         raise EdgekitError(
-            f"{artifact.folder}: weights of target {artifact.target!r} cannot be read back, only "
-            f"those of {readable}"
+            f"{path}: weights of target {target!r} cannot be read back, only those of "
+            f"{', '.join(READERS)}"
         )
-    module = importlib.import_module(READERS[artifact.target])
-    found: NamedTensors = module.weights(artifact.model_path, ModelConfig.load(artifact.folder))
+    module = importlib.import_module(READERS[target])
+    found: NamedTensors = module.weights(path, config)
     return found
 
 
@@ -41,6 +45,8 @@ class TensorComparison:
 
     differences  per file the greatest absolute difference, 0 exactly where all values are equal,
                  None where the file has no such tensor or one of another shape
+    same_as      per file the place of the first file with the same values, its own where none has;
+                 None where the file has no such tensor
     signal       the sum of squares of the reference's values, None without a reference
     noise        per file the sum of squares of the distances from it
     """
@@ -48,6 +54,7 @@ class TensorComparison:
     tensor: str
     shape: tuple[int, ...]
     differences: tuple[float | None, ...]
+    same_as: tuple[int | None, ...]
     signal: float | None
     noise: tuple[float | None, ...]
 
@@ -62,6 +69,7 @@ class TensorComparison:
             "tensor": self.tensor,
             "shape": list(self.shape),
             "max_abs_difference": list(self.differences),
+            "same_as": list(self.same_as),
             "sqnr_db": list(self.sqnr),
         }
 
@@ -88,6 +96,7 @@ def compare_weights(
             name,
             tuple(first.shape),
             tuple(_greatest_difference(first, tensor) for tensor in tensors),
+            _same_as(tensors),
             None if exact is None else _square_sum(exact, None),
             tuple(
                 None
@@ -118,6 +127,23 @@ def _aligned(files: Sequence[NamedTensors]) -> Iterator[tuple[str, list[Tensor |
     while waiting:
         name = next(iter(waiting))
         yield name, waiting.pop(name)
+
+
+def _same_as(tensors: Sequence[Tensor | None]) -> tuple[int | None, ...]:
+    """Return per tensor the place of the first with its values."""
+    distinct: dict[int, Tensor] = {}
+    return tuple(
+        None if tensor is None else _place(tensor, place, distinct)
+        for place, tensor in enumerate(tensors)
+    )
+
+
+def _place(tensor: Tensor, place: int, distinct: dict[int, Tensor]) -> int:
+    for earlier, known in distinct.items():
+        if torch.equal(known, tensor):
+            return earlier
+    distinct[place] = tensor
+    return place
 
 
 def _greatest_difference(first: Tensor, other: Tensor | None) -> float | None:

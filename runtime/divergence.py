@@ -1,8 +1,9 @@
 """Perplexity and Kullback-Leibler divergence by the conventions of `llama-perplexity`.
 
 Formulas: llama.cpp, tools/perplexity/perplexity.cpp (`perplexity`, `kl_divergence`). Everything is
-computed in float64 from the logits. llama.cpp keeps the reference's log-probabilities in 16 bits
-and drops those below -16, so its divergences carry a noise that these do not.
+computed in float64 from the logits. llama.cpp keeps the reference's log-probabilities in 16 bits,
+none more than 16 nats below the greatest: its divergences carry a noise that these do not, and its
+perplexity of the reference is too low where very improbable tokens came.
 """
 
 import math

@@ -50,24 +50,24 @@ def comparison(tiny_artifact: Path, twin: Path) -> Comparison:
 def test_equal_files_are_found_equal(comparison: Comparison, tiny_artifact: Path) -> None:
     first, second = comparison.artifacts
     assert comparison.weights_verdict(first.name) == "baseline"
-    assert comparison.weights_verdict(second.name) == "identical"
+    assert comparison.weights_verdict(second.name) == f"identical to {first.name}"
     assert first.evaluation is not None and second.evaluation is not None
     assert replace(first.evaluation, name="") == replace(second.evaluation, name="")
     assert first.kld is not None and 0 < first.kld < 0.003
-    assert first.model_bytes == (tiny_artifact / "model.pte").stat().st_size
+    assert first.result.file_bytes == (tiny_artifact / "model.pte").stat().st_size
     manifest = json.loads((tiny_artifact / "edgekit.json").read_text())
     parameters = manifest["model"]["parameters"]
-    assert first.bits_per_weight == pytest.approx(8 * first.model_bytes / parameters)
+    assert first.bits_per_weight == pytest.approx(8 * first.result.file_bytes / parameters)
     ratios = [ratio for row in comparison.tensors if (ratio := row.sqnr[0]) is not None]
     assert len(ratios) == sum(len(row.shape) == 2 for row in comparison.tensors)
     assert all(30 < ratio < 60 for ratio in ratios)  # int8 per channel
 
 
-def test_the_table_says_what_is_known(comparison: Comparison) -> None:
+def test_the_table_says_what_is_known(comparison: Comparison, tiny_artifact: Path) -> None:
     headers, (_, second) = comparison.table()
     row = dict(zip(headers, second, strict=True))
     assert row["artifact"] == "twin<script>&"
-    assert row["weights"] == "identical"
+    assert row["weights"] == f"identical to {tiny_artifact.name}"
     assert row["KLD"] == f"{comparison.artifacts[1].kld:.6f}"
     assert re.fullmatch(r"[\d,.]+ ± [\d,.]+", row["pp8 tok/s"])
     assert re.fullmatch(r"[\d,.]+ ± [\d,.]+", row["tg4 tok/s"])
@@ -76,7 +76,10 @@ def test_the_table_says_what_is_known(comparison: Comparison) -> None:
 
 def test_json_holds_everything(comparison: Comparison) -> None:
     facts: dict[str, Any] = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
-    assert [one["weights"] for one in facts["artifacts"]] == ["baseline", "identical"]
+    assert [one["weights"] for one in facts["artifacts"]] == [
+        "baseline",
+        f"identical to {comparison.read[0]}",
+    ]
     assert len(facts["tensors"]) == len(comparison.tensors)
     assert facts["bench"]["kind"] == "edgekit-bench"
 
@@ -153,14 +156,14 @@ def test_without_text_and_reference_the_rest_remains(comparison: Comparison) -> 
 
 
 def test_weights_that_differ_and_weights_that_cannot_be_read(comparison: Comparison) -> None:
-    row = TensorComparison("a", (2, 2), (0.0, 0.25), None, (None, None))
-    other = TensorComparison("b", (2,), (0.0, None), None, (None, None))
+    row = TensorComparison("a", (2, 2), (0.0, 0.25), (0, 1), None, (None, None))
+    other = TensorComparison("b", (2,), (0.0, None), (0, None), None, (None, None))
     differing = replace(comparison, tensors=(row, other))
     assert differing.weights_verdict(comparison.artifacts[1].name) == "2 of 2 differ"
     unread = replace(
         comparison,
         read=(comparison.read[0],),
-        tensors=(replace(row, differences=(0.0,), noise=(None,)),),
+        tensors=(replace(row, differences=(0.0,), same_as=(0,), noise=(None,)),),
         artifacts=(comparison.artifacts[0], replace(comparison.artifacts[1], unread="not known")),
     )
     assert unread.weights_verdict(comparison.artifacts[1].name) is None

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Lfm2ForCausalLM
 
 import edgekit.models
+from edgekit.api import export_model
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.reference_text import TEXT
@@ -231,3 +232,18 @@ def test_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TorchEngine, "score", broken)
     with pytest.raises(EdgekitError, match="lfm2-tiny: its logits, .* not finite"):
         evaluate("lfm2-tiny", TEXT, context=CONTEXT, chunks=1, threads=1)
+
+
+def test_a_gguf_of_others_is_scored_as_the_artifact_it_was_taken_from(
+    tmp_path: Path, text_file: Path
+) -> None:
+    artifact = export_model("lfm2-tiny", tmp_path / "a", target="gguf", recipe="int8", context=64)
+    bare = tmp_path / "bare.gguf"
+    shutil.copy(artifact.model_path, bare)
+    results = [
+        evaluate(str(path), TEXT, "lfm2-tiny", context=CONTEXT, chunks=2, threads=1)
+        for path in (artifact.folder, bare)
+    ]
+    assert [one.engine for one in results] == ["gguf", "gguf"]
+    assert results[0].divergence == results[1].divergence
+    assert results[0].divergence is not None and 0 < results[0].divergence.kld.value < 0.003

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from edgekit.api import export_model
 from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError
 from edgekit.exporters import pte_weights
@@ -25,15 +26,16 @@ from edgekit.quantize.scheme import Scheme
 def test_a_file_gives_back_what_torch_saw(tiny_artifact: Path) -> None:
     checkpoint = resolve_model("lfm2-tiny").checkpoint
     artifact = Artifact.open(tiny_artifact)
+    config = ModelConfig.load(tiny_artifact)
     schemes = {row["tensor"]: row["scheme"] for row in artifact.manifest["tensors"]}
     names = []
-    for name, tensor in read_weights(artifact):
+    for name, tensor in read_weights(artifact.target, artifact.model_path, config):
         exact = checkpoint.tensor(name).float()
         if schemes[name] != "float":
             exact = Scheme.parse(schemes[name]).quantize(exact).dequantize()
         assert torch.equal(tensor, exact), name
         names.append(name)
-    assert names == list(ModelConfig.load(tiny_artifact).tensor_shapes())
+    assert names == list(config.tensor_shapes())
 
 
 def test_another_model_than_its_configuration_says_is_refused(tiny_artifact: Path) -> None:
@@ -47,12 +49,9 @@ def test_another_model_than_its_configuration_says_is_refused(tiny_artifact: Pat
 
 
 def test_a_target_without_a_reader_is_named(tiny_artifact: Path) -> None:
-    artifact = Artifact.open(tiny_artifact)
-    foreign = Artifact(artifact.folder, artifact.manifest | {"target": "coreml"})
-    with pytest.raises(
-        EdgekitError, match="'coreml' cannot be read back, only those of executorch"
-    ):
-        next(read_weights(foreign))
+    config = ModelConfig.load(tiny_artifact)
+    with pytest.raises(EdgekitError, match="m.pte: weights of target 'coreml' cannot be read back"):
+        read_weights("coreml", Path("m.pte"), config)
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -73,6 +72,8 @@ def test_comparison_tells_equal_from_different_and_absent() -> None:
     assert found["a"].differences[:2] == (0.0, 0.0)
     assert found["a"].differences[2] == pytest.approx(0.5, rel=1e-5)
     assert found["a"].differences[3] is None
+    assert found["a"].same_as == (0, 0, 2, 3)
+    assert found["b"].same_as == (0, 0, None, None)
     assert found["b"].differences == (0.0, 0.0, None, None)
     assert found["c"].differences == (None, None, 0.0, None)
     assert found["a"].sqnr == (None,) * 4
@@ -143,3 +144,23 @@ def test_a_tied_head_comes_where_the_file_holds_another(tmp_path: Path, head: st
     assert found.keys() | {HEAD} == weights.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor, floats(weights[name])), name
+
+
+def test_equal_files_are_found_though_the_first_differs() -> None:
+    a, b = drawn(0, 4, 4), drawn(1, 4, 4)
+    (row,) = compare_weights([iter([("t", tensor)]) for tensor in (a, b, a.clone(), b.clone())])
+    assert row.same_as == (0, 1, 0, 1)
+
+
+def test_one_quantization_is_the_same_weights_in_every_file(
+    tiny_artifact: Path, tmp_path: Path
+) -> None:
+    gguf = export_model("lfm2-tiny", tmp_path / "gguf", target="gguf", recipe="int8", context=64)
+    config = ModelConfig.load(tiny_artifact)
+    files = [
+        read_weights(artifact.target, artifact.model_path, config)
+        for artifact in (Artifact.open(tiny_artifact), gguf)
+    ]
+    rows = list(compare_weights(files))
+    assert {row.tensor for row in rows} == set(config.tensor_shapes())
+    assert {row.differences for row in rows} == {(0.0, 0.0)}

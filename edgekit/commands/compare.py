@@ -23,6 +23,12 @@ from edgekit.errors import EdgekitError
 )
 @click.option("--chunks", type=click.IntRange(min=1), help="Most chunks to score  [default: all]")
 @click.option(
+    "--tokenizer",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder with the tokenizer.json to use for files  [default: their own]",
+)
+@click.option(
     "-p",
     "--prompt",
     type=click.IntRange(min=0),
@@ -63,6 +69,7 @@ def command(
     reference: str | None,
     context: int,
     chunks: int | None,
+    tokenizer: Path | None,
     prompt: int,
     generate: int,
     repetitions: int,
@@ -71,9 +78,10 @@ def command(
     output: Path | None,
     force: bool,
 ) -> None:
-    """Compare ARTIFACT folders: size, quality, speed, memory, and whether weights are the same.
+    """Compare ARTIFACTS: size, quality, speed, memory, and whether weights are the same.
 
-    Quality needs a --text, divergence and the weights' noise a --reference. Speeds are those of
+    They are folders that `edgekit export` wrote, or files of others: a .gguf, a .pte, a folder of
+    onnxruntime-genai's. What cannot be known of one is a dash. Quality needs a --text, divergence and the weights' noise a --reference. Speeds are those of
     `edgekit bench`, repetition by repetition in turn. Weights are read back from the files.
     """
     from edgekit.files import check_output_file, new_file, read_text
@@ -99,6 +107,7 @@ def command(
             generate=generate,
             repetitions=repetitions,
             threads=threads,
+            tokenizer=tokenizer,
             progress=_show,
         )
     finally:
