@@ -65,7 +65,8 @@ def test_a_prompt_in_pieces_is_one_prompt(
     engine: GgufEngine, expected: NDArray[np.float32], chunk: int | None
 ) -> None:
     logits = engine.prefill(some_tokens(LENGTH), chunk)
-    assert (logits.dtype, logits.shape) == (np.float32, (VOCAB,))
+    assert logits.dtype == np.float32
+    assert logits.shape == (VOCAB,)
     assert engine.position == LENGTH
     assert divergence(logits[None], expected[-1:]) < 1e-5
 
@@ -150,9 +151,10 @@ def test_tokens_outside_the_vocabulary_never_reach_the_library(engine: GgufEngin
 def test_a_closed_engine_says_so(engine: GgufEngine) -> None:
     engine.close()
     engine.close()
-    for use in (lambda: engine.prefill([9]), lambda: engine.score([9, 9], 0)):
-        with pytest.raises(EdgekitError, match="the gguf engine is closed"):
-            use()
+    with pytest.raises(EdgekitError, match="the gguf engine is closed"):
+        engine.prefill([9])
+    with pytest.raises(EdgekitError, match="the gguf engine is closed"):
+        engine.score([9, 9], 0)
 
 
 def test_opened_by_name_it_knows_itself(path: Path) -> None:
