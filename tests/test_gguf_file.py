@@ -299,12 +299,15 @@ def test_what_llama_cpp_would_not_survive_is_refused(
     assert words in str(refusal.value)
 
 
-def test_a_token_that_stands_twice_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("once", "instead"), [("Ġthe", "Ġthe"), ("Ġth", "Ġth\0")])
+def test_a_token_that_stands_twice_is_refused(tmp_path: Path, once: str, instead: str) -> None:
+    """Also one that does for llama.cpp, which reads up to a zero byte."""
     path = small_model_file(tmp_path)
     content = path.read_bytes()
-    once, other = make.text("Ġthe"), make.text("Ġand")
-    assert content.count(once) == content.count(other) == 1
-    path.write_bytes(content.replace(other, once))
+    other = make.text("Ġand")
+    assert content.count(make.text(once)) == content.count(other) == 1
+    assert len(make.text(instead)) == len(other)
+    path.write_bytes(content.replace(other, make.text(instead)))
     with pytest.raises(EdgekitError, match="1 of its tokenizer.ggml.tokens stand there twice"):
         check_model(GgufFile.open(path))
 
