@@ -122,7 +122,9 @@ def _tokens(file: GgufFile) -> Iterator[str]:
     tokens = file.metadata.get(_TOKENS)
     if not isinstance(tokens, GgufArray) or tokens.type != STRING:
         return  # llama.cpp refuses it itself
-    texts = {text or b"[EMPTY_%d]" % i for i, text in enumerate(tokens.raw_strings())}
+    # llama.cpp reads each up to its first zero byte
+    read = (text.partition(b"\0")[0] for text in tokens.raw_strings())
+    texts = {text or b"[EMPTY_%d]" % i for i, text in enumerate(read)}
     if len(texts) != tokens.count:
         yield f"{tokens.count - len(texts)} of its {_TOKENS} stand there twice"
     for name in ("bos", "eos"):

@@ -190,7 +190,7 @@ def _load(
 ) -> dict[str, Any]:
     """Load with room for the longest test, where the file's own number is less and leaves it."""
     file = subject.file
-    context = file.context and max(file.context, *(shape.positions for shape in shapes))
+    context = file.room(max(shape.positions for shape in shapes))
     reply = worker.load(file.engine, str(file.path.resolve()), threads, context)
     _check_context(subject, shapes, reply["context"])
     return reply

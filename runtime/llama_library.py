@@ -35,7 +35,9 @@ def _aborted(message: bytes | None) -> None:
     """
     text = " ".join((message or b"").decode(errors="replace").split())
     text = "".join(char if char.isprintable() else "?" for char in text)
-    os.write(2, f"edgekit: llama.cpp gave up: {text[:300]}\n".encode())
+    place, colon, reason = text[:400].partition(": ")  # the place on the machine that compiled it
+    said = f"{place.rpartition('/')[2]}{colon}{reason}"
+    os.write(2, f"edgekit: llama.cpp gave up: {said}\n".encode())
     os._exit(_ABORTED)
 
 

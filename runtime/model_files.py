@@ -44,9 +44,20 @@ class ModelFile:
         files = self.path.parent.iterdir()
         return sum(file.stat().st_size for file in files if file.name.startswith(self.path.name))
 
-    def load(self, threads: int | None = None, context: int | None = None) -> Engine:
-        """Open the file in its engine, with room for `context` positions or its own number."""
-        return load_engine(self.engine, self.path, threads, context or self.context)
+    def room(self, needed: int = 0) -> int | None:
+        """Return the positions to ask the engine for so that `needed` ones fit, at most `longest`.
+
+        None leaves it to the engine, which may know of a bound that is not stated.
+        """
+        if self.context is None or self.longest is None:
+            return None
+        if self.manifest is None and needed <= self.context:
+            return None
+        return min(max(needed, self.context), self.longest)
+
+    def load(self, threads: int | None = None, needed: int = 0) -> Engine:
+        """Open the file in its engine, with room for `needed` positions or its own number."""
+        return load_engine(self.engine, self.path, threads, self.room(needed))
 
     def tokenizer(self, folder: Path | None = None) -> TextTokenizer:
         """Return the tokenizer of a folder; by default the GGUF's own, or what lies beside."""

@@ -22,16 +22,15 @@ from edgekit.errors import EdgekitError, one_line
 from edgekit.genai_config import GenaiConfig, is_genai_folder
 from edgekit.onnx_file import OnnxFile, Value
 from edgekit.runtime.engine import (
+    DEFAULT_CONTEXT,
     Logits,
     OneSequenceEngine,
     TokenIds,
     check_first,
-    check_tokens,
     physical_cores,
 )
 from edgekit.runtime.onnx_decoder import Decoder, State, read_decoder
 
-DEFAULT_CONTEXT = 2048
 MOST_CONTEXT = 1 << 20
 """Where nothing states a bound."""
 DEFAULT_CHUNK = 512
@@ -92,7 +91,7 @@ class OnnxEngine(OneSequenceEngine):
             return super().score(tokens, first)
         check_first(first, len(tokens))
         self.reset()
-        ids = check_tokens(tokens, 0, self.context, self.vocab_size)
+        ids = self._checked(tokens)
         found = np.empty((len(ids) - first, self.vocab_size), np.float32)
         for part in np.split(ids, range(self.default_chunk, len(ids), self.default_chunk)):
             end = self._position + len(part)

@@ -31,8 +31,7 @@ def open_subject(
     if is_model_file(Path(name)):
         file = find_model_file(Path(name))
         text = file.tokenizer(tokenizer)
-        room = file.context and min(max(file.context, context), file.longest or file.context)
-        return Subject(file.name, file.load(threads, room), text)
+        return Subject(file.name, file.load(threads, context), text)
     return _open_model(name, context, threads)
 
 

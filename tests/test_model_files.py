@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from foreign_gguf import FOLDER, write_foreign_gguf
 from gguf import GGUFReader
+from onnx_decoders import CONTEXT, Form, save
 
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
@@ -21,6 +22,7 @@ from edgekit.runtime.record import Record
 from edgekit.runtime.table import render
 
 PROMPT = "Once upon a time"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 GREEDY = ("-n", 12, "--temp", 0, "-t", 1)
 
 
@@ -56,20 +58,21 @@ def program(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return Path(shutil.copyfile(tiny_artifact / "model.pte", path))
 
 
-@pytest.fixture
-def genai_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "genai"
+@pytest.fixture(scope="module")
+def genai_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that states more positions than its graph has rotations for."""
+    folder = tmp_path_factory.mktemp("genai") / "genai"
     folder.mkdir()
     model = {
         "context_length": 4096,
         "bos_token_id": 1,
         "eos_token_id": [7, 2],
-        "decoder": {"filename": "net.onnx", "inputs": {}, "outputs": {}},
+        "decoder": {"filename": "net.onnx", "head_size": 64},
     }
     (folder / "genai_config.json").write_text(json.dumps({"model": model, "search": {}}))
-    (folder / "net.onnx").write_bytes(b"12345")
-    (folder / "net.onnx.data").write_bytes(b"123")
-    shutil.copyfile(FOLDER / "tokenizer.json", folder / "tokenizer.json")
+    save(Form(), folder / "net.onnx")
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(FOLDER / name, folder / name)
     return folder
 
 
@@ -95,8 +98,11 @@ def test_a_folder_of_onnxruntime_genai(genai_folder: Path) -> None:
     assert (file.name, file.engine, file.manifest) == ("genai", "onnx", None)
     assert file.path == genai_folder / "net.onnx"
     assert (file.context, file.longest, file.eos_ids) == (2048, 4096, (7, 2))
-    assert file.file_bytes == 8  # its data, too
-    assert file.tokenizer().encode("a b")
+    with file.load(threads=1) as engine:
+        assert engine.context == CONTEXT
+    (genai_folder / "net.onnx.data").write_bytes(b"123")
+    assert file.file_bytes == file.path.stat().st_size + 3
+    (genai_folder / "net.onnx.data").unlink()
 
 
 @pytest.mark.parametrize(
@@ -125,6 +131,14 @@ def test_a_stock_gguf_says_what_the_model_says(stock: Path) -> None:
     assert run_json("run", stock, PROMPT, "--raw", *GREEDY)["prompt_tokens"] < 8
 
 
+def test_a_folder_of_onnxruntime_genai_says_what_the_model_says(
+    genai_folder: Path, stock: Path
+) -> None:
+    facts = run_json("run", genai_folder, PROMPT, *GREEDY)
+    assert facts["engine"] == "onnx"
+    assert facts["text"] == run_json("run", stock, PROMPT, *GREEDY)["text"]
+
+
 def test_generation_ends_where_the_file_says(stock: Path) -> None:
     facts = run_json("run", stock, "Tell a story.", "--temp", 0, "-t", 1)
     assert facts["reason"] == "eos"
@@ -139,7 +153,7 @@ def test_a_bare_program_is_its_artifact(program: Path, tiny_artifact: Path, tmp_
     expected = run_json("run", tiny_artifact, PROMPT, *GREEDY)["text"]
     assert run_json("run", program, PROMPT, *GREEDY, "--tokenizer", FOLDER)["text"] == expected
     beside = shutil.copyfile(program, tmp_path / "m.pte")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in TOKENIZER_FILES:
         shutil.copyfile(FOLDER / name, tmp_path / name)
     assert run_json("run", beside, PROMPT, *GREEDY)["text"] == expected
 
@@ -157,24 +171,26 @@ def test_a_program_states_its_ends(program: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def record(stock: Path, program: Path) -> Record:
-    return bench([stock, program], prompts=(8,), generates=(4,), repetitions=2, threads=1)
+def record(stock: Path, program: Path, genai_folder: Path) -> Record:
+    files = [stock, program, genai_folder]
+    return bench(files, prompts=(8,), generates=(4,), repetitions=2, threads=1)
 
 
 def test_engines_take_turns(record: Record) -> None:
     names = [name for name, _ in record.sequence()]
-    assert names == ["stock.Q8_0.gguf", "bare.pte"] * 4
-    assert [artifact.engine for artifact in record.artifacts] == ["gguf", "executorch"]
-    assert [artifact.context for artifact in record.artifacts] == [2048, 512]
-    assert len(record.ratios()) == 2
+    assert names == ["stock.Q8_0.gguf", "bare.pte", "genai"] * 4
+    assert [artifact.engine for artifact in record.artifacts] == ["gguf", "executorch", "onnx"]
+    assert [artifact.context for artifact in record.artifacts] == [2048, 512, CONTEXT]
+    assert len(record.ratios()) == 4
 
 
 def test_a_file_says_of_its_weights_what_it_knows(record: Record, stock: Path) -> None:
-    gguf, pte = record.artifacts
+    gguf, pte, genai = record.artifacts
     assert gguf.model == {"id": "a stock file"}
     assert gguf.schemes == count_types(open_checked(stock))
     assert gguf.file_bytes == stock.stat().st_size
-    assert (pte.model, pte.schemes, pte.traffic) == ({"id": None}, {}, None)
+    for unknown in (pte, genai):
+        assert (unknown.model, unknown.schemes, unknown.traffic) == ({"id": None}, {}, None)
     decode = json.loads(record.to_json())["artifacts"][1]["tests"][1]["summary"]
     assert decode["bytes_per_token"] is decode["bandwidth_share"] is None
     row = next(line for line in render(record).splitlines() if line.startswith("| bare.pte"))
@@ -193,7 +209,11 @@ def test_traffic_of_a_gguf_is_what_gguf_py_counts(stock: Path) -> None:
     assert set(types) == {"Q8_0", "F32"}
 
 
-def test_a_test_beyond_a_files_context_is_refused(stock: Path, program: Path) -> None:
+def test_a_test_beyond_a_files_context_is_refused(
+    stock: Path, program: Path, genai_folder: Path
+) -> None:
+    with pytest.raises(EdgekitError, match="genai: -p 65 needs .* context is 64: ask for less$"):
+        bench([genai_folder], prompts=(65,), generates=(0,), threads=1)
     with pytest.raises(EdgekitError, match="gguf: -p 2049 needs .* context is 2048: ask for less$"):
         bench([stock], prompts=(2049,), generates=(0,), threads=1)
     with pytest.raises(EdgekitError, match="pte: -p 513 needs .* context is 512: ask for less$"):

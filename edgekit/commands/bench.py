@@ -103,6 +103,7 @@ def command(
 ) -> None:
     """Measure ARTIFACT folders by llama-bench's conventions.
 
+    .gguf, .pte and .onnx files and onnxruntime-genai folders that others made are taken, too.
     Token ids are random, one warm-up precedes each test, and every repetition starts from a fresh
     state. -p, -n and -d take several values: -p 128,512. Several artifacts are measured in turn,
     repetition by repetition, and compared with the first.

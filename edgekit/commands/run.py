@@ -54,7 +54,8 @@ if TYPE_CHECKING:
 def command(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Generate text from ARTIFACT, a folder that `edgekit export` wrote.
 
-    It may also be a .gguf or .pte file or an onnxruntime-genai folder that others made.
+    It may also be a .gguf, .pte or .onnx file or an onnxruntime-genai folder that others made.
+
     PROMPT is one message to the model. It is read from standard input where that is not a
     terminal or PROMPT is `-`; in a terminal without a PROMPT a chat begins. The text ends where
     the model ends it, at --max-tokens, at a --stop or with the context.
