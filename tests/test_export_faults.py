@@ -112,7 +112,7 @@ def assert_refused(done: Result, place: Path, *words: str) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--target", "gguf"), "unknown target 'gguf': allowed are executorch"),
+        (("--target", "other"), "unknown target 'other': allowed are executorch, gguf"),
         (("--target", ""), "unknown target ''"),
         (("--context", "65"), "--context 65: "),
         (("--context", "15"), "takes 16 to 64 tokens"),
