@@ -172,7 +172,8 @@ def test_without_the_engine_it_is_unverified_and_says_so(
         patch.setitem(sys.modules, "llama_cpp", None)
         done = export(model, place / "out", "--int8")
     assert done.exit_code == 0, done.stderr
-    assert "is not verified: the gguf engine needs llama_cpp" in done.stderr
+    assert "is not verified: the gguf engine needs" in done.stderr
+    assert "pip install 'edgekit[gguf]'" in done.stderr
     assert Artifact.open(place / "out").manifest["verification"]["verified"] is False
     later = edgekit("verify", place / "out", "--model", model, "--json")
     assert later.returncode == 0, later.stderr
