@@ -105,7 +105,7 @@ def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[st
         weights = Weights(plan.rows, plan.tied, checkpoint)
         if missing is None and plan.options.llama_format is None:
             progress("computing the reference")
-            expected = expected_logits(source, weights, tokens)
+            expected = expected_logits(plan.target, source, weights, tokens)
         job = Job(
             source.id,
             source.config,
@@ -121,7 +121,8 @@ def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[st
         path = folder / writer.MODEL_FILE
         if missing is None and plan.options.llama_format is not None:
             progress("computing the reference")
-            expected = expected_logits(source, StoredWeights(path, source.config), tokens)
+            stored = StoredWeights(path, source.config)
+            expected = expected_logits(plan.target, source, stored, tokens)
         if missing is None:
             progress(f"verifying in {writer.ENGINE}")
             figures = verify_file(plan.target, path, plan.context, expected, source)

@@ -40,21 +40,26 @@ def verify_artifact(path: Path, model: str | None, progress: Progress) -> dict[s
     if source.checkpoint.sha256() != artifact.manifest["model"].get("sha256"):
         raise EdgekitError(f"{path}: was made of other weights than those of {model or source.id}")
     progress("computing the reference")
-    expected = expected_logits(source, _weights(artifact, source), tokens)
+    weights = _weights(artifact, source)
+    expected = expected_logits(artifact.target, source, weights, tokens)
     progress("verifying")
     found = verify_file(artifact.target, artifact.model_path, artifact.context, expected, source)
     return update_manifest(artifact, {"verification": found})
 
 
 def expected_logits(
-    source: ModelSource, weights: Mapping[str, Weight], tokens: list[int]
+    target: str, source: ModelSource, weights: Mapping[str, Weight], tokens: list[int]
 ) -> Reference:
-    """Return the logits of the float model and of the eager model of the weights."""
+    """Return the logits of the float model and of the eager model of the weights.
+
+    The latter rounds activations as the target's kernels do.
+    """
+    fake_quantize = find_target(target, Options()).fake_quantize
     read = float_reader(source.config, source.checkpoint)
     return reference(
         tokens,
         build_eager(source.config, read, len(tokens)),
-        build_eager(source.config, weights.__getitem__, len(tokens)),
+        build_eager(source.config, weights.__getitem__, len(tokens), fake_quantize),
     )
 
 

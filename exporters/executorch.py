@@ -8,6 +8,7 @@ from typing import Any
 from edgekit.errors import EdgekitError
 from edgekit.exporters.target import Job, Weights
 from edgekit.models.config import ModelConfig
+from edgekit.models.eager import fake_quantize_tokens
 from edgekit.models.weights import Weight
 from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
 
@@ -16,6 +17,8 @@ ENGINE = "ExecuTorch"
 OPTIONS: frozenset[str] = frozenset()
 LINEAR_SCHEMES = "float, w8, w4 and w4gN"
 PACKAGES = ("executorch", "torch")
+
+fake_quantize = fake_quantize_tokens
 
 
 def check_rows(rows: Sequence[Resolved]) -> None:

@@ -24,6 +24,7 @@ from edgekit.exporters.llama_formats import FORMATS, LlamaFormat
 from edgekit.exporters.llama_quantize import StoredTensor, planned_tensors, quantize_gguf
 from edgekit.exporters.target import Job
 from edgekit.models.config import ModelConfig
+from edgekit.models.eager import fake_quantize_blocks
 from edgekit.models.tokenizer import TOKENIZER_FILE
 from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
 from edgekit.quantize.tensor import QuantizedTensor
@@ -31,6 +32,8 @@ from edgekit.quantize.tensor import QuantizedTensor
 MODEL_FILE = "model.gguf"
 ENGINE = "llama.cpp"
 OPTIONS = frozenset({"llama_format", "imatrix"})
+
+fake_quantize = fake_quantize_blocks
 
 _FLOAT_FILE = "float.gguf"
 _ARCHITECTURE = "lfm2"

@@ -129,6 +129,13 @@ class Target(Protocol):
         """
         ...
 
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Quantize activations and back, as the target's kernels do for a quantized weight.
+
+        x [n, width] are the inputs of a linear, one row for each token.
+        """
+        ...
+
     def check_tokenizer(self, path: Path, folder: Path) -> dict[str, int]:
         """Compare the tokenizer inside a written file with that of the model's folder.
 

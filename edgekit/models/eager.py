@@ -16,21 +16,7 @@ from edgekit.models.rope import rope_tables
 from edgekit.models.weights import ReadWeight, floats, row_block
 from edgekit.quantize.tensor import QuantizedTensor
 
-
-def build_eager(config: ModelConfig, read: ReadWeight, context: int) -> LFM2:
-    """Return the reference model for up to `context` positions, its weights read by `read`."""
-    return LFM2(EagerBlocks(read), config, context).eval()
-
-
-def float_reader(config: ModelConfig, source: WeightSource) -> Callable[[str], Tensor]:
-    """Return a reader of the checkpoint's own values, in which a tied head is the embedding."""
-
-    def read(name: str) -> Tensor:
-        if name == "lm_head.weight" and config.tie_embeddings:
-            name = "model.embed_tokens.weight"
-        return source.tensor(name)
-
-    return read
+FakeQuantize = Callable[[Tensor], Tensor]
 
 
 def fake_quantize_tokens(x: Tensor) -> Tensor:
@@ -47,6 +33,43 @@ def fake_quantize_tokens(x: Tensor) -> Tensor:
     return (codes - zero) * scale
 
 
+def fake_quantize_blocks(x: Tensor) -> Tensor:
+    """Quantize runs of 32 activations `[n, width]` to int8 and back, as ggml does.
+
+    Symmetric, `scale = max |x| / 127`, and the scale is multiplied by as a float16
+    (quantize_row_q8_0 in ggml/src/ggml-quants.c; of Q8_1 the same holds).
+    """
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    codes = (blocks * inverse).round()
+    return (codes * scale.half().float()).view(x.shape)
+
+
+def build_eager(
+    config: ModelConfig,
+    read: ReadWeight,
+    context: int,
+    fake_quantize: FakeQuantize = fake_quantize_tokens,
+) -> LFM2:
+    """Return the reference model for up to `context` positions, its weights read by `read`.
+
+    `fake_quantize` is what becomes of a linear's inputs where its weight is quantized.
+    """
+    return LFM2(EagerBlocks(read, fake_quantize), config, context).eval()
+
+
+def float_reader(config: ModelConfig, source: WeightSource) -> Callable[[str], Tensor]:
+    """Return a reader of the checkpoint's own values, in which a tied head is the embedding."""
+
+    def read(name: str) -> Tensor:
+        if name == "lm_head.weight" and config.tie_embeddings:
+            name = "model.embed_tokens.weight"
+        return source.tensor(name)
+
+    return read
+
+
 def grouped_query_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Attend from `query [n, heads, head_dim]` to `keys`, `values` `[end, kv_heads, head_dim]`.
 
@@ -60,8 +83,10 @@ def grouped_query_attention(query: Tensor, keys: Tensor, values: Tensor, mask: T
 class EagerBlocks:
     """`edgekit.models.lfm2.Blocks` in plain torch operators."""
 
-    def __init__(self, read: ReadWeight) -> None:
-        self._read = read
+    def __init__(
+        self, read: ReadWeight, fake_quantize: FakeQuantize = fake_quantize_tokens
+    ) -> None:
+        self._read, self._fake_quantize = read, fake_quantize
 
     def embedding(self, name: str) -> nn.Module:
         """Rows of the table."""
@@ -69,7 +94,7 @@ class EagerBlocks:
 
     def linear(self, name: str, part: int = 0, parts: int = 1) -> nn.Module:
         """Multiply by the dequantized weight; activations are quantized where the weight is."""
-        return _Linear(self._read, name, part, parts)
+        return _Linear(self._read, self._fake_quantize, name, part, parts)
 
     def rms_norm(self, name: str, eps: float) -> nn.Module:
         """RMSNorm in float32."""
@@ -114,14 +139,17 @@ class _Embedding(nn.Module):
 
 
 class _Linear(nn.Module):
-    def __init__(self, read: ReadWeight, name: str, part: int, parts: int) -> None:
+    def __init__(
+        self, read: ReadWeight, fake_quantize: FakeQuantize, name: str, part: int, parts: int
+    ) -> None:
         super().__init__()
-        self._read, self._name, self._part, self._parts = read, name, part, parts
+        self._read, self._fake_quantize = read, fake_quantize
+        self._name, self._part, self._parts = name, part, parts
 
     def forward(self, x: Tensor) -> Tensor:
         weight = row_block(self._read(self._name), self._part, self._parts)
         if isinstance(weight, QuantizedTensor):
-            x = fake_quantize_tokens(x)
+            x = self._fake_quantize(x)
         return _matmul(x, weight)
 
 
