@@ -21,6 +21,7 @@ TokenIds = NDArray[np.int64]
 # imported, because an engine brings its own run time.
 ENGINES = {
     "executorch": "edgekit.runtime.executorch_engine",
+    "onnx": "edgekit.runtime.onnx_engine",
     "torch": "edgekit.runtime.torch_engine",
 }
 

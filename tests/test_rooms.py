@@ -27,7 +27,8 @@ ROOMS = {
     ),
     "devices": r"edgekit\.(errors|tables)|numpy",
     "runtime": (
-        r"edgekit|edgekit\.(artifact|devices|errors|files|models|pte_header|quantize|tables)"
+        r"edgekit|edgekit\.(artifact|devices|errors|files|genai_config|models|onnx_file|pte_header"
+        r"|quantize|tables)"
         r"|torch|numpy|executorch|onnxruntime|llama_cpp"
     ),
     "edgekit/commands": r"edgekit\..+|click",
