@@ -19,6 +19,7 @@ from edgekit.quantize.tensor import QuantizedTensor
 # Each module is a `Target`; only the one asked for is imported, with its libraries.
 TARGETS = {
     "executorch": "edgekit.exporters.executorch",
+    "onnx": "edgekit.exporters.onnx",
 }
 
 

@@ -1,0 +1,52 @@
+"""Weights as constants of an ONNX graph, named as in the checkpoint.
+
+The scales of `x.weight` are `x.weight.scales`, its zero points `x.weight.zero_points`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from onnx import TensorProto
+from torch import Tensor
+
+from edgekit.exporters.onnx_graph import Array, OnnxGraph
+from edgekit.exporters.onnx_packing import Packed
+
+SCALES = ".scales"
+ZERO_POINTS = ".zero_points"
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def store_floats(graph: OnnxGraph, name: str, values: Tensor) -> str:
+    """Store a tensor of any float type as float32."""
+    return graph.constant(name, TensorProto.FLOAT, values.shape, _as_float32(values))
+
+
+def store_packed(
+    graph: OnnxGraph, name: str, packed: Packed, dims: Sequence[int], twin: str | None = None
+) -> list[str]:
+    """Store numbers in the shape `dims`, scales and zero points; return their names.
+
+    With a `twin` nothing is stored: it names a constant with the same bytes.
+    """
+    if twin is not None:
+        numbers, named = graph.alias(name, twin, dims), twin
+    else:
+        numbers = graph.constant(name, TensorProto.UINT8, dims, [packed.numbers.numpy()])
+        named = name
+    scales, points = packed.scales, packed.zero_points
+    constants = [
+        numbers,
+        graph.constant(named + SCALES, TensorProto.FLOAT, scales.shape, [scales.numpy()]),
+    ]
+    if points is not None:
+        constants.append(
+            graph.constant(named + ZERO_POINTS, TensorProto.UINT8, points.shape, [points.numpy()])
+        )
+    return constants
+
+
+def _as_float32(values: Tensor) -> Iterator[Array]:
+    rows = values.reshape(len(values), -1)
+    step = max(1, _CHUNK_ELEMENTS // rows.shape[1])
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step].float().numpy()

@@ -1,0 +1,62 @@
+"""Names and shapes of a decoder's states, as the run times that keep them want them.
+
+onnxruntime-genai 0.18 (models/builders/lfm2.py): `past.0.conv [batch, width, kernel - 1]`, and a
+graph input that it does not know needs a default. Transformers.js 4 (src/configs.js,
+getCacheNames): `past_conv.0 [batch, width, kernel]`; every symbol but batch_size in the shape of a
+state is 0 at first, and `num_logits_to_keep` is given where it is asked for.
+"""
+
+from dataclasses import dataclass
+
+from onnx import TensorProto
+
+from edgekit.exporters.onnx_graph import OnnxGraph
+from edgekit.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Names:
+    """One ABI: `%d` is the layer; `extra_taps` is what a state holds beyond `kernel - 1` inputs."""
+
+    past_conv: str
+    present_conv: str
+    extra_taps: int
+    rows_default: bool
+
+    @property
+    def logits_rows(self) -> str | int:
+        """Dimension of the tokens whose logits come out."""
+        return "num_logits"
+
+    def conv(self, graph: OnnxGraph, config: ModelConfig, layer: int) -> tuple[str, str]:
+        """Declare the state of a convolution, in and out."""
+        dims = ["batch_size", config.hidden_size, config.conv_kernel - 1 + self.extra_taps]
+        past = graph.input(self.past_conv % layer, TensorProto.FLOAT, dims)
+        return past, graph.output(self.present_conv % layer, TensorProto.FLOAT, dims)
+
+    def cache(
+        self, graph: OnnxGraph, config: ModelConfig, layer: int
+    ) -> tuple[list[str], list[str]]:
+        """Declare the caches of keys and values, in and out."""
+
+        def dims(positions: str) -> list[str | int]:
+            return ["batch_size", config.num_kv_heads, positions, config.head_dim]
+
+        past = [
+            graph.input(
+                f"past_key_values.{layer}.{kind}", TensorProto.FLOAT, dims("past_sequence_length")
+            )
+            for kind in ("key", "value")
+        ]
+        present = [
+            graph.output(
+                f"present.{layer}.{kind}", TensorProto.FLOAT, dims("total_sequence_length")
+            )
+            for kind in ("key", "value")
+        ]
+        return past, present
+
+
+GENAI = Names("past.%d.conv", "present.%d.conv", extra_taps=0, rows_default=True)
+TRANSFORMERS_JS = Names("past_conv.%d", "present_conv.%d", extra_taps=1, rows_default=False)
+NAMES = {"genai": GENAI, "transformersjs": TRANSFORMERS_JS}
