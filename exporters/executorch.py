@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.target import Job, Weights
+from edgekit.exporters.target import Job, Options, Weights
 from edgekit.models.config import ModelConfig
 from edgekit.models.weights import Weight
 from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
@@ -36,6 +36,16 @@ def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
     """
     twins = shared_rows(rows, tied)
     return [row.tensor for row in rows if row.tensor in twins and row.scheme.bits != 4]
+
+
+def model_file(rows: Sequence[Resolved], options: Options) -> str:
+    """Return the program's name."""
+    return MODEL_FILE
+
+
+def requires(options: Options) -> dict[str, str]:
+    """Return nothing beyond the versions: a program runs in the ExecuTorch that wrote it."""
+    return {}
 
 
 def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:

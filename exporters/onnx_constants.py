@@ -10,10 +10,18 @@ from torch import Tensor
 
 from edgekit.exporters.onnx_graph import Array, OnnxGraph
 from edgekit.exporters.onnx_packing import Packed
+from edgekit.models.weights import Weight
+from edgekit.quantize.packing import pack
 
 SCALES = ".scales"
 ZERO_POINTS = ".zero_points"
 _CHUNK_ELEMENTS = 1 << 22
+_CODE_TYPES = {
+    (8, True): TensorProto.INT8,
+    (8, False): TensorProto.UINT8,
+    (4, True): TensorProto.INT4,
+    (4, False): TensorProto.UINT4,
+}
 
 
 def store_floats(graph: OnnxGraph, name: str, values: Tensor) -> str:
@@ -43,6 +51,39 @@ def store_packed(
             graph.constant(named + ZERO_POINTS, TensorProto.UINT8, points.shape, [points.numpy()])
         )
     return constants
+
+
+def store_turned(
+    graph: OnnxGraph, name: str, weight: Weight
+) -> tuple[list[str], dict[str, int]]:
+    """Store a matrix `[rows, columns]` as `[columns, rows]`.
+
+    Return the constants, codes, scales and zero points, and DequantizeLinear's attributes for
+    them; of a float matrix the one constant.
+    """
+    if isinstance(weight, Tensor):
+        turned = weight.float().t().contiguous()
+        return [store_floats(graph, name, turned)], {}
+    dtype = _CODE_TYPES[weight.bits, weight.signed]
+    shape = [weight.shape[1], weight.shape[0]]
+
+    def codes(values: Tensor) -> Array:
+        flat = values.t().contiguous()
+        return (pack(flat.reshape(1, -1), 4) if weight.bits == 4 else flat).numpy()
+
+    scales = weight.scales.t().contiguous()
+    constants = [
+        graph.constant(name, dtype, shape, [codes(weight.codes)]),
+        graph.constant(name + SCALES, TensorProto.FLOAT, scales.shape, [scales.numpy()]),
+    ]
+    if weight.zero_points is not None:
+        points = weight.zero_points.to(weight.codes.dtype)
+        constants.append(
+            graph.constant(name + ZERO_POINTS, dtype, scales.shape, [codes(points)])
+        )
+    if weight.group_size is None:
+        return constants, {"axis": 1}
+    return constants, {"axis": 0, "block_size": weight.group_size}
 
 
 def _as_float32(values: Tensor) -> Iterator[Array]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from edgekit.exporters.onnx_constants import store_floats, store_packed
 from edgekit.exporters.onnx_graph import CONTRIB, OnnxGraph
 from edgekit.exporters.onnx_packing import Packed, pack_matrix, stack
+from edgekit.exporters.onnx_plain import causal_taps
 from edgekit.models.config import ModelConfig
 from edgekit.models.rope import rope_tables
 from edgekit.models.weights import Weight, floats
@@ -25,7 +26,8 @@ Other levels multiply in float32, at 8 bits a hundred times more slowly.
 class ContribBlocks:
     """`edgekit.exporters.onnx_lfm2.Blocks` for ONNX Runtime.
 
-    `twins` maps a tensor to the one whose bytes it shares.
+    `twins` maps a tensor to the one whose bytes it shares; without `fused_conv` the convolutions
+    do without CausalConvWithState, which run times before onnxruntime 1.25.1 lack.
     """
 
     def __init__(
@@ -35,12 +37,13 @@ class ContribBlocks:
         twins: Mapping[str, str],
         config: ModelConfig,
         context: int,
+        fused_conv: bool,
     ) -> None:
         self._graph, self._weights, self._twins = graph, weights, twins
-        self._config, self._context = config, context
+        self._config, self._context, self._fused_conv = config, context, fused_conv
         self._lengths: list[str] = []
 
-    def begin(self, mask: str) -> None:
+    def begin(self, tokens: str, mask: str) -> None:
         """Compute how many positions there are, and the tables of the rotation."""
         graph, half = self._graph, self._config.head_dim // 2
         count = graph.node("ReduceSum", [mask, graph.integers(1)], "mask.count", keepdims=0)
@@ -145,9 +148,11 @@ class ContribBlocks:
         return normed, total
 
     def short_conv(self, x: str, name: str, past: str, present: str) -> str:
-        """CausalConvWithState, whose tokens are the last axis."""
-        graph = self._graph
-        weight = store_floats(graph, f"{name}.weight", floats(self._weights[f"{name}.weight"]))
+        """CausalConvWithState, whose tokens are the last axis, or its parts."""
+        graph, taps = self._graph, floats(self._weights[f"{name}.weight"])
+        if not self._fused_conv:
+            return causal_taps(graph, x, name, taps, past, present)
+        weight = store_floats(graph, f"{name}.weight", taps)
         turned = graph.node("Transpose", [x], f"{name}.turned", perm=[0, 2, 1])
         y = graph.node(
             "CausalConvWithState",

@@ -4,9 +4,8 @@ So no more than one weight is in memory for the file, and the graph is exactly w
 here. Format: onnx/onnx.proto and docs/ExternalData.md of ONNX.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +26,6 @@ ALIGNMENT = 4096
 """What ExternalData.md recommends for mapping a file into memory."""
 INLINE_BYTES = 1 << 16
 """Constants below this size stay in the model's file."""
-_LAST = (1 << 63) - 1
 
 
 class OnnxGraph:
@@ -35,6 +33,9 @@ class OnnxGraph:
 
     A node's name is also that of its (first) output, and starts with that of its layer.
     """
+
+    LAST = (1 << 63) - 1
+    """A slice's end: that of the axis."""
 
     def __init__(self, data: BinaryIO, data_name: str, opsets: dict[str, int]) -> None:
         """Start with nothing; `data` receives the large constants, `data_name` is its file."""
@@ -49,6 +50,11 @@ class OnnxGraph:
         """Declare an input."""
         self._inputs.append(helper.make_tensor_value_info(name, dtype, dims))
         return name
+
+    def input_dims(self, name: str) -> list[int]:
+        """Return the dimensions of an input, 0 for a symbol."""
+        found = next(value for value in self._inputs if value.name == name)
+        return [dim.dim_value for dim in found.type.tensor_type.shape.dim]
 
     def output(self, name: str, dtype: int, dims: Dims) -> str:
         """Declare an output; a node must be given this name for what it makes."""
@@ -116,7 +122,7 @@ class OnnxGraph:
 
     def last(self, value: str, count: str, axis: int, name: str) -> str:
         """Take the last entries of an axis; `count` is a name of minus their number, int64 [1]."""
-        inputs = [value, count, self.integers(_LAST), self.integers(axis)]
+        inputs = [value, count, self.integers(self.LAST), self.integers(axis)]
         return self.node("Slice", inputs, name)
 
     def model(self, metadata: dict[str, str]) -> onnx.ModelProto:

@@ -5,6 +5,7 @@ that the run times expect. What a linear, a norm or the attention is made of is 
 Activations are `[batch, tokens, width]`.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,15 +21,18 @@ ROWS = "num_logits_to_keep"
 class Blocks(Protocol):
     """The operators that an LFM2 is built from; `name` is a layer's, as in the checkpoint."""
 
-    def begin(self, mask: str) -> None:
-        """Compute what all layers share from `attention_mask` `[batch, tokens so far and new]`."""
+    def begin(self, tokens: str, mask: str) -> None:
+        """Compute what all layers share from the inputs.
+
+        `tokens` is `[batch, new]`, `mask` `[batch, so far and new]`.
+        """
         ...
 
     def embedding(self, tokens: str, name: str) -> str:
         """Token ids int64 `[batch, tokens]` to hidden states."""
         ...
 
-    def linears(self, x: str, names: list[str]) -> list[str]:
+    def linears(self, x: str, names: Sequence[str]) -> list[str]:
         """Multiply by each of some matrices."""
         ...
 
@@ -44,7 +48,7 @@ class Blocks(Protocol):
         """Depthwise causal convolution along the tokens, after the state `past`."""
         ...
 
-    def attention(self, qkv: list[str], name: str, past: list[str], present: list[str]) -> str:
+    def attention(self, qkv: Sequence[str], name: str, past: Sequence[str], present: Sequence[str]) -> str:
         """Rotate, append to the caches of keys and values, attend; q and k are normalised."""
         ...
 
@@ -62,7 +66,7 @@ def build(graph: OnnxGraph, blocks: Blocks, config: ModelConfig, names: Names) -
     rows = graph.input(ROWS, TensorProto.INT64, [])
     if names.rows_default:
         graph.small(ROWS, np.array(1, np.int64))
-    blocks.begin(mask)
+    blocks.begin(tokens, mask)
     _Model(graph, blocks, config, names, rows).write(tokens)
 
 

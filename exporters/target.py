@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor
 
@@ -25,7 +25,14 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Choices that only some targets have; a target refuses those that are not its own."""
+    """Choices that only some targets have; a target refuses those that are not its own.
+
+    abi       whose names and folder an ONNX model has
+    portable  ONNX's own operators only
+    """
+
+    abi: Literal["genai", "transformersjs"] = "genai"
+    portable: bool = False
 
 
 class Weights(Mapping[str, Weight]):
@@ -86,11 +93,10 @@ class Job:
 class Target(Protocol):
     """A module of this package that writes one kind of file.
 
-    `MODEL_FILE` is the file that the engine opens, `ENGINE` what people call the engine,
-    `OPTIONS` the fields of `Options` that the target understands.
+    `ENGINE` is what people call the engine, `OPTIONS` the fields of `Options` that the target
+    understands.
     """
 
-    MODEL_FILE: str
     ENGINE: str
     OPTIONS: frozenset[str]
 
@@ -102,10 +108,18 @@ class Target(Protocol):
         """Return the tensors whose bytes the file holds under another's name."""
         ...
 
-    def write(self, job: Job, folder: Path, progress: Callable[[str], None]) -> None:
-        """Write `MODEL_FILE`, and what belongs to it, into the folder; weights verbatim.
+    def model_file(self, rows: Sequence[Resolved], options: Options) -> str:
+        """Return the file that the engine opens, in the artifact's folder or one below it."""
+        ...
 
-        `job.weights` may be cleared on the way.
+    def requires(self, options: Options) -> dict[str, str]:
+        """Return what must be there to run the file: versions of formats and of run times."""
+        ...
+
+    def write(self, job: Job, folder: Path, progress: Callable[[str], None]) -> None:
+        """Write `model_file`, and what belongs to it, into the folder; weights verbatim.
+
+        `config.json` is there already. `job.weights` may be cleared on the way.
         """
         ...
 
