@@ -108,8 +108,8 @@ class _Reader:
 
     def counts(self, key: str) -> tuple[int, ...]:
         """Return an integer, or a list of them, as a tuple."""
-        value = self._object().get(key, [])
-        values = value if isinstance(value, list) else [value]
+        value = self._object().get(key)
+        values = value if isinstance(value, list) else [] if value is None else [value]
         return tuple(self._checked(key, one, least=0) for one in values)
 
     def _checked(self, key: str, value: object, least: int) -> int:

@@ -7,8 +7,8 @@ one made of endless small fields in a used-up budget.
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from mmap import mmap
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ class ProtobufError(ValueError):
     """The bytes are no message of the expected kind."""
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(NamedTuple):
     """One field: its number, its wire type, and the number or the span of bytes that it holds."""
 
     number: int
@@ -54,6 +53,8 @@ class Buffer:
 
     def varint(self, at: int, end: int) -> tuple[int, int]:
         """Return the unsigned number at `at` and the place behind it."""
+        if at < end and self.data[at] < 0x80:  # most are this short
+            return self.data[at], at + 1
         value = shift = 0
         for place in range(at, min(end, at + _MAX_VARINT_BYTES)):
             byte = self.data[place]

@@ -61,6 +61,13 @@ class Engine(AbstractContextManager["Engine", None], Protocol):
         """Process one token; logits `[vocab_size]`."""
         ...
 
+    def score(self, tokens: Sequence[int], first: int) -> Logits:
+        """Process tokens from a fresh state; logits `[n - first, vocab_size]`.
+
+        Row i is what follows `tokens[first + i]`.
+        """
+        ...
+
     def reset(self) -> None:
         """Forget every token; the next prefill starts a new sequence."""
         ...
@@ -112,6 +119,20 @@ class OneSequenceEngine(ABC):
     def decode(self, token: int) -> Logits:
         """Process one token; logits `[vocab_size]`."""
         return self.prefill((token,))
+
+    def score(self, tokens: Sequence[int], first: int) -> Logits:
+        """Process tokens from a fresh state; logits `[n - first, vocab_size]`.
+
+        Row i is what follows `tokens[first + i]`. An engine that gives one row a call decodes
+        the rows after the first one by one; the state afterwards is that after all tokens.
+        """
+        check_first(first, len(tokens))
+        self.reset()
+        rows = np.empty((len(tokens) - first, self.vocab_size), np.float32)
+        rows[0] = self.prefill(tokens[: first + 1])
+        for row, token in zip(rows[1:], tokens[first + 1 :], strict=True):
+            row[:] = self.decode(token)
+        return rows
 
     def reset(self) -> None:
         """Forget every token: a model's state starts anew whenever it is run at position 0."""
@@ -195,6 +216,12 @@ def check_tokens(tokens: Sequence[int], position: int, context: int, vocab_size:
         bad = low if low < 0 else high
         raise EdgekitError(f"token id {bad} is outside the vocabulary of {vocab_size}")
     return ids.astype(np.int64, copy=False)
+
+
+def check_first(first: int, count: int) -> None:
+    """Refuse a first row that `count` tokens do not have."""
+    if not 0 <= first < count:
+        raise EdgekitError(f"the first position to score must be 0 to {count - 1}, not {first}")
 
 
 def _does_not_fit(count: int, position: int, context: int) -> str:

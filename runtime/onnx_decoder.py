@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from edgekit.errors import EdgekitError
 from edgekit.genai_config import GenaiConfig
-from edgekit.onnx_file import Node, OnnxFile, Value
+from edgekit.onnx_file import Dim, Node, OnnxFile, Value
 
 ATTENTION = "com.microsoft::GroupQueryAttention"
 # (genai's name of the input, of the output, the names in the graph), the layer as %d
@@ -76,6 +76,8 @@ def read_decoder(model: OnnxFile, config: GenaiConfig | None) -> Decoder:
 
 
 class _Finder:
+    """Takes the inputs of a graph one after another; one that is left over is a stranger."""
+
     def __init__(self, model: OnnxFile, config: GenaiConfig | None) -> None:
         self._model, self._config = model, config
         constants = {tensor.name for tensor in model.graph.initializers}  # may be inputs' defaults
@@ -97,15 +99,15 @@ class _Finder:
         logits, vocab_size = self._logits()
         shape = logits.shape or ()
         return Decoder(
-            tokens,
-            mask,
-            positions,
-            rows,
-            logits.name,
-            rows is None and (len(shape) == 2 or shape[1] == 1),
-            vocab_size,
-            states,
-            self._most_positions(),
+            tokens=tokens,
+            mask=mask,
+            positions=positions,
+            rows=rows,
+            logits=logits.name,
+            last_row_only=rows is None and (len(shape) == 2 or shape[1] == 1),
+            vocab_size=vocab_size,
+            states=states,
+            most_positions=self._most_positions(),
         )
 
     def _name(self, key: str, default: str, outputs: bool = False) -> str:
@@ -121,6 +123,10 @@ class _Finder:
             return None
         if value.dtype not in _INTEGERS:
             raise self._error(f"input {value.name!r:.60} must be int64 or int32, not {value.dtype}")
+        if rank == 2 and not _takes_any_length(value.shape):
+            raise self._error(
+                f"input {value.name!r:.60} must take one sequence of any length, not {value.shape}"
+            )
         return self._inputs.pop(value.name)
 
     def _states(self) -> Iterator[State]:
@@ -159,13 +165,16 @@ class _Finder:
     def _shape(self, past: Value, present: Value, counts: bool) -> tuple[int, ...]:
         """Return the sizes of a batch of one, 0 for the positions."""
         rank = 4 if counts else 3
-        if past.shape is None or len(past.shape) != rank:
-            raise self._error(f"state {past.name!r:.60} has the shape {past.shape}, not of {rank}")
         stated = present.shape or past.shape
-        sizes = [a if isinstance(a, int) else b for a, b in zip(past.shape, stated, strict=False)]
+        if past.shape is None or stated is None or not len(past.shape) == len(stated) == rank:
+            raise self._error(
+                f"state {past.name!r:.60} must have {rank} dimensions, not {past.shape} that "
+                f"comes out as {present.shape}"
+            )
+        sizes = [a if isinstance(a, int) else b for a, b in zip(past.shape, stated, strict=True)]
         sizes[0] = 1 if not isinstance(sizes[0], int) else sizes[0]
         if counts:
-            if isinstance(past.shape[2], int):
+            if isinstance(past.shape[2], int) or isinstance(stated[2], int):
                 raise self._error(f"state {past.name!r:.60} has a fixed number of positions")
             sizes[2] = 0
             if not isinstance(sizes[3], int) and self._config is not None:
@@ -212,6 +221,11 @@ class _Finder:
 
     def _error(self, what: str) -> EdgekitError:
         return EdgekitError(f"{self._model.path}: {what}")
+
+
+def _takes_any_length(shape: tuple[Dim, ...]) -> bool:
+    batch, length = shape
+    return not isinstance(length, int) and (batch == 1 or not isinstance(batch, int))
 
 
 def _readers(model: OnnxFile) -> dict[str, list[Node]]:

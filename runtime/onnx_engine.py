@@ -6,6 +6,7 @@ change places after each run. A graph of plain operators makes a longer cache in
 its output is handed back as the next input as it is.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +24,7 @@ from edgekit.runtime.engine import (
     Logits,
     OneSequenceEngine,
     TokenIds,
+    check_first,
     check_tokens,
     physical_cores,
 )
@@ -39,6 +41,8 @@ LONGEST_CHUNK = 2048
 ALL_ROWS_BYTES = 32 << 20
 """A graph that gives logits for every token gets chunks whose logits are no larger than this."""
 _MAX_STATE_BYTES = 16 << 30
+_PREAMBLE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from \S+ failed: ?)?")
+_SOURCE_LINE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) (const )?")
 _SILENT = 4  # only fatal errors are logged; what fails is raised, too
 
 
@@ -64,11 +68,12 @@ class OnnxEngine(OneSequenceEngine):
         )
 
     def _forward(self, tokens: TokenIds, position: int) -> Logits:
-        return self._rows(tokens, position, 1)[0]
+        return self._rows(tokens, position, 1).reshape(-1)
 
     def _rows(self, tokens: TokenIds, position: int, rows: int) -> Logits:
         """Run tokens; logits `[rows, vocab_size]` of the last so many of them."""
-        assert self._run is not None
+        if self._run is None:
+            raise EdgekitError("the onnx engine is closed")
         try:
             if position == 0:
                 self._run.begin()
@@ -80,22 +85,25 @@ class OnnxEngine(OneSequenceEngine):
         except Exception as error:  # the exceptions of onnxruntime share no other base
             raise EdgekitError(
                 f"onnxruntime failed on {len(tokens)} tokens at position {position}: "
-                f"{one_line(error)}"
+                f"{_reason(error)}"
             ) from error
 
     def score(self, tokens: Sequence[int], first: int) -> Logits:
-        """Process tokens as a new sequence; row i holds the logits after `tokens[first + i]`."""
+        """Process tokens in chunks where the graph gives logits for every token."""
+        if self._last_row_only:
+            return super().score(tokens, first)
+        check_first(first, len(tokens))
         self.reset()
         ids = check_tokens(tokens, 0, self.context, self.vocab_size)
-        size = 1 if self._last_row_only else self.default_chunk
-        found = []
-        for part in np.split(ids, range(size, len(ids), size)):
-            wanted = min(len(part), self._position + len(part) - first)
-            logits = self._rows(part, self._position, max(1, wanted))
-            self._position += len(part)
+        found = np.empty((len(ids) - first, self.vocab_size), np.float32)
+        for part in np.split(ids, range(self.default_chunk, len(ids), self.default_chunk)):
+            end = self._position + len(part)
+            wanted = min(len(part), end - first)
+            rows = self._rows(part, self._position, max(1, wanted))
             if wanted > 0:
-                found.append(logits)
-        return np.concatenate(found)
+                found[end - first - wanted : end - first] = rows
+            self._position = end
+        return found
 
     def close(self) -> None:
         """Release the model and its states."""
@@ -200,6 +208,10 @@ def _bind(binding: ort.IOBinding, value: Value | None, numbers: NDArray[np.gener
 
 
 def _open_session(path: Path, threads: int) -> ort.InferenceSession:
+    """Open a model as onnxruntime-genai does (src/models/model.cpp): its defaults, our threads.
+
+    So idle threads spin for a while. genai itself takes half the CPUs where it is not told.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -209,7 +221,15 @@ def _open_session(path: Path, threads: int) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the exceptions of onnxruntime share no other base
-        raise EdgekitError(f"onnxruntime cannot load {path}: {one_line(error)}") from error
+        raise EdgekitError(f"onnxruntime cannot load {path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what onnxruntime says of the cause, without its codes, calls and source lines."""
+    text = _PREAMBLE.sub("", one_line(error, limit=5000))
+    for start in ("Status Message: ", "This is an invalid model. ", ", Error "):
+        text = text.rpartition(start)[2]
+    return _SOURCE_LINE.sub("", text)[:200]
 
 
 def _genai_config(path: Path) -> GenaiConfig | None:

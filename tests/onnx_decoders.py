@@ -47,8 +47,8 @@ class Writer:
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
 
-    def constant(self, name: str, value: NDArray[np.generic]) -> str:
-        self.constants[name] = numpy_helper.from_array(value, name)
+    def constant(self, name: str, value: NDArray[np.generic] | np.generic) -> str:
+        self.constants[name] = numpy_helper.from_array(np.asarray(value), name)
         return name
 
     def ints(self, *values: int) -> str:
@@ -158,8 +158,8 @@ class _Decoder:
             x = w.op("Slice", x, begin, w.ints(1 << 40), w.ints(1))
         head = w.op("Transpose", "model.embed_tokens", perm=[1, 0])
         w.op("MatMul", x, head, to=["logits"])
-        dim = {"all": "sequence_length", "last": 1, "asked": "num_logits_to_keep"}[rows]
-        w.output("logits", TensorProto.FLOAT, "batch_size", dim, VOCAB)
+        dims: dict[str, int | str] = {"all": "sequence_length", "last": 1, "asked": "asked"}
+        w.output("logits", TensorProto.FLOAT, "batch_size", dims[rows], VOCAB)
 
     def _layer(self, x: str, number: int, kind: str) -> str:
         w, name = self.w, f"model.layers.{number}"
@@ -196,7 +196,7 @@ class _Decoder:
         return self.linear(y, f"{name}.conv.out_proj")
 
     def _attention(self, x: str, number: int, name: str) -> str:
-        w, part = self.w, f"{name}.self_attn"
+        part = f"{name}.self_attn"
         q = self._heads(self.linear(x, f"{part}.q_proj"), HEADS)
         k = self._heads(self.linear(x, f"{part}.k_proj"), KV_HEADS)
         q, k = self.norm(q, f"{part}.q_layernorm"), self.norm(k, f"{part}.k_layernorm")

@@ -1,4 +1,4 @@
-"""Opens and runs damaged copies of an ONNX decoder: `python onnx_fuzz.py MODEL FIRST LAST`.
+"""Opens and runs damaged copies of an ONNX decoder: arguments MODEL FIRST LAST.
 
 A process of its own, for a crash in C++ would end the tests. Each number seeds one copy; it is
 printed before its copy is tried, so that the last one printed is the culprit. Half of the copies
@@ -28,7 +28,7 @@ def damaged(content: bytes, seed: int) -> bytes:
         model = onnx.load_model_from_string(content)
         for _ in range(changes):
             draw.choice((_attribute, _input, _operator, _dimension, _constant))(model.graph, draw)
-        return model.SerializeToString()
+        return bytes(model.SerializeToString())
     copy = bytearray(content)
     for _ in range(changes):
         copy[draw.randrange(len(copy))] ^= 1 << draw.randrange(8)
@@ -100,7 +100,3 @@ def main() -> None:
         path.write_bytes(damaged(content, seed))
         print(seed, end=" ", flush=True)
         print(attempt(path), flush=True)
-
-
-if __name__ == "__main__":
-    main()
