@@ -1,6 +1,7 @@
 """Exporting from Python: the work of `edgekit export` in one call."""
 
 from pathlib import Path
+from typing import Literal
 
 from edgekit.artifact import Artifact
 from edgekit.progress import Progress
@@ -9,6 +10,7 @@ from edgekit.quiet import quiet_imports
 with quiet_imports():
     from edgekit.export import export, plan_export
     from edgekit.exporters.artifact import check_output
+    from edgekit.exporters.target import Options
     from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
     from edgekit.quantize.scheme import Scheme
 
@@ -22,19 +24,28 @@ def export_model(
     context: int | None = None,
     revision: str | None = None,
     random_weights: bool = False,
+    abi: Literal["genai", "transformersjs"] = "genai",
+    portable: bool = False,
     force: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Artifact:
     """Export a model, verify the file in its engine, and return the artifact at `output`.
 
     `model` is a name of `edgekit models`, a hub id or a local folder; `recipe` a preset (int8,
-    int4, float), a scheme (w8, w4g128, ...) or a `Recipe`; `progress` is told each stage.
+    int4, float), a scheme (w8, w4g128, ...) or a `Recipe`; `abi` and `portable` are for target onnx;
+    `progress` is told each stage.
     Raises `EdgekitError` for a mistake and `VerificationError` for a file that does not compute
     what the model computes; both leave nothing at `output`.
     """
     check_output(Path(output), force)
     plan = plan_export(
-        model, target, _recipe(recipe), context, revision, random_weights=random_weights
+        model,
+        target,
+        _recipe(recipe),
+        context,
+        revision,
+        random_weights=random_weights,
+        options=Options(abi=abi, portable=portable),
     )
     export(plan, Path(output), force, progress)
     return Artifact.open(output)

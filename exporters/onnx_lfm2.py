@@ -64,8 +64,8 @@ def build(graph: OnnxGraph, blocks: Blocks, config: ModelConfig, names: Names) -
         "attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]
     )
     rows = graph.input(ROWS, TensorProto.INT64, [])
-    if names.rows_default:
-        graph.small(ROWS, np.array(1, np.int64))
+    if names.default_rows is not None:
+        graph.small(ROWS, np.array(names.default_rows, np.int64))
     blocks.begin(tokens, mask)
     _Model(graph, blocks, config, names, rows).write(tokens)
 

@@ -16,17 +16,17 @@ from edgekit.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Names:
-    """One ABI: `%d` is the layer; `extra_taps` is what a state holds beyond `kernel - 1` inputs."""
+    """One ABI: `%d` is the layer; `extra_taps` is what a state holds beyond `kernel - 1` inputs.
+
+    `default_rows` is for how many tokens logits come out where nobody asks for a number, None where
+    one must be given; `logits_rows` is what their dimension is declared as.
+    """
 
     past_conv: str
     present_conv: str
     extra_taps: int
-    rows_default: bool
-
-    @property
-    def logits_rows(self) -> str | int:
-        """Dimension of the tokens whose logits come out."""
-        return "num_logits"
+    default_rows: int | None
+    logits_rows: int | str
 
     def conv(self, graph: OnnxGraph, config: ModelConfig, layer: int) -> tuple[str, str]:
         """Declare the state of a convolution, in and out."""
@@ -57,6 +57,7 @@ class Names:
         return past, present
 
 
-GENAI = Names("past.%d.conv", "present.%d.conv", extra_taps=0, rows_default=True)
-TRANSFORMERS_JS = Names("past_conv.%d", "present_conv.%d", extra_taps=1, rows_default=False)
+# genai makes room for one row a token unless 1 is declared; whoever asks for more rows gets more.
+GENAI = Names("past.%d.conv", "present.%d.conv", 0, default_rows=1, logits_rows=1)
+TRANSFORMERS_JS = Names("past_conv.%d", "present_conv.%d", 1, None, "num_logits")
 NAMES = {"genai": GENAI, "transformersjs": TRANSFORMERS_JS}

@@ -1,7 +1,7 @@
 """`edgekit export`: from a model's name to a verified artifact folder."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder to make  [default: MODEL-TARGET-RECIPE]",
 )
+@click.option(
+    "--abi",
+    type=click.Choice(["genai", "transformersjs"]),
+    default="genai",
+    help="Whose names and folder an ONNX model has  [default: genai]",
+)
+@click.option("--portable", is_flag=True, help="ONNX's own operators only.")
 @click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
 @click.option("--random-weights", is_flag=True, help="The model's shapes with random weights.")
 @click.option("--dry-run", is_flag=True, help="Print what each tensor would be stored as; stop.")
@@ -37,6 +44,8 @@ def command(
     choice: RecipeChoice,
     context: int | None,
     output: Path | None,
+    abi: Literal["genai", "transformersjs"],
+    portable: bool,
     revision: str | None,
     random_weights: bool,
     dry_run: bool,
@@ -54,11 +63,18 @@ def command(
     with interrupts_end_the_process(), quiet_imports():
         from edgekit.export import export, plan_export
         from edgekit.exporters.artifact import check_output
+        from edgekit.exporters.target import Options
         from edgekit.progress import stage_printer
         from edgekit.quantize.recipe import warnings
 
     plan = plan_export(
-        model, target, choice.recipe(), context, revision, random_weights=random_weights or dry_run
+        model,
+        target,
+        choice.recipe(),
+        context,
+        revision,
+        random_weights=random_weights or dry_run,
+        options=Options(abi=abi, portable=portable),
     )
     folder = output or Path(f"{Path(plan.source.id).name.lower()}-{target}-{choice.label}")
     if not dry_run:
@@ -80,7 +96,7 @@ def command(
     if as_json:
         print_json({"artifact": str(folder), **manifest})
     else:
-        _show_result(folder, found)
+        _show_result(folder, manifest)
 
 
 def _show_plan(plan: "Plan", as_json: bool) -> None:
@@ -94,10 +110,11 @@ def _show_plan(plan: "Plan", as_json: bool) -> None:
         click.echo(format_table(plan.rows, plan.tied))
 
 
-def _show_result(folder: Path, found: dict[str, Any]) -> None:
+def _show_result(folder: Path, manifest: dict[str, Any]) -> None:
     from edgekit.exporters.verify import figures_text
 
+    found = manifest["verification"]
     if found["verified"]:
         click.echo(f"\n{figures_text(found)}")
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     click.echo(f"\n{folder}: {size / 1e6:,.1f} MB")
