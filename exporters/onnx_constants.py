@@ -1,6 +1,6 @@
 """Weights as constants of an ONNX graph, named as in the checkpoint.
 
-The scales of `x.weight` are `x.weight.scales`, its zero points `x.weight.zero_points`.
+`a.q_proj+k_proj.weight` holds the rows of `a.q_proj.weight` and `a.k_proj.weight`. The scales of `x.weight` are `x.weight.scales`, its zero points `x.weight.zero_points`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from edgekit.exporters.onnx_packing import Packed
 from edgekit.models.weights import Weight
 from edgekit.quantize.packing import pack
 
+WEIGHT = ".weight"
 SCALES = ".scales"
 ZERO_POINTS = ".zero_points"
 _CHUNK_ELEMENTS = 1 << 22
@@ -22,6 +23,17 @@ _CODE_TYPES = {
     (4, True): TensorProto.INT4,
     (4, False): TensorProto.UINT4,
 }
+
+
+def joined(layers: Sequence[str]) -> str:
+    """Return the name of layers whose rows stand in one matrix: `a.q_proj+k_proj`."""
+    return "+".join([layers[0], *(name.rpartition(".")[2] for name in layers[1:])])
+
+
+def parts(name: str) -> list[str]:
+    """Undo `joined`."""
+    first, *others = name.split("+")
+    return [first, *(f"{first.rpartition('.')[0]}.{other}" for other in others)]
 
 
 def store_floats(graph: OnnxGraph, name: str, values: Tensor) -> str:

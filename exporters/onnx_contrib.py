@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from onnx import TensorProto
 from torch import Tensor
 
-from edgekit.exporters.onnx_constants import store_floats, store_packed
+from edgekit.exporters.onnx_constants import joined, store_floats, store_packed
 from edgekit.exporters.onnx_graph import CONTRIB, OnnxGraph
 from edgekit.exporters.onnx_packing import Packed, pack_matrix, stack
 from edgekit.exporters.onnx_plain import causal_taps
@@ -186,8 +186,3 @@ class ContribBlocks:
     def _norm_weight(self, name: str) -> str:
         weight = floats(self._weights[f"{name}.weight"])
         return store_floats(self._graph, f"{name}.weight", weight)
-
-
-def joined(names: Sequence[str]) -> str:
-    """Return the name of layers in one: `a.q_proj`, `a.k_proj` give `a.q_proj+k_proj`."""
-    return "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
