@@ -16,7 +16,7 @@ from edgekit.protobuf import Buffer, ProtobufError
 MAX_BYTES = (1 << 31) - 1
 """Where protocol buffers end; larger models keep their weights in another file."""
 
-_MAX_FIELDS = 1_000_000  # a decoder has some ten thousand
+_MAX_FIELDS = 400_000  # a decoder has some ten thousand
 _MAX_TEXT_BYTES = 64 << 20
 
 Attribute = int | float | str | tuple[int, ...] | None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekit.artifact import MANIFEST, Artifact
@@ -30,12 +31,9 @@ from edgekit.runtime.engine import (
 )
 from edgekit.runtime.onnx_decoder import Decoder, State, read_decoder
 
-try:
-    import onnxruntime as ort
-except ImportError as error:
-    raise EdgekitError("the onnx engine needs onnxruntime: pip install 'edgekit[onnx]'") from error
-
 DEFAULT_CONTEXT = 2048
+MOST_CONTEXT = 1 << 20
+"""Where nothing states a bound."""
 DEFAULT_CHUNK = 512
 LONGEST_CHUNK = 2048
 ALL_ROWS_BYTES = 32 << 20
@@ -52,12 +50,12 @@ class OnnxEngine(OneSequenceEngine):
     name = "onnx"
     version = ort.__version__
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, context: int | None = None) -> None:
         """Check and load a file; `genai_config.json` and `edgekit.json` beside it are heeded."""
         super().__init__()
         model, config = OnnxFile.open(path), _genai_config(path)
         decoder = read_decoder(model, config)
-        self.context = _context(path, config, decoder)
+        self.context = _context(path, config, decoder, context)
         self.vocab_size = decoder.vocab_size
         self.longest_chunk = min(self.context, LONGEST_CHUNK)
         self.default_chunk = min(self.longest_chunk, _default_chunk(decoder))
@@ -111,9 +109,9 @@ class OnnxEngine(OneSequenceEngine):
         self._run = None
 
 
-def open_engine(model_path: Path, threads: int | None) -> OnnxEngine:
-    """Open an `.onnx` file."""
-    return OnnxEngine(model_path, threads)
+def open_engine(model_path: Path, threads: int | None, context: int | None = None) -> OnnxEngine:
+    """Open an `.onnx` file with room for `context` positions, by default what is stated for it."""
+    return OnnxEngine(model_path, threads, context)
 
 
 class _Runner:
@@ -240,14 +238,16 @@ def _genai_config(path: Path) -> GenaiConfig | None:
     return config if config.model_path.name == path.name else None
 
 
-def _context(path: Path, config: GenaiConfig | None, decoder: Decoder) -> int:
-    """Return what the artifact states, else what the folder and the graph allow up to a default."""
-    if (path.parent / MANIFEST).is_file():
-        stated = Artifact.open(path.parent).context
-    else:
-        stated = min(DEFAULT_CONTEXT, (config and config.context) or DEFAULT_CONTEXT)
-    most = decoder.most_positions
-    return stated if most is None else max(1, min(stated, most))
+def _context(path: Path, config: GenaiConfig | None, decoder: Decoder, wanted: int | None) -> int:
+    """Return the positions to make room for, at most what graph, folder and artifact allow."""
+    artifact = Artifact.open(path.parent) if (path.parent / MANIFEST).is_file() else None
+    stated = (artifact and artifact.context, config and config.context, decoder.most_positions)
+    most = min((limit for limit in stated if limit), default=MOST_CONTEXT)
+    if wanted is None:
+        return most if artifact else min(most, DEFAULT_CONTEXT)
+    if not 1 <= wanted <= most:
+        raise EdgekitError(f"context must be 1 to {most} for {path}, not {wanted}")
+    return wanted
 
 
 def _default_chunk(decoder: Decoder) -> int:

@@ -177,6 +177,17 @@ def test_a_genai_folder_bounds_the_context(folder: Path) -> None:
         assert engine.context == 40
 
 
+def test_a_context_may_be_asked_for(folder: Path, models: dict[str, Path]) -> None:
+    with OnnxEngine(folder / "model.onnx", threads=1, context=7) as engine:
+        assert engine.context == 7
+    with pytest.raises(EdgekitError, match="context must be 1 to 40 for .*model.onnx, not 41"):
+        load_engine("onnx", folder / "model.onnx", context=41)
+    with OnnxEngine(models["portable"], threads=1) as engine:
+        assert engine.context == 2048
+    with OnnxEngine(models["portable"], threads=1, context=5000) as engine:
+        assert engine.context == 5000
+
+
 def test_a_genai_folder_may_rename_everything(folder: Path, expected: NDArray[np.float32]) -> None:
     """A graph whose names all begin with `my_`, and a configuration that says so."""
     model = onnx.load(folder / "model.onnx")
@@ -221,6 +232,7 @@ def test_the_manifest_states_the_context(folder: Path) -> None:
         "files": {"model.onnx": {"bytes": len(content), "sha256": "0"}},
     }
     (folder / "edgekit.json").write_text(json.dumps(manifest))
+    (folder / "genai_config.json").unlink()
     with OnnxEngine(folder / "model.onnx", threads=1) as engine:
         assert engine.context == 50
 
@@ -410,7 +422,7 @@ def test_opening_a_file_prints_nothing_and_imports_no_torch(models: dict[str, Pa
     code = (
         "import sys; from pathlib import Path\n"
         "from edgekit.runtime.onnx_engine import open_engine\n"
-        "open_engine(Path(sys.argv[1]), 1).prefill([1, 2, 3])\n"
+        "open_engine(Path(sys.argv[1]), 1, None).prefill([1, 2, 3])\n"
         "heavy = {'torch', 'onnx', 'transformers'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )
@@ -444,5 +456,5 @@ def test_a_folder_of_onnxruntime_genai_itself(
 
 
 def test_open_engine_takes_threads(models: dict[str, Path], expected: NDArray[np.float32]) -> None:
-    with open_engine(models["genai"], 2) as engine:
+    with open_engine(models["genai"], 2, None) as engine:
         assert_close(engine.prefill(TOKENS), expected[-1])
