@@ -46,23 +46,20 @@ def store_packed(
 ) -> list[str]:
     """Store numbers in the shape `dims`, scales and zero points; return their names.
 
-    With a `twin` nothing is stored: it names a constant with the same bytes.
+    With a `twin`, a weight of the same codes, the names stand for its bytes and nothing is stored.
     """
+    stored = [(name, TensorProto.UINT8, tuple(dims), packed.numbers)]
+    stored.append((name + SCALES, TensorProto.FLOAT, packed.scales.shape, packed.scales))
+    if packed.zero_points is not None:
+        points = packed.zero_points
+        stored.append((name + ZERO_POINTS, TensorProto.UINT8, points.shape, points))
     if twin is not None:
-        numbers, named = graph.alias(name, twin, dims), twin
-    else:
-        numbers = graph.constant(name, TensorProto.UINT8, dims, [packed.numbers.numpy()])
-        named = name
-    scales, points = packed.scales, packed.zero_points
-    constants = [
-        numbers,
-        graph.constant(named + SCALES, TensorProto.FLOAT, scales.shape, [scales.numpy()]),
+        return [
+            graph.alias(own, twin + own.removeprefix(name), shape) for own, _, shape, _ in stored
+        ]
+    return [
+        graph.constant(own, dtype, shape, [values.numpy()]) for own, dtype, shape, values in stored
     ]
-    if points is not None:
-        constants.append(
-            graph.constant(named + ZERO_POINTS, TensorProto.UINT8, points.shape, [points.numpy()])
-        )
-    return constants
 
 
 def store_turned(
