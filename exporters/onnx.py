@@ -78,6 +78,11 @@ def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
         build(graph, _blocks(graph, job), job.config, NAMES[options.abi])
     job.weights.clear()
     onnx.save_model(graph.model({}), path)
+    if not options.portable:
+        from edgekit.exporters.onnx_optimised import check_fast
+
+        progress("opening it in ONNX Runtime")
+        check_fast(path)
     if options.abi == "genai":
         _describe_for_genai(job, path)
     else:

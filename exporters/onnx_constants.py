@@ -1,7 +1,4 @@
-"""Weights as constants of an ONNX graph, named as in the checkpoint.
-
-`a.q_proj+k_proj.weight` holds the rows of `a.q_proj.weight` and `a.k_proj.weight`. The scales of `x.weight` are `x.weight.scales`, its zero points `x.weight.zero_points`.
-"""
+"""Weights as constants of an ONNX graph."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,13 +6,11 @@ from onnx import TensorProto
 from torch import Tensor
 
 from edgekit.exporters.onnx_graph import Array, OnnxGraph
+from edgekit.exporters.onnx_names import SCALES, ZERO_POINTS
 from edgekit.exporters.onnx_packing import Packed
 from edgekit.models.weights import Weight
 from edgekit.quantize.packing import pack
 
-WEIGHT = ".weight"
-SCALES = ".scales"
-ZERO_POINTS = ".zero_points"
 _CHUNK_ELEMENTS = 1 << 22
 _CODE_TYPES = {
     (8, True): TensorProto.INT8,
@@ -23,17 +18,6 @@ _CODE_TYPES = {
     (4, True): TensorProto.INT4,
     (4, False): TensorProto.UINT4,
 }
-
-
-def joined(layers: Sequence[str]) -> str:
-    """Return the name of layers whose rows stand in one matrix: `a.q_proj+k_proj`."""
-    return "+".join([layers[0], *(name.rpartition(".")[2] for name in layers[1:])])
-
-
-def parts(name: str) -> list[str]:
-    """Undo `joined`."""
-    first, *others = name.split("+")
-    return [first, *(f"{first.rpartition('.')[0]}.{other}" for other in others)]
 
 
 def store_floats(graph: OnnxGraph, name: str, values: Tensor) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from onnx import TensorProto
 from torch import Tensor
 
-from edgekit.exporters.onnx_constants import joined, store_floats, store_packed
+from edgekit.exporters.onnx_constants import store_floats, store_packed
 from edgekit.exporters.onnx_graph import CONTRIB, OnnxGraph
+from edgekit.exporters.onnx_names import joined
 from edgekit.exporters.onnx_packing import Packed, pack_matrix, stack
 from edgekit.exporters.onnx_plain import causal_taps
 from edgekit.models.config import ModelConfig

@@ -66,6 +66,7 @@ def build(graph: OnnxGraph, blocks: Blocks, config: ModelConfig, names: Names) -
     rows = graph.input(ROWS, TensorProto.INT64, [])
     if names.default_rows is not None:
         graph.small(ROWS, np.array(names.default_rows, np.int64))
+    graph.output("logits", TensorProto.FLOAT, ["batch_size", names.logits_rows, config.vocab_size])
     blocks.begin(tokens, mask)
     _Model(graph, blocks, config, names, rows).write(tokens)
 
@@ -93,11 +94,7 @@ class _Model:
             h, x = blocks.add_norm(x, mixed, f"{layer}.ffn_norm")
             h, x = blocks.add_norm(x, self._feed_forward(h, f"{layer}.feed_forward"), norms[index])
         (logits,) = blocks.linears(h, ["lm_head"])
-        self._graph.output(
-            self._graph.node("Identity", [logits], "logits"),
-            TensorProto.FLOAT,
-            ["batch_size", self._names.logits_rows, config.vocab_size],
-        )
+        self._graph.node("Identity", [logits], "logits")
 
     def _convolution(self, h: str, layer: str, index: int, final: bool) -> str:
         graph, name, width = self._graph, f"{layer}.conv", self._config.hidden_size

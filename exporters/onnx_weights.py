@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError, one_line
-from edgekit.exporters.onnx_constants import SCALES, WEIGHT, ZERO_POINTS, parts
+from edgekit.exporters.onnx_names import SCALES, WEIGHT, ZERO_POINTS, parts
 from edgekit.exporters.onnx_packing import Packed, unpack_matrix
 from edgekit.models.config import ModelConfig
 from edgekit.onnx_file import OnnxFile

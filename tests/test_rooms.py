@@ -22,7 +22,8 @@ ROOMS = {
         r"edgekit\.(errors|limits|quantize)|torch|numpy|safetensors|tokenizers|jinja2|huggingface_hub"
     ),
     "exporters": (
-        r"edgekit|edgekit\.(artifact|errors|files|models|progress|pte_header|quantize|quiet|tables)"
+        r"edgekit|edgekit\.(artifact|errors|files|genai_config|models|onnx_file|progress|pte_header"
+        r"|quantize|quiet|tables)"
         r"|torch|torchao|numpy|executorch|gguf|onnx|onnxruntime|llama_cpp"
     ),
     "devices": r"edgekit\.(errors|tables)|numpy",
