@@ -54,12 +54,8 @@ def name_shared(pieces: Sequence[Piece]) -> list[Piece]:
         {(p.offset, p.size): p.name for p in pieces if p.name.startswith(kind)}
         for kind in ("embedding, ", "head, ")
     )
-    both = {
-        span: f"{embedding[span]}, and {head[span]}" for span in embedding.keys() & head.keys()
-    }
-    return [
-        Piece(both.get((p.offset, p.size), p.name), p.offset, p.size) for p in pieces
-    ]
+    both = {span: f"{embedding[span]}, and {head[span]}" for span in embedding.keys() & head.keys()}
+    return [Piece(both.get((p.offset, p.size), p.name), p.offset, p.size) for p in pieces]
 
 
 def weight_rows(manifest: Mapping[str, Any] | None) -> WeightRows:

@@ -46,9 +46,7 @@ def store_packed(
     ]
 
 
-def store_turned(
-    graph: OnnxGraph, name: str, weight: Weight
-) -> tuple[list[str], dict[str, int]]:
+def store_turned(graph: OnnxGraph, name: str, weight: Weight) -> tuple[list[str], dict[str, int]]:
     """Store a matrix `[rows, columns]` as `[columns, rows]`.
 
     Return the constants, codes, scales and zero points, and DequantizeLinear's attributes for
@@ -71,9 +69,7 @@ def store_turned(
     ]
     if weight.zero_points is not None:
         points = weight.zero_points.to(weight.codes.dtype)
-        constants.append(
-            graph.constant(name + ZERO_POINTS, dtype, scales.shape, [codes(points)])
-        )
+        constants.append(graph.constant(name + ZERO_POINTS, dtype, scales.shape, [codes(points)]))
     if weight.group_size is None:
         return constants, {"axis": 1}
     return constants, {"axis": 0, "block_size": weight.group_size}

@@ -48,7 +48,9 @@ class Blocks(Protocol):
         """Depthwise causal convolution along the tokens, after the state `past`."""
         ...
 
-    def attention(self, qkv: Sequence[str], name: str, past: Sequence[str], present: Sequence[str]) -> str:
+    def attention(
+        self, qkv: Sequence[str], name: str, past: Sequence[str], present: Sequence[str]
+    ) -> str:
         """Rotate, append to the caches of keys and values, attend; q and k are normalised."""
         ...
 
@@ -60,9 +62,7 @@ def build(graph: OnnxGraph, blocks: Blocks, config: ModelConfig, names: Names) -
     last layer's mixing of positions looks at the others.
     """
     tokens = graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
-    mask = graph.input(
-        "attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]
-    )
+    mask = graph.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
     rows = graph.input(ROWS, TensorProto.INT64, [])
     if names.default_rows is not None:
         graph.small(ROWS, np.array(names.default_rows, np.int64))

@@ -115,7 +115,9 @@ def _spread(values: Tensor, rows: int, repeats: int) -> Tensor:
 
 def _unsigned(codes: Tensor, low: int) -> Tensor:
     """Return `codes - low` as uint8."""
-    return codes if codes.dtype == torch.uint8 and low == 0 else codes.view(torch.uint8) - (low & 255)
+    return (
+        codes if codes.dtype == torch.uint8 and low == 0 else codes.view(torch.uint8) - (low & 255)
+    )
 
 
 def _signed(numbers: Tensor, middle: int) -> Tensor:

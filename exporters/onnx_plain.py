@@ -37,9 +37,7 @@ class PlainBlocks:
         total = graph.node("Shape", [mask], "positions.end", start=1)
         new = graph.node("Shape", [tokens], "positions.new", start=1)
         start = graph.node("Sub", [total, new], "positions.start")
-        start, end = (
-            graph.node("Squeeze", [value], f"{value}.scalar") for value in (start, total)
-        )
+        start, end = (graph.node("Squeeze", [value], f"{value}.scalar") for value in (start, total))
         step = graph.small("step", np.array(1, np.int64))
         positions = graph.node("Range", [start, end, step], "positions")
         zero = graph.small("zero", np.array(0, np.int64))
@@ -83,9 +81,7 @@ class PlainBlocks:
         values = graph.node("Sub", [values, zeros], f"{name}.codes")
         scales = graph.node("Reshape", [scales, grid], f"{name}.scales_blocks")
         values = graph.node("Mul", [values, scales], f"{name}.scaled")
-        return graph.node(
-            "Reshape", [values, graph.integers(0, 0, self._config.hidden_size)], name
-        )
+        return graph.node("Reshape", [values, graph.integers(0, 0, self._config.hidden_size)], name)
 
     def _unpacked(self, numbers: str, bits: int, name: str) -> str:
         """Return uint8 `[batch, tokens, n]` of one or two numbers each as float32."""

@@ -103,9 +103,7 @@ class _Reader:
         return EdgekitError(f"{self._model.path}: {what}")
 
 
-def _turned(
-    bits: int, signed: bool, codes: Tensor, scales: Tensor, zeros: Tensor | None
-) -> Tensor:
+def _turned(bits: int, signed: bool, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """Dequantize codes `[columns, rows]` with scales `[rows]` or `[blocks, rows]`."""
     weight = QuantizedTensor(
         codes.t().contiguous(),
