@@ -19,6 +19,11 @@ Nothing here needs weights, an export or the device. What is predicted, and on w
   scores of the last chunk of that prompt, heads x chunk x context. Checked with executorch 1.5.1 on
   prompts of 2,048 tokens: the peak rose by 128 MB at LFM2-350M (predicted: 151) and by 302 MB at
   LFM2-1.2B (predicted: 285).
+- llama.cpp reads the file, repacking some weights as it does, so that they are held once. Its KV
+  cache is float16, and its activations are those of a pass, at most 512 positions. Checked with
+  llama-cpp-python 0.3.36 on LFM2-350M in Q4_0 with a context of 2,048: the peak rose by 298 MB
+  (predicted: 282), the library's own code and vocabulary included.
+- onnxruntime is taken to hold weights and caches as ExecuTorch does, and activations of a pass.
 - The process itself (interpreter, libraries) is not counted; `USABLE_RAM` leaves room for it.
 - To decode a token, an engine reads all weights once, except that it looks up one row of the
   embedding, and the keys and values of the positions before it and its own. No engine can decode
@@ -39,6 +44,26 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 Verdict = Literal["fits", "tight", "does not fit"]
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What an engine does with memory, as said above.
+
+    `packs_linears` False is an engine that multiplies from the file's bytes; `cache_bytes` are
+    those of one number in the KV cache; `whole_prompt` is one that takes any prompt in one pass.
+    """
+
+    packs_linears: bool = True
+    cache_bytes: int = FLOAT_BYTES
+    whole_prompt: bool = True
+
+
+HABITS = {
+    "executorch": Habits(),
+    "gguf": Habits(packs_linears=False, cache_bytes=2, whole_prompt=False),
+    "onnx": Habits(whole_prompt=False),
+}
 
 
 class ModelShape(Protocol):
@@ -146,13 +171,14 @@ def predict(
     rows: Sequence[WeightRow],
     context: int,
     depth: int = 0,
-    packs_linears: bool = True,
+    habits: Habits = HABITS["executorch"],
     shared: Collection[str] = (),
+    file_bytes: int | None = None,
 ) -> Fit:
     """Predict for a context of `context` positions, decoding after `depth` of them.
 
-    `packs_linears` False is an engine that multiplies from the mapped file itself; `shared` names
-    rows whose bytes the file holds under another row.
+    `shared` names rows whose bytes the file holds under another row; `file_bytes` is the size of a
+    file that is there, by default that of its rows.
     Raises `EdgekitError` for a context that the model cannot take or a depth outside of it, and
     `ValueError` for a table without embedding or head.
     """
@@ -160,12 +186,13 @@ def predict(
     embedding_row = _embedding_row_bytes(rows)
     weights = sum(row.nbytes for row in rows)
     repeated = sum(row.nbytes for row in rows if row.tensor in shared)
-    file_bytes = weights - repeated
+    file_bytes = weights - repeated if file_bytes is None else file_bytes
     embedding = sum(row.nbytes for row in rows if row.tensor == EMBEDDING)
-    packed = sum(row.nbytes for row in rows if is_linear(row)) if packs_linears else 0
-    kv = kv_bytes_per_position(model)
+    packed = sum(row.nbytes for row in rows if is_linear(row)) if habits.packs_linears else 0
+    kv = kv_bytes_per_position(model, habits.cache_bytes)
     conv = conv_state_bytes(model)
-    activations = activation_bytes(model, context)
+    prompt = context if habits.whole_prompt else min(PREFILL_CHUNK, context)
+    activations = activation_bytes(model, prompt)
     state = kv * context + conv + activations
     return Fit(
         context=context,
@@ -176,7 +203,7 @@ def predict(
         conv_state_bytes=conv,
         activation_bytes=activations,
         # The linears once: packed, or in the file.
-        resident_bytes=(weights if packs_linears else file_bytes) + state,
+        resident_bytes=(weights if habits.packs_linears else file_bytes) + state,
         peak_bytes=file_bytes + packed + state,
         weight_bytes=weights - embedding + embedding_row,
         kv_bytes_per_position=kv,
@@ -188,10 +215,10 @@ def is_linear(row: WeightRow) -> bool:
     return len(row.shape) == 2 and row.tensor != EMBEDDING
 
 
-def kv_bytes_per_position(model: ModelShape) -> int:
-    """Return the keys and values of one position in all attention layers, float32."""
+def kv_bytes_per_position(model: ModelShape, number_bytes: int = FLOAT_BYTES) -> int:
+    """Return the keys and values of one position in all attention layers, float32 by default."""
     attention = sum(kind == "full_attention" for kind in model.layer_types)
-    return attention * 2 * model.num_kv_heads * model.head_dim * FLOAT_BYTES
+    return attention * 2 * model.num_kv_heads * model.head_dim * number_bytes
 
 
 def conv_state_bytes(model: ModelShape) -> int:

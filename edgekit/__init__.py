@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgekit.quantize.recipe import Recipe
     from edgekit.runtime.bench import bench
     from edgekit.runtime.engine import Engine, load_engine
+    from edgekit.runtime.evaluate import evaluate
     from edgekit.runtime.generate import generate
     from edgekit.runtime.sampling import SamplingParams
 
@@ -34,6 +35,7 @@ __all__ = [
     "Tokenizer",
     "VerificationError",
     "bench",
+    "evaluate",
     "export_model",
     "generate",
     "load_engine",
@@ -46,6 +48,7 @@ _HOMES = {
     "SamplingParams": "edgekit.runtime.sampling",
     "Tokenizer": "edgekit.models.tokenizer",
     "bench": "edgekit.runtime.bench",
+    "evaluate": "edgekit.runtime.evaluate",
     "export_model": "edgekit.api",
     "generate": "edgekit.runtime.generate",
     "load_engine": "edgekit.runtime.engine",

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.models.weights import Weight
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, as_rows
 
@@ -56,6 +55,8 @@ def block_pieces(name: str, tensor: QuantizedTensor) -> Iterator[Bytes]:
     EdgekitError where a scale or a minimum would be rounded, for then the file would hold another
     weight than everything else does.
     """
+    if tensor.codebook is not None:
+        raise EdgekitError(f"{name}: ggml has no blocks for codebooks")
     codes, columns = as_rows(tensor.codes), tensor.shape[-1]
     blocks = columns // BLOCK
     scales = _per_block(tensor.scales, tensor, blocks)
@@ -72,17 +73,6 @@ def block_pieces(name: str, tensor: QuantizedTensor) -> Iterator[Bytes]:
         else:
             packed = _q4_1(part, scale, _exact_half(name, -(zeros[rows] * scales[rows])))
         yield packed.view(np.uint8).reshape(-1)
-
-
-def check_codes(name: str, weight: Weight, kind: str) -> None:
-    """Raise ValueError where a tensor's codes are not of the kind that a type holds."""
-    if not isinstance(weight, QuantizedTensor):
-        raise ValueError(f"{name}: has no codes to store as {kind}")
-    signed = kind != "Q4_1"
-    bits = 8 if kind == "Q8_0" else 4
-    plain = weight.codebook is None and (weight.zero_points is None) == signed
-    if (weight.bits, weight.signed, plain) != (bits, signed, True):
-        raise ValueError(f"{name}: its codes are not those of {kind}")
 
 
 def _per_block(values: Tensor, tensor: QuantizedTensor, blocks: int) -> NDArray[np.float32]:
@@ -115,7 +105,8 @@ def _q4_0(codes: NDArray[np.int8], scale: NDArray[np.float16]) -> NDArray[np.voi
     out = np.empty(codes.shape[:2], np.dtype([("d", "<f2"), ("q", "u1", BLOCK // 2)]))
     out["d"] = scale
     # As unsigned: the low 4 bits of q, with the sign bit turned over, are q + 8.
-    _pair_nibbles((codes.view(np.uint8) & 15) ^ 8, out["q"])
+    shifted: NDArray[np.uint8] = (codes.view(np.uint8) & np.uint8(15)) ^ np.uint8(8)
+    _pair_nibbles(shifted, out["q"])
     return out
 
 

@@ -11,9 +11,10 @@ from edgekit.genai_config import GenaiConfig, is_genai_folder
 # Each module is an `Inspector`; only the one asked for is imported.
 INSPECTORS = {
     "executorch": "edgekit.exporters.inspect_executorch",
+    "gguf": "edgekit.exporters.inspect_gguf",
     "onnx": "edgekit.exporters.inspect_onnx",
 }
-SUFFIXES = {".pte": "executorch", ".onnx": "onnx"}
+SUFFIXES = {".pte": "executorch", ".gguf": "gguf", ".onnx": "onnx"}
 """Whose a file is that comes without a manifest."""
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ENGINE = "ONNX Runtime"
 OPTIONS = frozenset({"abi", "portable"})
 PACKAGES = ("onnx", "onnxruntime")
-SCHEMES = "float, w8, w4, w8gN and w4gN"
+SCHEMES = "float, w8, w4, w8gN, w4gN and w4gNa"
 OPSET = 21
 """ONNX 1.16: the first with types of 4 bits and scales of blocks."""
 COLUMNS = 32
@@ -87,6 +87,11 @@ def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
         _describe_for_genai(job, path)
     else:
         _describe_for_transformers_js(job, folder, path.name, data.exists())
+
+
+def check_tokenizer(path: Path, folder: Path) -> dict[str, int]:
+    """Return nothing: the run times read tokenizer.json beside the model."""
+    return {}
 
 
 def versions() -> dict[str, str]:

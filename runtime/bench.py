@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import __version__
-from edgekit.artifact import Artifact
 from edgekit.devices.bandwidth import measure_read_bandwidth
 from edgekit.devices.conditions import Conditions, conditions
 from edgekit.devices.probe import Machine, probe
 from edgekit.errors import EdgekitError
-from edgekit.models.config import ModelConfig
 from edgekit.runtime.engine import check_threads, physical_cores
 from edgekit.runtime.gates import check_gates
+from edgekit.runtime.model_files import ModelFile, find_model_file
 from edgekit.runtime.record import (
     ArtifactResult,
     Bandwidth,
@@ -31,9 +30,8 @@ from edgekit.runtime.record import (
     Settings,
     Shape,
     ShapeResult,
-    Traffic,
 )
-from edgekit.runtime.traffic import count_schemes, decode_traffic
+from edgekit.runtime.traffic import Weights, weights_of
 from edgekit.runtime.worker_process import WorkerProcess, worker_processes
 
 DEFAULT_SEED = 0
@@ -55,10 +53,11 @@ def bench(
 ) -> Record:
     """Measure every artifact at every test and return the record of raw samples.
 
+    An artifact is a folder that `edgekit export` wrote, or what `find_model_file` takes besides.
     A test is each of `prompts` (prefill) and `generates` (decode) at each of `depths`, in tokens;
     0 skips one. `threads` defaults to the physical cores this process may use; `cooldown_s`
-    is slept before every repetition. Raises `EdgekitError` before anything runs for a test that
-    no artifact's context can hold, and when an artifact's process dies.
+    is slept before every repetition. Raises `EdgekitError` before anything is measured for a test
+    that an artifact's context cannot hold, and when an artifact's process dies.
     """
     check_threads(threads)
     machine = probe()
@@ -74,7 +73,8 @@ def bench(
     shapes = plan(settings)
     subjects = _open(artifacts)
     for subject in subjects:
-        _check_context(subject, shapes)
+        if subject.file.longest is not None:
+            _check_context(subject, shapes, subject.file.longest)
     return _run(subjects, shapes, settings, machine, progress or _silent)
 
 
@@ -94,11 +94,11 @@ def plan(settings: Settings) -> list[Shape]:
 
 @dataclass(frozen=True)
 class _Subject:
-    """An opened artifact, under the name that tables and errors give it."""
+    """A model file, under the name that tables and errors give it."""
 
     name: str
-    artifact: Artifact
-    traffic: Traffic
+    file: ModelFile
+    weights: Weights
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,10 @@ class _Step:
 def _open(paths: Sequence[Path]) -> list[_Subject]:
     if not paths:
         raise EdgekitError("bench needs at least one artifact folder")
-    opened = [Artifact.open(path) for path in paths]
+    files = [find_model_file(path) for path in paths]
     return [
-        _Subject(
-            name,
-            artifact,
-            decode_traffic(artifact.manifest["tensors"], ModelConfig.load(artifact.folder)),
-        )
-        for name, artifact in zip(_distinct_names(paths), opened, strict=True)
+        _Subject(name, file, weights_of(file))
+        for name, file in zip(_distinct_names(paths), files, strict=True)
     ]
 
 
@@ -135,15 +131,15 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _check_context(subject: _Subject, shapes: Sequence[Shape]) -> None:
+def _check_context(subject: _Subject, shapes: Sequence[Shape], longest: int) -> None:
     for shape in shapes:
-        if shape.positions > subject.artifact.context:
+        if shape.positions > longest:
             option = "-p" if shape.kind == "pp" else "-n"
             at = f" at -d {shape.depth}" if shape.depth else ""
+            again = "" if subject.file.manifest is None else ", or export with a larger --context"
             raise EdgekitError(
                 f"{subject.name}: {option} {shape.tokens}{at} needs {shape.positions} positions "
-                f"but the artifact's context is {subject.artifact.context}: "
-                "ask for less, or export with a larger --context"
+                f"but the artifact's context is {longest}: ask for less{again}"
             )
 
 
@@ -168,7 +164,7 @@ def _run(
     bandwidth_before = measure_read_bandwidth(settings.threads)
     with worker_processes([subject.name for subject in subjects]) as workers:
         loads = [
-            _load(subject, worker, settings.threads)
+            _load(subject, worker, shapes, settings.threads)
             for subject, worker in zip(subjects, workers, strict=True)
         ]
         samples = _measure(subjects, workers, shapes, settings, progress)
@@ -189,9 +185,15 @@ def _run(
     )
 
 
-def _load(subject: _Subject, worker: WorkerProcess, threads: int) -> dict[str, Any]:
-    artifact = subject.artifact
-    return worker.load(artifact.target, str(artifact.model_path.resolve()), threads)
+def _load(
+    subject: _Subject, worker: WorkerProcess, shapes: Sequence[Shape], threads: int
+) -> dict[str, Any]:
+    """Load with room for the longest test, where the file's own number is less and leaves it."""
+    file = subject.file
+    context = file.context and max(file.context, *(shape.positions for shape in shapes))
+    reply = worker.load(file.engine, str(file.path.resolve()), threads, context)
+    _check_context(subject, shapes, reply["context"])
+    return reply
 
 
 def _measure(
@@ -248,22 +250,22 @@ def _artifact_result(
     peak: int | None,
     tests: Sequence[ShapeResult],
 ) -> ArtifactResult:
-    artifact = subject.artifact
+    file = subject.file
     return ArtifactResult(
         name=subject.name,
-        path=str(artifact.folder),
-        target=artifact.target,
-        model=artifact.manifest["model"],
-        schemes=count_schemes(artifact.manifest["tensors"]),
-        file_bytes=artifact.model_path.stat().st_size,
-        context=artifact.context,
+        path=str(file.place),
+        target=file.engine,
+        model=subject.weights.model,
+        schemes=subject.weights.schemes,
+        file_bytes=file.file_bytes,
+        context=load["context"],
         engine=load["engine"],
         engine_version=load["version"],
         affinity=tuple(load["affinity"]),
         import_ns=load["import_ns"],
         load_ns=load["load_ns"],
         memory=Memory(peak=peak, before_load=load["before_load_bytes"]),
-        traffic=subject.traffic,
+        traffic=subject.weights.traffic,
         tests=tuple(tests),
     )
 

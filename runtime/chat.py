@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 
 from edgekit.errors import EdgekitError
-from edgekit.models.tokenizer import Tokenizer
+from edgekit.models.tokenizer import TextTokenizer
 from edgekit.runtime.engine import Engine
 from edgekit.runtime.generate import Generation, GenerationResult, generate
 from edgekit.runtime.sampling import SamplingParams
@@ -33,7 +33,7 @@ def check_length(text: str | bytes, context: int) -> None:
         )
 
 
-def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message], context: int) -> list[int]:
+def prompt_ids(tokenizer: TextTokenizer, messages: Sequence[Message], context: int) -> list[int]:
     """Return the ids of messages in the model's chat template, which brings its own bos.
 
     Raises `EdgekitError` where they are far too long for a context of `context` tokens.
@@ -53,7 +53,7 @@ class Chat:
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         params: SamplingParams,
         eos_ids: Collection[int],
         system: str | None = None,

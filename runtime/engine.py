@@ -21,12 +21,17 @@ TokenIds = NDArray[np.int64]
 # imported, because an engine brings its own run time.
 ENGINES = {
     "executorch": "edgekit.runtime.executorch_engine",
+    "gguf": "edgekit.runtime.gguf_engine",
     "onnx": "edgekit.runtime.onnx_engine",
     "torch": "edgekit.runtime.torch_engine",
 }
 
-
+DEFAULT_CONTEXT = 2048
+"""Positions that a file gets room for which leaves that open; fewer where its model takes fewer."""
 THREADS_PER_CPU = 4
+
+# Where a module's name is not what one installs.
+_DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python"}
 
 
 class Engine(AbstractContextManager["Engine", None], Protocol):
@@ -34,7 +39,8 @@ class Engine(AbstractContextManager["Engine", None], Protocol):
 
     `name` and `version` are the engine's, `context` is the number of positions its state holds,
     `position` the number of tokens processed since the last reset; one forward pass can take
-    `longest_chunk` tokens and is fastest with `default_chunk`. The logits returned are the
+    `longest_chunk` tokens and is fastest with `default_chunk`. `eos_ids` are the tokens that end a
+    text by what the file itself says, none where it does not say. The logits returned are the
     caller's own: no later call changes them.
     """
 
@@ -44,6 +50,7 @@ class Engine(AbstractContextManager["Engine", None], Protocol):
     vocab_size: int
     longest_chunk: int
     default_chunk: int
+    eos_ids: tuple[int, ...]
 
     @property
     def position(self) -> int:
@@ -86,6 +93,7 @@ class OneSequenceEngine(ABC):
     vocab_size: int
     longest_chunk: int
     default_chunk: int
+    eos_ids: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         """Start an open engine at position 0; the subclass sets the attributes above."""
@@ -107,11 +115,10 @@ class OneSequenceEngine(ABC):
         Raises `EdgekitError` before any work when there are no tokens, one is outside the
         vocabulary or they do not fit the context.
         """
-        if not self._open:
-            raise EdgekitError(f"the {self.name} engine is closed")
-        ids = check_tokens(tokens, self._position, self.context, self.vocab_size)
+        ids = self._checked(tokens)
         size = min(chunk or self.default_chunk, self.longest_chunk)
-        for part in np.split(ids, range(size, len(ids), size)):
+        for begin in range(0, len(ids), size):
+            part = ids[begin : begin + size]
             logits = self._forward(part, self._position)
             self._position += len(part)
         return logits
@@ -133,6 +140,12 @@ class OneSequenceEngine(ABC):
         for row, token in zip(rows[1:], tokens[first + 1 :], strict=True):
             row[:] = self.decode(token)
         return rows
+
+    def _checked(self, tokens: Sequence[int]) -> TokenIds:
+        """Return the ids of tokens that can be processed now."""
+        if not self._open:
+            raise EdgekitError(f"the {self.name} engine is closed")
+        return check_tokens(tokens, self._position, self.context, self.vocab_size)
 
     def reset(self) -> None:
         """Forget every token: a model's state starts anew whenever it is run at position 0."""
@@ -170,8 +183,9 @@ def import_engine(name: str) -> ModuleType:
         package = (error.name or "").partition(".")[0]
         if package == "edgekit":
             raise
+        needed = _DISTRIBUTIONS.get(package, package)
         raise EngineMissing(
-            f"the {name} engine needs {package}: pip install 'edgekit[{name}]'"
+            f"the {name} engine needs {needed}: pip install 'edgekit[{name}]'"
         ) from error
 
 
@@ -208,14 +222,20 @@ def check_tokens(tokens: Sequence[int], position: int, context: int, vocab_size:
         raise EdgekitError("the prompt holds no token")
     if position + count > context:
         raise EdgekitError(_does_not_fit(count, position, context))
+    if count == 1 and type(tokens[0]) is int:  # decoding: what follows takes microseconds there
+        _check_range(tokens[0], vocab_size)
+        return np.array(tokens, np.int64)
     ids = np.asarray(tokens)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise EdgekitError("token ids must be a flat sequence of integers")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        raise EdgekitError(f"token id {bad} is outside the vocabulary of {vocab_size}")
+    for extreme in (int(ids.min()), int(ids.max())):
+        _check_range(extreme, vocab_size)
     return ids.astype(np.int64, copy=False)
+
+
+def _check_range(token: int, vocab_size: int) -> None:
+    if not 0 <= token < vocab_size:
+        raise EdgekitError(f"token id {token} is outside the vocabulary of {vocab_size}")
 
 
 def check_first(first: int, count: int) -> None:

@@ -98,6 +98,9 @@ class ExecutorchEngine(OneSequenceEngine):
                 f"{path}: get_prefill_chunk must be 1 to {self.longest_chunk}, not {chunk!r:.60}"
             )
         self.default_chunk = chunk
+        stated_ends = self.metadata.get("get_eos_ids", self.metadata.get("get_eos_id"))
+        ends = stated_ends if isinstance(stated_ends, list) else [stated_ends]
+        self.eos_ids = tuple(end for end in ends if type(end) is int)
         self._tokens = torch.zeros((1, self.longest_chunk), dtype=torch.int64)
         self._input_pos = torch.zeros(1, dtype=torch.int64)
 

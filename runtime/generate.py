@@ -6,7 +6,7 @@ from time import perf_counter_ns
 from typing import Any, Literal
 
 from edgekit.errors import EdgekitError
-from edgekit.models.tokenizer import Tokenizer
+from edgekit.models.tokenizer import TextTokenizer
 from edgekit.runtime.engine import Engine, Logits, check_tokens
 from edgekit.runtime.sampling import Sampler, SamplingParams
 
@@ -80,7 +80,7 @@ def _rate(count: int, elapsed_ns: int) -> float | None:
 
 def generate(
     engine: Engine,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     prompt_ids: Sequence[int],
     params: SamplingParams,
     max_tokens: int | None = None,
@@ -116,7 +116,7 @@ class Generation:
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         prompt_ids: Sequence[int],
         sampler: Sampler,
         max_tokens: int | None,

@@ -148,6 +148,13 @@ class Traffic:
         positions = shape.depth + (shape.tokens + 1) / 2
         return self.weight_bytes + self.kv_bytes_per_position * positions
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return both figures as JSON data."""
+        return {
+            "weight_bytes_per_token": self.weight_bytes,
+            "kv_bytes_per_position": self.kv_bytes_per_position,
+        }
+
 
 @dataclass(frozen=True)
 class Bandwidth:
@@ -213,8 +220,11 @@ class ShapeResult:
         """How many repetitions ran beside a visible other load."""
         return sum(sample.interference.visible for sample in self.samples)
 
-    def summary(self, traffic: Traffic, bandwidth: Bandwidth) -> dict[str, Any]:
-        """Derive rates, latencies and the share of the bandwidth from the samples."""
+    def summary(self, traffic: Traffic | None, bandwidth: Bandwidth) -> dict[str, Any]:
+        """Derive rates, latencies and the share of the bandwidth from the samples.
+
+        Without traffic, what is derived from it is None.
+        """
         derived: dict[str, Any] = {
             "tokens_per_second": spread(self.rates),
             "disturbed_repetitions": self.disturbed,
@@ -224,15 +234,15 @@ class ShapeResult:
             derived["ttft_ms"] = spread(firsts)
             return derived
         tokens = [ns / 1e6 for sample in self.samples for ns in sample.token_ns]
-        touched = traffic.bytes_per_token(self.shape)
-        reading = touched * statistics.mean(self.rates) / 1e9
+        touched = None if traffic is None else traffic.bytes_per_token(self.shape)
+        reading = None if touched is None else touched * statistics.mean(self.rates) / 1e9
         derived["inter_token_ms"] = {"p50": percentile(tokens, 50), "p95": percentile(tokens, 95)}
         derived["bytes_per_token"] = touched
         derived["read_gb_per_s"] = reading
-        derived["bandwidth_share"] = reading / bandwidth.limit
+        derived["bandwidth_share"] = None if reading is None else reading / bandwidth.limit
         return derived
 
-    def to_dict(self, traffic: Traffic, bandwidth: Bandwidth) -> dict[str, Any]:
+    def to_dict(self, traffic: Traffic | None, bandwidth: Bandwidth) -> dict[str, Any]:
         """Return the raw samples and what follows from them."""
         return {
             "test": self.shape.name,
@@ -246,7 +256,10 @@ class ShapeResult:
 
 @dataclass(frozen=True)
 class ArtifactResult:
-    """One artifact's identity, its process and its tests."""
+    """One artifact's identity, its process and its tests.
+
+    `schemes` and `traffic` are empty and None for a file that edgekit neither made nor can read.
+    """
 
     name: str
     path: str
@@ -261,7 +274,7 @@ class ArtifactResult:
     import_ns: int
     load_ns: int
     memory: Memory
-    traffic: Traffic
+    traffic: Traffic | None
     tests: tuple[ShapeResult, ...]
 
     def to_dict(self, bandwidth: Bandwidth) -> dict[str, Any]:
@@ -279,10 +292,7 @@ class ArtifactResult:
             "import_ns": self.import_ns,
             "load_ns": self.load_ns,
             "memory": self.memory.to_dict(),
-            "traffic": {
-                "weight_bytes_per_token": self.traffic.weight_bytes,
-                "kv_bytes_per_position": self.traffic.kv_bytes_per_position,
-            },
+            "traffic": self.traffic and self.traffic.to_dict(),
             "tests": [test.to_dict(self.traffic, bandwidth) for test in self.tests],
         }
 

@@ -45,8 +45,8 @@ def _artifact_table(record: Record) -> str:
     rows = [
         [
             artifact.name,
-            str(artifact.model["id"]),
-            ", ".join(f"{count['tensors']} {name}" for name, count in artifact.schemes.items()),
+            str(artifact.model["id"] or _NOTHING),
+            _schemes(artifact),
             _megabytes(artifact.file_bytes),
             f"{artifact.engine} {artifact.engine_version}",
             f"{artifact.load_ns / 1e6:.1f}",
@@ -56,6 +56,11 @@ def _artifact_table(record: Record) -> str:
         for artifact in record.artifacts
     ]
     return markdown_table(headers, rows, align="lllrlrrr")
+
+
+def _schemes(artifact: ArtifactResult) -> str:
+    counts = artifact.schemes.items()
+    return ", ".join(f"{count['tensors']} {name}" for name, count in counts) or _NOTHING
 
 
 def _speed_table(record: Record) -> str:
@@ -92,8 +97,8 @@ def _speed_row(record: Record, artifact: ArtifactResult, test: ShapeResult) -> l
         _NOTHING,
         f"{latency['p50']:.2f}",
         f"{latency['p95']:.2f}",
-        f"{summary['read_gb_per_s']:.1f}",
-        f"{summary['bandwidth_share']:.0%}",
+        _NOTHING if summary["read_gb_per_s"] is None else f"{summary['read_gb_per_s']:.1f}",
+        _NOTHING if summary["bandwidth_share"] is None else f"{summary['bandwidth_share']:.0%}",
     ]
 
 
@@ -158,7 +163,7 @@ def _cache_notes(record: Record) -> list[str]:
         f"{artifact.name}: the weights of a token ({_megabytes(artifact.traffic.weight_bytes)} MB)"
         + f" fit the last-level cache ({_megabytes(size)} MB): bandwidth is no limit to it"
         for artifact in record.artifacts
-        if artifact.traffic.weight_bytes <= size
+        if artifact.traffic is not None and artifact.traffic.weight_bytes <= size
     ]
 
 

@@ -1,5 +1,6 @@
 """The reference engine: a torch module run eagerly."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, cast
 
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 from edgekit.errors import EdgekitError
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
-from edgekit.runtime.engine import Logits, OneSequenceEngine, TokenIds, physical_cores
+from edgekit.runtime.engine import (
+    Logits,
+    OneSequenceEngine,
+    TokenIds,
+    check_first,
+    check_tokens,
+    physical_cores,
+)
 
 
 class TorchEngine(OneSequenceEngine):
@@ -49,6 +57,18 @@ class TorchEngine(OneSequenceEngine):
             start = torch.tensor([position], dtype=torch.int64)
             logits: Tensor = module(torch.from_numpy(tokens).view(1, -1), start)
             return cast(Logits, logits.float().view(-1).numpy().copy())
+
+    def score(self, tokens: Sequence[int], first: int) -> Logits:
+        """Process tokens in one pass where the module has `all_logits`, as an LFM2 does."""
+        whole = getattr(self._module, "all_logits", None)
+        if whole is None:
+            return super().score(tokens, first)
+        check_first(first, len(tokens))
+        ids = check_tokens(tokens, 0, self.context, self.vocab_size)
+        with torch.inference_mode():
+            logits: Tensor = whole(torch.from_numpy(ids).view(1, -1), torch.zeros(1).long())
+        self._position = len(ids)
+        return cast(Logits, logits[first:].float().numpy())
 
     def close(self) -> None:
         """Release the module."""

@@ -1,11 +1,40 @@
-"""Bytes that an engine must read to decode one token, from an artifact's own tables."""
+"""What a model file's weights are, and the bytes that decoding one token must read of them."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from edgekit.devices.fit import EMBEDDING, kv_bytes_per_position
 from edgekit.models.config import ModelConfig
+from edgekit.runtime.gguf_facts import count_types, file_traffic, model_name, open_checked
+from edgekit.runtime.model_files import ModelFile
 from edgekit.runtime.record import Traffic
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which model a file holds and in what; nothing where nobody says it.
+
+    `model` has at least the key `id`; `schemes` counts tensors and bytes.
+    """
+
+    model: Mapping[str, Any]
+    schemes: Mapping[str, Mapping[str, int]]
+    traffic: Traffic | None
+
+
+def weights_of(file: ModelFile) -> Weights:
+    """Read an artifact's manifest, and a GGUF's own table, which counts what is in the file."""
+    table = open_checked(file.path) if file.engine == "gguf" else None
+    traffic = None if table is None else file_traffic(table)
+    if file.manifest is not None:
+        rows = file.manifest["tensors"]
+        if table is None:
+            traffic = decode_traffic(rows, ModelConfig.load(file.path.parent))
+        return Weights(file.manifest["model"], count_schemes(rows), traffic)
+    if table is not None:
+        return Weights({"id": model_name(table)}, count_types(table), traffic)
+    return Weights({"id": None}, {}, None)
 
 
 def decode_traffic(rows: Iterable[Mapping[str, Any]], config: ModelConfig) -> Traffic:

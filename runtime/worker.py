@@ -1,13 +1,12 @@
 """The benchmark's own process per artifact: `python -m edgekit.runtime.worker`.
 
 It reads one JSON request per line from stdin and answers each with one JSON line, and ends when
-stdin does. `{"op": "load", "engine", "model", "threads"}` loads an engine;
+stdin does. `{"op": "load", "engine", "model", "threads", "context"}` loads an engine;
 `{"op": "measure", "kind", "tokens", "depth", "seed"}` times one repetition of a test. A failure
 is answered as `{"error": "one line"}`. One process per artifact makes load time and peak memory
 that artifact's own.
 """
 
-import importlib
 import json
 import os
 import random
@@ -22,7 +21,7 @@ from typing import Any, TextIO
 
 from edgekit.errors import EdgekitError
 from edgekit.runtime.accounting import Clocks, interference, peak_bytes
-from edgekit.runtime.engine import ENGINES, Engine, load_engine
+from edgekit.runtime.engine import Engine, import_engine, load_engine
 from edgekit.runtime.record import Shape
 
 
@@ -49,7 +48,9 @@ class Worker:
         """Do one request; whatever goes wrong becomes one line."""
         try:
             if request["op"] == "load":
-                return self._load(request["engine"], request["model"], request["threads"])
+                return self._load(
+                    request["engine"], request["model"], request["threads"], request["context"]
+                )
             return self._measure(
                 Shape(request["kind"], request["tokens"], request["depth"]), request["seed"]
             )
@@ -62,21 +63,21 @@ class Worker:
             self._engine.close()
             self._engine = None
 
-    def _load(self, name: str, model: str, threads: int) -> dict[str, Any]:
+    def _load(self, name: str, model: str, threads: int, context: int | None) -> dict[str, Any]:
         self._threads = threads
         started = time.perf_counter_ns()
-        if name in ENGINES:  # so that the engine's libraries are not in the time to load
-            importlib.import_module(ENGINES[name])
+        import_engine(name)  # so that the engine's libraries are not in the time to load
         imported = time.perf_counter_ns()
         before = peak_bytes(os.getpid())
         begin = time.perf_counter_ns()
-        self._engine = load_engine(name, Path(model), threads)
+        self._engine = load_engine(name, Path(model), threads, context)
         return {
             "load_ns": time.perf_counter_ns() - begin,
             "import_ns": imported - started,
             "before_load_bytes": before,
             "engine": self._engine.name,
             "version": self._engine.version,
+            "context": self._engine.context,
             "affinity": sorted(os.sched_getaffinity(0)),
         }
 

@@ -38,9 +38,15 @@ class WorkerProcess:
         """The process id."""
         return self._process.pid
 
-    def load(self, engine: str, model: str, threads: int) -> dict[str, Any]:
+    def load(self, engine: str, model: str, threads: int, context: int | None) -> dict[str, Any]:
         """Load a model file; returns the worker's reply."""
-        request = {"op": "load", "engine": engine, "model": model, "threads": threads}
+        request = {
+            "op": "load",
+            "engine": engine,
+            "model": model,
+            "threads": threads,
+            "context": context,
+        }
         return self._ask(request, "loading the model")
 
     def measure(self, shape: Shape, seed: int) -> dict[str, Any]:

@@ -208,6 +208,7 @@ def test_each_artifact_has_its_own_engine_load_and_memory(
         assert sum(count["bytes"] for count in artifact.schemes.values()) == sum(
             row["bytes"] for row in manifest["tensors"]
         )
+        assert artifact.traffic is not None
         assert 0 < artifact.traffic.weight_bytes < artifact.file_bytes
 
 
@@ -248,7 +249,7 @@ def test_a_damaged_model_file_is_one_error(tmp_path: Path) -> None:
         worker_processes(["my-model"]) as (worker,),
         pytest.raises(EdgekitError, match="^my-model: loading the model: .*model.pte"),
     ):
-        worker.load("executorch", str(damaged), threads=1)
+        worker.load("executorch", str(damaged), threads=1, context=None)
 
 
 def test_a_stopped_engine_is_named_with_its_signal() -> None:
@@ -270,7 +271,7 @@ def test_a_worker_that_cannot_start_says_why(
         worker_processes(["my-model"]) as (worker,),
         pytest.raises(EdgekitError, match="^my-model: .* status 1: ImportError: numpy is broken$"),
     ):
-        worker.load("executorch", "model.pte", threads=1)
+        worker.load("executorch", "model.pte", threads=1, context=None)
 
 
 def test_a_worker_ends_with_its_input() -> None:

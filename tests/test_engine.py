@@ -217,8 +217,8 @@ def test_engines_state_name_and_version(engine: OneSequenceEngine) -> None:
 
 
 def test_load_engine_knows_its_engines(program: Path) -> None:
-    with pytest.raises(EdgekitError, match="unknown engine 'abacus'; the engines are executorch, "):
-        load_engine("abacus", program)
+    with pytest.raises(EdgekitError, match="unknown engine 'tflite'; the engines are executorch, "):
+        load_engine("tflite", program)
     with pytest.raises(EdgekitError, match="threads must be at least 1, not 0"):
         load_engine("executorch", program, threads=0)
     engine = load_engine("executorch", program, threads=1)

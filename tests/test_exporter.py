@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from executorch.extension.pybindings import _C as binding
-from pte_weights import embedding, linears
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
@@ -18,6 +17,7 @@ from edgekit.export import plan_export
 from edgekit.exporters import xnnpack_blocks
 from edgekit.exporters.executorch import export_pte, runner_metadata
 from edgekit.exporters.pte import FORWARD, Program
+from edgekit.exporters.pte_weights import embedding, linears
 from edgekit.exporters.xnnpack_graph import read_graph
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import build_eager

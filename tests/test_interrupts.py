@@ -35,6 +35,7 @@ _ARGUMENTS = {
     "bench": ("artifact",),
     "inspect": ("artifact",),
     "quantize": ("lfm2-tiny", "--dry-run"),
+    "imatrix": ("lfm2-tiny", "--text", __file__),
     "fit": ("lfm2-tiny", "--device", "pixel-9"),
 }
 

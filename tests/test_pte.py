@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.schema import DelegateCall, KernelCall
-from pte_weights import embedding, linears
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.flatbuffer import Flatbuffer, FlatbufferError
 from edgekit.exporters.inspect import inspect
 from edgekit.exporters.pte import FORWARD, Program
+from edgekit.exporters.pte_weights import embedding, linears
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from pte_weights import embedding, linears
 
 from edgekit.exporters import pte_sharing
 from edgekit.exporters.pte import Program, Span
 from edgekit.exporters.pte_sharing import _equal, _remove, store_once
+from edgekit.exporters.pte_weights import embedding, linears
 from edgekit.models.source import resolve_model
 
 

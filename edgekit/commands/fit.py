@@ -1,6 +1,7 @@
 """`edgekit fit`: will a model fit a device, and how fast can it decode at best."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,7 +33,7 @@ class _Target:
 
 
 @click.command("fit", short_help="Predict memory and decode speed on a device.")
-@click.argument("model")
+@click.argument("model", metavar="MODEL|ARTIFACT")
 @click.option(
     "--device",
     metavar="NAME",
@@ -82,21 +83,42 @@ def command(
 ) -> None:
     """Predict the memory and the decode ceiling of MODEL on a device, before any export.
 
-    No weights are needed. MODEL is a name that `edgekit models` lists, a hub id or a folder.
+    No weights are needed. MODEL is a name that `edgekit models` lists, a hub id or a folder. Of an
+    ARTIFACT, its own table, size and context count, in the engine it was made for.
     """
     device = device.lower()
     target = _target(device, ram, bandwidth)
-    fit, name = _predict(model, choice, context, depth)
+    fit, name, recipe = _predict(model, choice, context, depth)
     if device == LOCAL and bandwidth is None and not no_measure:
         target = replace(target, bandwidth=_measure())
-    facts = _facts(fit, name, choice, target)
     if as_json:
-        print_json(facts)
+        print_json(_facts(fit, name, recipe, target))
     else:
-        click.echo(_text(fit, name, choice, target))
+        click.echo(_text(fit, name, recipe, target))
 
 
 def _predict(
+    model: str, choice: RecipeChoice, context: int | None, depth: int
+) -> "tuple[Fit, str, str]":
+    """Return the prediction, the model's name and the recipe's."""
+    from edgekit.artifact import MANIFEST
+
+    if (Path(model) / MANIFEST).is_file():
+        return _predict_artifact(Path(model), choice, context, depth)
+    return (*_predict_model(model, choice, context, depth), choice.label)
+
+
+def _predict_artifact(
+    path: Path, choice: RecipeChoice, context: int | None, depth: int
+) -> "tuple[Fit, str, str]":
+    from edgekit.runtime.artifact_fit import predict_artifact
+
+    if choice.given or context is not None:
+        raise EdgekitError(f"{path}: is an artifact, which has its recipe and --context already")
+    return predict_artifact(path, depth)
+
+
+def _predict_model(
     model: str, choice: RecipeChoice, context: int | None, depth: int
 ) -> "tuple[Fit, str]":
     from edgekit.interrupts import interrupts_end_the_process
@@ -156,11 +178,11 @@ def _measure() -> tuple[float, str]:
     return result.gb_per_s, f"measured with {result.threads} threads{busy}"
 
 
-def _facts(fit: "Fit", name: str, choice: RecipeChoice, target: _Target) -> dict[str, Any]:
+def _facts(fit: "Fit", name: str, recipe: str, target: _Target) -> dict[str, Any]:
     speed = None if target.bandwidth is None else target.bandwidth[0]
     return {
         "model": name,
-        "recipe": choice.label,
+        "recipe": recipe,
         "device": target.device,
         "bytes": fit.to_dict(),
         "ram": [{"bytes": size, "verdict": fit.verdict(size)} for size in target.ram_bytes],
@@ -170,8 +192,8 @@ def _facts(fit: "Fit", name: str, choice: RecipeChoice, target: _Target) -> dict
     }
 
 
-def _text(fit: "Fit", name: str, choice: RecipeChoice, target: _Target) -> str:
+def _text(fit: "Fit", name: str, recipe: str, target: _Target) -> str:
     from edgekit.devices.report import fit_text
 
-    title = f"{name}, {choice.label}, on {target.device}"
+    title = f"{name}, {recipe}, on {target.device}"
     return fit_text(fit, title, target.ram_bytes, target.bandwidth)

@@ -1,22 +1,52 @@
-"""`edgekit inspect`: what an artifact is made of."""
+"""`edgekit inspect`: what an artifact is made of, and which tensors of a model cost the most."""
 
+import sys
 from pathlib import Path
 
 import click
 
 from edgekit.commands._json import print_json
+from edgekit.errors import EdgekitError, Interrupted
 
 
 @click.command("inspect", short_help="Show what a file is made of.")
-@click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.argument("artifact", metavar="ARTIFACT|MODEL", type=click.Path(path_type=Path))
 @click.option("--check", is_flag=True, help="Compare every file with the sha256 in the manifest.")
+@click.option(
+    "--sensitivity", is_flag=True, help="Rank the model's tensors by what quantizing each costs."
+)
+@click.option("--scheme", metavar="NAME", help="With --sensitivity  [default: w4g32]")
+@click.option(
+    "--text",
+    "text_file",
+    type=click.Path(path_type=Path),
+    help="With --sensitivity: UTF-8 file to measure on  [default: a built-in text]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def command(artifact: Path, check: bool, as_json: bool) -> None:
+def command(
+    artifact: Path,
+    check: bool,
+    sensitivity: bool,
+    scheme: str | None,
+    text_file: Path | None,
+    as_json: bool,
+) -> None:
     """Show what ARTIFACT, an exported folder or a .pte file, is made of.
 
     Bytes by component, schemes, delegates, operators that run outside them, metadata and the
     figures of the verification. With --check, a damaged file ends in exit status 1.
+
+    With --sensitivity, of a MODEL or the model that ARTIFACT was made of: how far the float model
+    strays when one tensor alone is quantized. Figures are kept in the user's cache, tensor by
+    tensor; an interrupted run goes on where it stopped.
     """
+    if sensitivity:
+        if check:
+            raise EdgekitError("--check and --sensitivity exclude each other")
+        _sensitivity(str(artifact), scheme or "w4g32", text_file, as_json)
+        return
+    if scheme is not None or text_file is not None:
+        raise EdgekitError("--scheme and --text are for --sensitivity")
     from edgekit.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
@@ -27,3 +57,35 @@ def command(artifact: Path, check: bool, as_json: bool) -> None:
         print_json(report.to_dict())
     else:
         click.echo(report.text())
+
+
+def _sensitivity(name: str, scheme: str, text_file: Path | None, as_json: bool) -> None:
+    from edgekit.interrupts import interrupts_end_the_process
+
+    with interrupts_end_the_process():
+        from edgekit.exporters.reference_text import TEXT
+        from edgekit.files import read_text
+        from edgekit.quantize.scheme import Scheme
+        from edgekit.sensitivity import sensitivity
+
+    parsed = Scheme.parse(scheme)
+    text = TEXT if text_file is None else read_text(text_file)
+    try:
+        found = sensitivity(name, parsed, text, _show)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; the figures so far are kept: the same command goes on from there"
+        ) from None
+    finally:
+        if sys.stderr is not None and sys.stderr.isatty():
+            click.echo("\r\x1b[K", nl=False, err=True)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        click.echo(found.text())
+
+
+def _show(done: int, total: int, label: str) -> None:
+    """Rewrite one line of the terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        click.echo(f"\r\x1b[K[{done}/{total}] {label}", nl=False, err=True)

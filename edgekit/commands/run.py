@@ -1,6 +1,7 @@
 """`edgekit run`: generate text from an artifact."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from edgekit.commands._json import print_json
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
-    from edgekit.models.tokenizer import Tokenizer
+    from edgekit.models.tokenizer import TextTokenizer
     from edgekit.runtime.chat import Chat
     from edgekit.runtime.engine import Engine
     from edgekit.runtime.generate import Generation
@@ -41,12 +42,19 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Makes the text reproducible.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option(
+    "--tokenizer",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder with the tokenizer.json to use  [default: the artifact's own]",
+)
+@click.option(
     "-t", "--threads", type=int, help="CPU threads, 4 per CPU at most  [default: physical cores]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Text and figures as JSON, at the end.")
 def command(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Generate text from ARTIFACT, a folder that `edgekit export` wrote.
 
+    It may also be a .gguf or .pte file or an onnxruntime-genai folder that others made.
     PROMPT is one message to the model. It is read from standard input where that is not a
     terminal or PROMPT is `-`; in a terminal without a PROMPT a chat begins. The text ends where
     the model ends it, at --max-tokens, at a --stop or with the context.
@@ -94,30 +102,34 @@ def _run(path: Path, prompt: str | None, as_json: bool, options: dict[str, Any])
     from edgekit.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.artifact import Artifact
-        from edgekit.models.tokenizer import Tokenizer
         from edgekit.runtime.chat import Chat
-        from edgekit.runtime.engine import load_engine
         from edgekit.runtime.generate import generate
+        from edgekit.runtime.model_files import find_model_file
 
     if _is_chat(prompt):
         _refuse_in_chat(raw=options["raw"], json=as_json)
     params = _params(options)
-    artifact = Artifact.open(path)
-    tokenizer = Tokenizer.load(artifact.folder)
-    ids = None if _is_chat(prompt) else _prompt_ids(tokenizer, prompt, artifact.context, options)
-    with interrupts_end_the_process():
-        engine = load_engine(artifact.target, artifact.model_path, options["threads"])
+    file = find_model_file(path)
     limits = {"max_tokens": options["max_tokens"], "stop_strings": options["stop"]}
-    with contextlib.closing(engine):
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def engine() -> "Engine":
+            with interrupts_end_the_process():
+                return stack.enter_context(file.load(options["threads"]))
+
+        with interrupts_end_the_process():
+            tokenizer = file.tokenizer(options["tokenizer"])
+        # Of some files only the engine knows the context, which bounds the prompt.
+        context = file.context or engine().context
+        ids = None if _is_chat(prompt) else _prompt_ids(tokenizer, prompt, context, options)
+        eos_ids = file.end_ids(engine(), tokenizer)
         if ids is None:
-            _converse(
-                Chat(engine, tokenizer, params, artifact.eos_ids, options["system"], **limits)
-            )
+            _converse(Chat(engine(), tokenizer, params, eos_ids, options["system"], **limits))
             return
-        answer = generate(engine, tokenizer, ids, params, eos_ids=artifact.eos_ids, **limits)
+        answer = generate(engine(), tokenizer, ids, params, eos_ids=eos_ids, **limits)
         if as_json:
-            _print_json(path, engine, answer)
+            _print_json(path, engine(), answer)
         else:
             _stream(answer)
 
@@ -130,7 +142,7 @@ def _params(options: dict[str, Any]) -> "SamplingParams":
 
 
 def _prompt_ids(
-    tokenizer: "Tokenizer", prompt: str | None, context: int, options: dict[str, Any]
+    tokenizer: "TextTokenizer", prompt: str | None, context: int, options: dict[str, Any]
 ) -> list[int]:
     from edgekit.runtime.chat import check_length, first_messages, prompt_ids
 

@@ -1,10 +1,10 @@
 """Text to token ids and back, with the model's own special tokens and chat template."""
 
 import codecs
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tokenizers
 
@@ -13,6 +13,45 @@ from edgekit.models.chat_template import ChatTemplate
 from edgekit.models.config import load_json_object, token_ids
 
 TOKENIZER_FILE = "tokenizer.json"
+
+
+class TextTokenizer(Protocol):
+    """What running a model needs of its tokenizer; `Tokenizer` is one, llama.cpp has others.
+
+    `bos_id` is None where there is none; `eos_ids` are the tokens that end a generation.
+    """
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether `encode` begins a text with the bos token."""
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Return the ids of a text, special tokens by their spelling."""
+        ...
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of a text in which the spelling of a special token is only letters."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some ids, without special tokens."""
+        ...
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the prompt for a conversation; encode it with `add_special=False`."""
+        ...
+
+    def stream(self) -> "TextStream":
+        """Return a decoder that turns ids into text one by one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,11 +91,24 @@ class Tokenizer:
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Return the ids of a text; `add_special` lets the tokenizer add its bos token."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise EdgekitError("the text is not valid UTF-8 (it holds a lone surrogate)") from error
+        utf8(text)
         return list(self.backend.encode(text, add_special_tokens=add_special).ids)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of a text in which the spelling of a special token is only letters.
+
+        So llama.cpp's tools read files. The tokenizer still adds its bos token.
+        """
+        self.backend.encode_special_tokens = True
+        try:
+            return self.encode(text)
+        finally:
+            self.backend.encode_special_tokens = False
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a text begins with the bos token."""
+        return self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids, without special tokens; U+FFFD for broken UTF-8."""
@@ -64,40 +116,60 @@ class Tokenizer:
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return the prompt for a conversation; encode it with `add_special=False`."""
-        if self.template is None:
-            raise EdgekitError("the model has no chat template; give the text as it is (--raw)")
-        return self.template.render(messages, self.special_text)
+        return render_chat(self.template, messages, self.special_text)
 
     def stream(self) -> "TextStream":
         """Return a decoder that turns ids into text one by one."""
-        return TextStream(self.backend)
+        added = self.backend.get_added_tokens_decoder().items()
+        hidden = {index for index, token in added if token.special}
+
+        def piece(token: int) -> bytes:
+            text = None if token in hidden else self.backend.id_to_token(token)
+            return b"" if text is None else _token_bytes(text)
+
+        return TextStream(piece)
 
 
 class TextStream:
     """Incremental decoding: the pushes and the flush together are `decode` of all ids.
 
-    A byte-level token is a run of bytes, so this is a UTF-8 decoder behind a table lookup; an
-    unfinished character is kept back until its last byte, and work per token is constant.
+    A token is a run of bytes, so this is a UTF-8 decoder behind a lookup; an unfinished character
+    is kept back until its last byte, and work per token is constant.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """Start an empty text."""
-        self._backend = backend
-        self._hidden = {
-            index for index, token in backend.get_added_tokens_decoder().items() if token.special
-        }
+    def __init__(self, piece: Callable[[int], bytes]) -> None:
+        """Start an empty text; `piece` gives the bytes of a token, none for a special one."""
+        self._piece = piece
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """Return the text that one more token completes, maybe empty."""
-        text = None if token in self._hidden else self._backend.id_to_token(token)
-        return "" if text is None else self._utf8.decode(_token_bytes(text))
+        return self._utf8.decode(self._piece(token))
 
     def flush(self) -> str:
         """End the text: U+FFFD for a character that was left unfinished, else nothing."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
+
+
+def utf8(text: str) -> bytes:
+    """Return a text's bytes; EdgekitError for one that has none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise EdgekitError("the text is not valid UTF-8 (it holds a lone surrogate)") from error
+
+
+def render_chat(
+    template: ChatTemplate | None,
+    messages: Sequence[Mapping[str, Any]],
+    special_text: Mapping[str, str],
+) -> str:
+    """Return the prompt for a conversation; EdgekitError for a model without a template."""
+    if template is None:
+        raise EdgekitError("the model has no chat template; give the text as it is (--raw)")
+    return template.render(messages, special_text)
 
 
 def _byte_table() -> dict[str, int]:

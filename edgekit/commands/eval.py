@@ -1,0 +1,83 @@
+"""`edgekit eval`: perplexity of an artifact, and how far it strays from a reference."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from edgekit.commands._json import print_json
+
+
+@click.command("eval", short_help="Measure quality: perplexity, and divergence from a reference.")
+@click.argument("artifact")
+@click.option(
+    "--text",
+    "text_file",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="UTF-8 file to score.",
+)
+@click.option(
+    "--reference", metavar="MODEL|ARTIFACT", help="Compare with it: a model runs in torch, float."
+)
+@click.option(
+    "--context", type=int, default=512, show_default=True, help="Tokens in a chunk of the text."
+)
+@click.option("--chunks", type=click.IntRange(min=1), help="Most chunks to score  [default: all]")
+@click.option(
+    "--tokenizer",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder with the tokenizer.json to use for files  [default: their own]",
+)
+@click.option(
+    "-t", "--threads", type=int, help="CPU threads, 4 per CPU at most  [default: physical cores]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+def command(
+    artifact: str,
+    text_file: Path,
+    reference: str | None,
+    context: int,
+    chunks: int | None,
+    tokenizer: Path | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Score ARTIFACT, or a model, on a text by llama-perplexity's conventions.
+
+    The text is cut into chunks, and of each the second half is scored. With --reference, the
+    figures of `llama-perplexity --kl-divergence` follow: divergence of the next token's
+    distribution, change of the right token's probability, equal most likely tokens.
+    """
+    from edgekit.files import read_text
+    from edgekit.interrupts import interrupts_end_the_process
+
+    text = read_text(text_file)
+    with interrupts_end_the_process():
+        from edgekit.runtime.evaluate import evaluate
+    try:
+        result = evaluate(
+            artifact,
+            text,
+            reference,
+            context=context,
+            chunks=chunks,
+            threads=threads,
+            tokenizer=tokenizer,
+            progress=_show if sys.stderr.isatty() else None,
+        )
+    finally:
+        if sys.stderr.isatty():
+            click.echo("\r\x1b[K", nl=False, err=True)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        from edgekit.runtime.evaluation_table import render
+
+        click.echo(render(result))
+
+
+def _show(done: int, total: int, label: str) -> None:
+    """Rewrite one line of the terminal."""
+    click.echo(f"\r\x1b[K[{done}/{total}] {label}", nl=False, err=True)

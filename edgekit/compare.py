@@ -1,0 +1,300 @@
+"""`compare`: artifacts side by side, in size, quality, speed, memory and weights."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from edgekit.errors import EdgekitError
+from edgekit.exporters.weights import NamedTensors, TensorComparison, compare_weights, read_weights
+from edgekit.models.config import ModelConfig
+from edgekit.models.source import ModelSource, resolve_model
+from edgekit.quantize.recipe import tied_shapes
+from edgekit.runtime.bench import bench
+from edgekit.runtime.evaluate import DEFAULT_CONTEXT, Evaluation, evaluate_each
+from edgekit.runtime.model_files import ModelFile, find_model_file
+from edgekit.runtime.record import ArtifactResult, Record, ShapeResult, spread
+from edgekit.tables import markdown_table
+
+_NOTHING = "-"
+Progress = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what comes next) of each part of the work."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One artifact's row: its place in the benchmark, its evaluation, its parameters.
+
+    `evaluation` is None without a text, `parameters` where their number is not known, and
+    `unread`, which says why weights could not be read back, where they could.
+    """
+
+    result: ArtifactResult
+    parameters: int | None
+    evaluation: Evaluation | None
+    unread: str | None
+
+    @property
+    def name(self) -> str:
+        """The name that distinguishes it from the others."""
+        return self.result.name
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits of the model's files over the model's parameters."""
+        return 8 * self.result.file_bytes / self.parameters if self.parameters else None
+
+    @property
+    def kld(self) -> float | None:
+        """Mean divergence from the reference in nats."""
+        found = None if self.evaluation is None else self.evaluation.divergence
+        return None if found is None else found.kld.value
+
+    def test(self, kind: str) -> ShapeResult | None:
+        """The prefill (`pp`) or the decode (`tg`), None where it was not asked for."""
+        return next((test for test in self.result.tests if test.shape.kind == kind), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known as JSON data."""
+        speeds = {kind: self.test(kind) for kind in ("pp", "tg")}
+        return {
+            "name": self.name,
+            "path": self.result.path,
+            "target": self.result.target,
+            "engine": {"name": self.result.engine, "version": self.result.engine_version},
+            "model": dict(self.result.model),
+            "file_bytes": self.result.file_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "peak_bytes": self.result.memory.peak,
+            "tokens_per_second": {
+                kind: None if test is None else {"test": test.shape.name, **spread(test.rates)}
+                for kind, test in speeds.items()
+            },
+            "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
+            "weights_unread": self.unread,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Artifacts side by side.
+
+    `tensors` compares the weights of `read`, the artifacts whose weights can be read back, each
+    with the first of them, and where there is a reference with its float weights.
+    """
+
+    artifacts: tuple[Compared, ...]
+    record: Record
+    reference: str | None
+    read: tuple[str, ...]
+    tensors: tuple[TensorComparison, ...]
+
+    def weights_verdict(self, name: str) -> str | None:
+        """Say whose weights an artifact's are, or in how many tensors they differ from the first's.
+
+        None where nothing can be said.
+        """
+        if name not in self.read or len(self.read) < 2:
+            return None
+        place = self.read.index(name)
+        for earlier in range(place):
+            if all(_equal(tensor, earlier, place) for tensor in self.tensors):
+                return f"identical to {self.read[earlier]}"
+        if place == 0:
+            return "baseline"
+        other = sum(not _equal(tensor, 0, place) for tensor in self.tensors)
+        return f"{other} of {len(self.tensors)} differ"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON data; `bench` is the record of the benchmark."""
+        return {
+            "artifacts": [
+                one.to_dict() | {"weights": self.weights_verdict(one.name)}
+                for one in self.artifacts
+            ],
+            "reference": self.reference,
+            "weights_of": list(self.read),
+            "tensors": [tensor.to_dict() for tensor in self.tensors],
+            "bench": self.record.to_dict(),
+        }
+
+    def text(self) -> str:
+        """Return the table, and a line for what could not be known."""
+        table = markdown_table(*self.table(), align="llrrrrrrrl")
+        notes = [f"{one.name}: {one.unread}" for one in self.artifacts if one.unread]
+        return "\n\n".join([table, "\n".join(notes)] if notes else [table])
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return headers and rows, one row per artifact."""
+        tests = {test.shape.kind: test.shape.name for test in self.artifacts[0].result.tests}
+        headers = ["artifact", "engine", "MB", "bits/weight", "perplexity", "KLD"]
+        headers += [f"{tests.get(kind, kind)} tok/s" for kind in ("pp", "tg")]
+        headers += ["peak MB", "weights"]
+        return headers, [self._row(one) for one in self.artifacts]
+
+    def _row(self, one: Compared) -> list[str]:
+        bits, peak = one.bits_per_weight, one.result.memory.peak
+        evaluation = one.evaluation
+        return [
+            one.name,
+            f"{one.result.engine} {one.result.engine_version}",
+            f"{one.result.file_bytes / 1e6:,.1f}",
+            _NOTHING if bits is None else f"{bits:.2f}",
+            _NOTHING if evaluation is None else f"{evaluation.perplexity.value:.4f}",
+            _NOTHING if one.kld is None else f"{one.kld:.6f}",
+            _speed(one.test("pp")),
+            _speed(one.test("tg")),
+            _NOTHING if peak is None else f"{peak / 1e6:,.0f}",
+            self.weights_verdict(one.name) or _NOTHING,
+        ]
+
+
+def _equal(tensor: TensorComparison, one: int, other: int) -> bool:
+    return tensor.same_as[one] is not None and tensor.same_as[one] == tensor.same_as[other]
+
+
+def compare(
+    artifacts: Sequence[Path],
+    text: str | None = None,
+    reference: str | None = None,
+    *,
+    context: int = DEFAULT_CONTEXT,
+    chunks: int | None = None,
+    prompt: int = 512,
+    generate: int = 128,
+    repetitions: int = 3,
+    threads: int | None = None,
+    tokenizer: Path | None = None,
+    progress: Progress = lambda done, total, label: None,
+) -> Comparison:
+    """Measure artifacts and compare them, with each other and with a reference model.
+
+    An artifact is a folder that `edgekit export` wrote, or what `find_model_file` takes besides.
+    `text` and `tokenizer` are those of `evaluate`, `reference` the model that the artifacts stand
+    for, `prompt`, `generate` and `repetitions` the benchmark's. Raises `EdgekitError` for what one
+    of these refuses.
+    """
+    files = [find_model_file(path) for path in artifacts]
+    source = None if reference is None else resolve_model(reference)
+    weights = _compare_weights(files, source, progress)
+    evaluations: list[Evaluation | None] = [None] * len(files)
+    if text is not None:
+        names = [str(path) for path in artifacts]
+        evaluations = [
+            *evaluate_each(
+                names,
+                text,
+                reference,
+                context=context,
+                chunks=chunks,
+                threads=threads,
+                tokenizer=tokenizer,
+                progress=_prefixed(progress, "quality: "),
+            )
+        ]
+    record = bench(
+        artifacts,
+        (prompt,),
+        (generate,),
+        repetitions=repetitions,
+        threads=threads,
+        progress=_prefixed(progress, "speed: "),
+    )
+    rows = tuple(
+        Compared(result, parameters, evaluation, unread)
+        for result, parameters, evaluation, unread in zip(
+            record.artifacts, weights.parameters, evaluations, weights.unread, strict=True
+        )
+    )
+    read = tuple(record.artifacts[index].name for index in weights.read)
+    return Comparison(rows, record, reference, read, tuple(weights.tensors))
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What reading the files' weights brought: per file the parameters and why it was not read.
+
+    `read` are the indices of the files that were, whose weights `tensors` compares.
+    """
+
+    parameters: list[int | None]
+    unread: list[str | None]
+    read: list[int]
+    tensors: list[TensorComparison]
+
+
+def _compare_weights(
+    files: Sequence[ModelFile], source: ModelSource | None, progress: Progress
+) -> _Weights:
+    """Compare all files that can be read to their ends; begin again without one that cannot."""
+    common = _common_config(files, source)
+    configs = [_config(file) or common for file in files]
+    unread: list[str | None] = [None] * len(files)
+    while True:
+        read = [index for index in range(len(files)) if unread[index] is None]
+        streams = [_guarded(files[index], configs[index], index, unread) for index in read]
+        tensors = list[TensorComparison]()
+        for tensor in compare_weights(streams, _float_reader(source)):
+            tensors.append(tensor)
+            progress(len(tensors), len(tensors), f"weights: {tensor.tensor}")
+        if not any(unread[index] for index in read):
+            break
+    parameters = [
+        config.parameter_count if config is not None and unread[index] is None else _stated(file)
+        for index, (file, config) in enumerate(zip(files, configs, strict=True))
+    ]
+    return _Weights(parameters, unread, read, tensors)
+
+
+def _guarded(
+    file: ModelFile, config: ModelConfig | None, index: int, unread: list[str | None]
+) -> NamedTensors:
+    """Yield a file's tensors; an error ends them and is noted."""
+    try:
+        if config is None:
+            raise EdgekitError(f"{file.place}: nothing says which model's tensors it holds")
+        yield from read_weights(file.engine, file.path, config)
+    except EdgekitError as error:
+        unread[index] = str(error)
+
+
+def _config(file: ModelFile) -> ModelConfig | None:
+    """Return the configuration of an artifact of ours."""
+    return None if file.manifest is None else ModelConfig.load(file.path.parent)
+
+
+def _common_config(files: Sequence[ModelFile], source: ModelSource | None) -> ModelConfig | None:
+    """Return what a foreign file is read by: the reference's, or that of the first artifact."""
+    if source is not None:
+        return source.config
+    return next((config for file in files if (config := _config(file)) is not None), None)
+
+
+def _stated(file: ModelFile) -> int | None:
+    """Return the number of parameters that the manifest states."""
+    count = None if file.manifest is None else file.manifest["model"].get("parameters")
+    return count if type(count) is int and count > 0 else None
+
+
+def _float_reader(source: ModelSource | None) -> Callable[[str], Tensor | None] | None:
+    """Return a reader of the reference's tensors, None for a name that it has not."""
+    if source is None:
+        return None
+    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    checkpoint = source.checkpoint
+    return lambda name: checkpoint.tensor(tied.get(name, name)) if name in shapes else None
+
+
+def _prefixed(progress: Progress, prefix: str) -> Progress:
+    return lambda done, total, label: progress(done, total, prefix + label)
+
+
+def _speed(test: ShapeResult | None) -> str:
+    if test is None:
+        return _NOTHING
+    speed = spread(test.rates)
+    mean, deviation = speed["mean"] or 0.0, speed["stdev"]
+    decimals = 0 if mean >= 1000 else 1
+    return f"{mean:,.{decimals}f}" + ("" if deviation is None else f" ± {deviation:,.{decimals}f}")

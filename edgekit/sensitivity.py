@@ -1,0 +1,291 @@
+"""Which tensors cost the most: divergence from the float model with one tensor quantized.
+
+Of a text, the float model's hidden states before every layer are kept. A tensor of layer k changes
+nothing before that layer, so the run with only that tensor quantized starts there. Activations
+stay float: what is measured is the weight's own scheme. Figures are kept in the user's cache as
+they are computed, so that an interrupted run goes on where it stopped.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgekit.artifact import MANIFEST, Artifact
+from edgekit.errors import EdgekitError
+from edgekit.exporters.reference_text import TEXT
+from edgekit.files import new_file, os_reason
+from edgekit.models.eager import build_eager, float_reader
+from edgekit.models.lfm2 import LFM2
+from edgekit.models.source import ModelSource, resolve_model
+from edgekit.models.tokenizer import Tokenizer
+from edgekit.quantize.recipe import EMBEDDING, HEAD, tied_shapes
+from edgekit.quantize.scheme import FLOAT, Scheme
+from edgekit.runtime.divergence import score_rows
+from edgekit.tables import markdown_table
+
+VERSION = 1
+"""Of the computation: another one does not read these figures from the cache."""
+
+MAX_TOKENS = 256
+"""Tokens of the text that are run."""
+
+FIRST = 16
+"""Positions before this one are not counted: with so little before them they say little."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with (tensors done, tensors in all, the tensor that comes next)."""
+
+
+@dataclass(frozen=True)
+class TensorCost:
+    """What one tensor costs and saves at the scheme.
+
+    `kld` is the mean over the positions in nats, with its error; `bytes_saved` is against float32,
+    what engines keep floats in.
+    """
+
+    tensor: str
+    kld: float
+    kld_error: float
+    bytes_saved: int
+
+    @property
+    def kld_per_mb(self) -> float:
+        """Nats paid for a saved megabyte (1e6 bytes)."""
+        return self.kld / (self.bytes_saved / 1e6)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The costs of every tensor that the scheme can hold, the greatest divergence first."""
+
+    model: str
+    scheme: str
+    tokens: int
+    positions: int
+    costs: tuple[TensorCost, ...]
+    cache: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON data."""
+        facts = asdict(self) | {"cache": str(self.cache)}
+        facts["costs"] = [asdict(cost) | {"kld_per_mb": cost.kld_per_mb} for cost in self.costs]
+        return facts
+
+    def text(self) -> str:
+        """Return the ranked table."""
+        rows = [
+            [
+                cost.tensor,
+                f"{cost.kld:.6f}",
+                f"± {cost.kld_error:.6f}",
+                f"{cost.bytes_saved:,}",
+                f"{cost.kld_per_mb:.6f}",
+            ]
+            for cost in self.costs
+        ]
+        headers = ["tensor", "mean KLD", "error", "bytes saved", "KLD per MB saved"]
+        return (
+            f"{self.model}: divergence from the float model with one tensor at {self.scheme}, "
+            f"{self.positions} positions of {self.tokens} tokens\n\n"
+            f"{markdown_table(headers, rows, align='lrrrr')}"
+        )
+
+
+def sensitivity(
+    name: str,
+    scheme: Scheme,
+    text: str = TEXT,
+    progress: Progress = lambda done, total, label: None,
+) -> Sensitivity:
+    """Measure every matrix of a model, or of the model that an artifact was made of.
+
+    Raises `EdgekitError` for the float scheme, a text that is too short, and a cache that cannot
+    be written.
+    """
+    if scheme.is_float:
+        raise EdgekitError("--scheme float costs nothing: give one that quantizes, such as w4g32")
+    source = _source(name)
+    tokens = _tokens(source, text)
+    tensors = _tensors(source, scheme)
+    cache = _Cache.open(source, scheme, tokens)
+    missing = [tensor for tensor in tensors if tensor not in cache.figures]
+    if missing:
+        run = _FloatRun.of(source, tokens)
+        for tensor in missing:
+            progress(len(tensors) - len(missing) + missing.index(tensor), len(tensors), tensor)
+            cache.keep(tensor, run.cost(tensor, scheme))
+    progress(len(tensors), len(tensors), "")
+    costs = [TensorCost(tensor, *cache.figures[tensor], tensors[tensor]) for tensor in tensors]
+    costs.sort(key=lambda cost: cost.kld, reverse=True)
+    positions = len(tokens) - FIRST
+    return Sensitivity(source.id, scheme.name, len(tokens), positions, tuple(costs), cache.path)
+
+
+def _source(name: str) -> ModelSource:
+    if not (Path(name) / MANIFEST).is_file():
+        return resolve_model(name)
+    model = Artifact.open(name).manifest["model"]
+    try:
+        source = resolve_model(model["id"], model.get("revision"))
+    except EdgekitError as error:
+        raise EdgekitError(
+            f"{name}: the model it was made of is not to be had: {error}; give the model itself"
+        ) from error
+    if source.checkpoint.sha256() != model.get("sha256"):
+        raise EdgekitError(
+            f"{name}: was made of other weights than those of {source.id}: give the model itself"
+        )
+    return source
+
+
+def _tokens(source: ModelSource, text: str) -> list[int]:
+    assert source.folder is not None  # without random weights there is one
+    most = min(MAX_TOKENS, source.config.max_context)
+    tokens = Tokenizer.load(source.folder).encode_plain(text)[:most]
+    if len(tokens) < 2 * FIRST:
+        raise EdgekitError(f"the text has {len(tokens)} tokens; at least {2 * FIRST} are needed")
+    return tokens
+
+
+def _tensors(source: ModelSource, scheme: Scheme) -> dict[str, int]:
+    """Return the matrices that the scheme can hold, with the bytes it saves of each."""
+    shapes, _ = tied_shapes(source.config.tensor_shapes())
+    found = {}
+    for name, shape in shapes.items():
+        if len(shape) != 2:
+            continue
+        try:
+            scheme.check_shape(shape)
+        except ValueError as error:
+            raise EdgekitError(f"{name}: cannot be {scheme.name}: {error}") from error
+        found[name] = FLOAT.nbytes(shape) - scheme.nbytes(shape)
+    return found
+
+
+@dataclass
+class _FloatRun:
+    """The float model over a text: hidden states before each layer and behind the last."""
+
+    model: LFM2
+    override: dict[str, Tensor]
+    read: Callable[[str], Tensor]
+    tokens: list[int]
+    states: list[Tensor]
+    logits: Tensor
+
+    @classmethod
+    def of(cls, source: ModelSource, tokens: list[int]) -> "_FloatRun":
+        read = float_reader(source.config, source.checkpoint)
+        override: dict[str, Tensor] = {}
+
+        def read_or_override(name: str) -> Tensor:
+            return override[name] if name in override else read(name)
+
+        model = build_eager(source.config, read_or_override, len(tokens))
+        run = cls(model, override, read, tokens, [], torch.empty(0))
+        run.states = list(run._from(0, run._embedded()))
+        run.logits = run._logits(run.states[-1])
+        return run
+
+    def cost(self, name: str, scheme: Scheme) -> tuple[float, float]:
+        """Return mean and error of the divergence with only that tensor quantized."""
+        try:
+            self.override[name] = scheme.quantize(self.read(name).float()).dequantize()
+            logits = self._logits(self._last_state(name))
+        finally:
+            self.override.clear()
+        targets = [*self.tokens[FIRST + 1 :], 0]  # the last has none; its KLD needs none
+        scores = score_rows(logits[FIRST:].numpy(), targets, self.logits[FIRST:].numpy())
+        assert scores.kld is not None
+        values = scores.kld
+        return float(values.mean()), float(values.std() / (len(values) - 1) ** 0.5)
+
+    def _last_state(self, name: str) -> Tensor:
+        if name == HEAD:
+            return self.states[-1]
+        first = 0 if name == EMBEDDING else int(name.split(".")[2])
+        begin = self._embedded() if name == EMBEDDING else self.states[first]
+        *_, last = self._from(first, begin)
+        return last
+
+    @torch.inference_mode()
+    def _embedded(self) -> Tensor:
+        embedded: Tensor = self.model.embed_tokens(torch.tensor(self.tokens))
+        return embedded
+
+    def _from(self, first: int, state: Tensor) -> Iterator[Tensor]:
+        """Yield the state before layer `first` and behind it and every later one."""
+        cos, sin = self.model.rope(0, len(self.tokens))
+        fresh = torch.zeros(1)
+        yield state
+        for layer in list(self.model.layers)[first:]:
+            with torch.inference_mode():
+                state = layer(state, 0, cos, sin, fresh, only_last=False)
+            yield state
+
+    @torch.inference_mode()
+    def _logits(self, state: Tensor) -> Tensor:
+        logits: Tensor = self.model.lm_head(self.model.norm(state))
+        return logits
+
+
+@dataclass
+class _Cache:
+    """The figures of one model, scheme and text, in one file that is replaced at each figure."""
+
+    path: Path
+    key: dict[str, Any]
+    figures: dict[str, tuple[float, float]]
+
+    @classmethod
+    def open(cls, source: ModelSource, scheme: Scheme, tokens: list[int]) -> "_Cache":
+        key = {
+            "version": VERSION,
+            "source_sha256": source.checkpoint.sha256(),
+            "scheme": scheme.name,
+            "text_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        path = cache_folder() / "sensitivity" / f"{digest[:32]}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EdgekitError(
+                f"{path.parent}: cannot be made: {os_reason(error)}; XDG_CACHE_HOME names another "
+                "folder for it"
+            ) from error
+        return cls(path, key, _read_figures(path, key))
+
+    def keep(self, tensor: str, figures: tuple[float, float]) -> None:
+        self.figures[tensor] = figures
+        with new_file(self.path) as scratch:
+            scratch.write_text(json.dumps({**self.key, "figures": self.figures}, indent=1) + "\n")
+
+
+def cache_folder() -> Path:
+    """Return edgekit's folder in the user's cache (XDG Base Directory Specification)."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
+    return home / "edgekit"
+
+
+def _read_figures(path: Path, key: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return what is kept; nothing where the file is absent, damaged or of another key."""
+    try:
+        kept = json.loads(path.read_text())
+        if any(kept[name] != value for name, value in key.items()):
+            return {}
+        return {
+            str(tensor): (float(kld), float(error))
+            for tensor, (kld, error) in kept["figures"].items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}

@@ -1,0 +1,43 @@
+"""The prediction of `fit` for an artifact: its own table, size and context instead of a plan's."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgekit.devices.fit import EMBEDDING, HABITS, HEAD, Fit, predict
+from edgekit.errors import EdgekitError
+from edgekit.models.config import ModelConfig
+from edgekit.runtime.gguf_facts import file_traffic, open_checked
+from edgekit.runtime.model_files import find_model_file
+
+
+@dataclass(frozen=True)
+class _Row:
+    tensor: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def predict_artifact(path: Path, depth: int) -> tuple[Fit, str, str]:
+    """Return the prediction, the model's id and the recipe's name; EdgekitError as `predict`."""
+    file = find_model_file(path)
+    manifest = file.manifest or {}
+    table = manifest["tensors"]
+    rows = [_Row(row["tensor"], tuple(row["shape"]), row["bytes"]) for row in table]
+    if not {EMBEDDING, HEAD} <= {row.tensor for row in rows}:
+        raise EdgekitError(f"{path}: its manifest has no {EMBEDDING} and {HEAD}")
+    if file.engine not in HABITS:
+        raise EdgekitError(f"{path}: fit knows no engine {file.engine!r}, only {', '.join(HABITS)}")
+    fit = predict(
+        ModelConfig.load(path),
+        rows,
+        file.context or 0,
+        depth,
+        HABITS[file.engine],
+        [row["tensor"] for row in table if "same_as" in row],
+        file.file_bytes,
+    )
+    # The blocks of a GGUF are larger than what the scheme needs; its own table counts them.
+    traffic = file_traffic(open_checked(file.path)) if file.engine == "gguf" else None
+    if traffic is not None:
+        fit = replace(fit, weight_bytes=traffic.weight_bytes)
+    return fit, str(manifest["model"]["id"]), str(manifest.get("recipe", ""))

@@ -1,0 +1,117 @@
+"""What a path stands for: an artifact, a model file that others made, or a folder of theirs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekit.artifact import MANIFEST, Artifact
+from edgekit.errors import EdgekitError
+from edgekit.genai_config import GenaiConfig, is_genai_folder
+from edgekit.models.tokenizer import TOKENIZER_FILE, TextTokenizer, Tokenizer
+from edgekit.runtime.engine import DEFAULT_CONTEXT, Engine, load_engine
+
+ENGINE_OF = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
+"""The engine of a file that comes without a manifest."""
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model that an engine can run, and what is known of it before it does.
+
+    `place` is what was named, `path` the file that the engine opens; `context` is the number of
+    positions that the engine makes room for and `longest` the most that it can, both None where
+    only the loaded file says. `eos_ids` are those that a description beside the file states.
+    `manifest` is None for what edgekit did not make.
+    """
+
+    place: Path
+    path: Path
+    engine: str
+    context: int | None = None
+    longest: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    manifest: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder's or the file's own name."""
+        return self.place.resolve().name
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the model file and of what lies beside it under its name, such as ONNX's data."""
+        files = self.path.parent.iterdir()
+        return sum(file.stat().st_size for file in files if file.name.startswith(self.path.name))
+
+    def load(self, threads: int | None = None, context: int | None = None) -> Engine:
+        """Open the file in its engine, with room for `context` positions or its own number."""
+        return load_engine(self.engine, self.path, threads, context or self.context)
+
+    def tokenizer(self, folder: Path | None = None) -> TextTokenizer:
+        """Return the tokenizer of a folder; by default the GGUF's own, or what lies beside."""
+        if folder is not None:
+            return Tokenizer.load(folder)
+        if self.manifest is None and self.engine == "gguf":
+            from edgekit.runtime.gguf_tokenizer import GgufTokenizer
+
+            return GgufTokenizer(self.path)
+        beside = self.place if self.place.is_dir() else self.path.parent
+        if not (beside / TOKENIZER_FILE).is_file():
+            raise EdgekitError(
+                f"{self.place}: has no {TOKENIZER_FILE} beside it; name the folder that holds its "
+                "tokenizer: --tokenizer DIR"
+            )
+        return Tokenizer.load(beside)
+
+    def end_ids(self, engine: Engine, tokenizer: TextTokenizer) -> tuple[int, ...]:
+        """Return the tokens that end a text: as stated beside the file, in it, by the tokenizer."""
+        return self.eos_ids or engine.eos_ids or tokenizer.eos_ids
+
+
+def find_model_file(place: Path) -> ModelFile:
+    """Return what a path stands for; EdgekitError where that is nothing an engine can run.
+
+    An artifact folder, a folder of onnxruntime-genai's, or one file by the end of its name.
+    """
+    if is_genai_folder(place) and not (place / MANIFEST).exists():
+        return _genai_folder(place)
+    if place.is_file():
+        return _bare_file(place)
+    artifact = Artifact.open(place)
+    return ModelFile(
+        place,
+        artifact.model_path,
+        artifact.target,
+        artifact.context,
+        artifact.context,
+        artifact.eos_ids,
+        artifact.manifest,
+    )
+
+
+def is_model_file(place: Path) -> bool:
+    """Whether `find_model_file` is to be asked for a path, rather than a model's name or folder."""
+    return place.is_file() or (place / MANIFEST).is_file() or is_genai_folder(place)
+
+
+def _genai_folder(place: Path) -> ModelFile:
+    config = GenaiConfig.open(place)
+    longest = config.context or DEFAULT_CONTEXT
+    context = min(longest, DEFAULT_CONTEXT)
+    return ModelFile(place, config.model_path, "onnx", context, longest, config.eos_ids)
+
+
+def _bare_file(place: Path) -> ModelFile:
+    engine = ENGINE_OF.get(place.suffix.lower())
+    if engine is None:
+        raise EdgekitError(
+            f"{place}: is no artifact folder and no file of those that end in "
+            f"{', '.join(ENGINE_OF)}"
+        )
+    if engine != "gguf":
+        return ModelFile(place, place, engine)
+    from edgekit.runtime.gguf_facts import open_checked, stated_context
+
+    longest = stated_context(open_checked(place))
+    return ModelFile(place, place, engine, min(longest, DEFAULT_CONTEXT), longest)
