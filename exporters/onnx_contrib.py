@@ -9,7 +9,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from edgekit.exporters.onnx_constants import store_floats, store_packed
-from edgekit.exporters.onnx_graph import CONTRIB, OnnxGraph
+from edgekit.exporters.onnx_graph import OnnxGraph
 from edgekit.exporters.onnx_names import joined
 from edgekit.exporters.onnx_packing import Packed, pack_matrix, stack
 from edgekit.exporters.onnx_plain import causal_taps
@@ -68,11 +68,10 @@ class ContribBlocks:
             return self._graph.node("Gather", [table, tokens], name)
         packed = pack_matrix(weight)
         table, *more = store_packed(self._graph, f"{name}.weight", packed, packed.numbers.shape)
-        return self._graph.node(
+        return self._graph.contrib(
             "GatherBlockQuantized",
             [table, tokens, *more],
             name,
-            domain=CONTRIB,
             bits=packed.bits,
             block_size=packed.block_size,
             gather_axis=0,
@@ -101,7 +100,7 @@ class ContribBlocks:
             return self._product(x, name, pack_matrix(weight))
         twin = self._twins.get(f"{name}.weight")
         table = twin or store_floats(self._graph, f"{name}.weight", weight)
-        return self._graph.node("FusedMatMul", [x, table], name, domain=CONTRIB, transB=1)
+        return self._graph.contrib("FusedMatMul", [x, table], name, transB=1)
 
     def _product(self, x: str, name: str, packed: Packed) -> str:
         rows, columns = packed.shape
@@ -109,11 +108,10 @@ class ContribBlocks:
         dims = (rows, blocks, packed.numbers.shape[1] // blocks)
         twin = self._twins.get(f"{name}.weight")
         constants = store_packed(self._graph, f"{name}.weight", packed, dims, twin)
-        return self._graph.node(
+        return self._graph.contrib(
             "MatMulNBits",
             [x, *constants],
             name,
-            domain=CONTRIB,
             K=columns,
             N=rows,
             bits=packed.bits,
@@ -136,14 +134,13 @@ class ContribBlocks:
     def add_norm(self, x: str, y: str, name: str) -> tuple[str, str]:
         """SkipSimplifiedLayerNormalization: its fourth output is the sum."""
         total = f"{name}.sum"
-        normed = self._graph.node(
+        normed = self._graph.contrib(
             "SkipSimplifiedLayerNormalization",
             [x, y, self._norm_weight(name)],
             name,
             "",
             "",
             total,
-            domain=CONTRIB,
             epsilon=self._config.norm_eps,
         )
         return normed, total
@@ -155,12 +152,11 @@ class ContribBlocks:
             return causal_taps(graph, x, name, taps, past, present)
         weight = store_floats(graph, f"{name}.weight", taps)
         turned = graph.node("Transpose", [x], f"{name}.turned", perm=[0, 2, 1])
-        y = graph.node(
+        y = graph.contrib(
             "CausalConvWithState",
             [turned, weight, "", past],
             name,
             present,
-            domain=CONTRIB,
             ndim=1,
             activation="none",
         )
@@ -171,12 +167,11 @@ class ContribBlocks:
     ) -> str:
         """GroupQueryAttention with the rotation inside."""
         config = self._config
-        return self._graph.node(
+        return self._graph.contrib(
             "GroupQueryAttention",
             [*qkv, *past, *self._lengths],
             name,
             *present,
-            domain=CONTRIB,
             num_heads=config.num_heads,
             kv_num_heads=config.num_kv_heads,
             scale=config.head_dim**-0.5,

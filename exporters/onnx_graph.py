@@ -18,6 +18,7 @@ from edgekit import __version__
 
 Dims = Sequence[int | str]
 Array = NDArray[Any]
+Attribute = int | float | str | Sequence[int]
 
 IR_VERSION = 10
 """That of ONNX 1.16 and 1.17, where opset 21 and types of 4 bits appear."""
@@ -67,25 +68,45 @@ class OnnxGraph:
         inputs: Sequence[str],
         name: str,
         *more_outputs: str,
-        domain: str = "",
-        **attributes: Any,
+        **attributes: Attribute,
     ) -> str:
-        """Append a node; return its first output, which has its name."""
+        """Append a node of ONNX's own; return its first output, which has its name."""
+        return self._append("", op, inputs, [name, *more_outputs], attributes)
+
+    def contrib(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        name: str,
+        *more_outputs: str,
+        **attributes: Attribute,
+    ) -> str:
+        """Append a node of ONNX Runtime's own."""
+        return self._append(CONTRIB, op, inputs, [name, *more_outputs], attributes)
+
+    def _append(
+        self,
+        domain: str,
+        op: str,
+        inputs: Sequence[str],
+        outputs: list[str],
+        attributes: dict[str, Attribute],
+    ) -> str:
         made = helper.make_node(
-            op, inputs, [name, *more_outputs], name=name, domain=domain, **attributes
+            op, inputs, outputs, name=outputs[0], domain=domain or None, **attributes
         )
         self._nodes.append(made)
-        return name
+        return outputs[0]
 
     def integers(self, *values: int) -> str:
         """Return a constant int64 `[n]`."""
         name = f"int64{list(values)}".replace(" ", "")
         return self.small(name, np.array(values, np.int64))
 
-    def small(self, name: str, values: Array) -> str:
+    def small(self, name: str, values: Array | np.generic) -> str:
         """Return a constant of the model's own file, the same for the same name."""
         if name not in self._constants:
-            self._constants[name] = onnx.numpy_helper.from_array(values, name)
+            self._constants[name] = onnx.numpy_helper.from_array(np.asarray(values), name)
         return name
 
     def constant(self, name: str, dtype: int, dims: Sequence[int], parts: Iterable[Array]) -> str:
@@ -150,7 +171,8 @@ def new_data_file(path: Path) -> Iterator[BinaryIO]:
 def _bits(dtype: int) -> int:
     if dtype in (TensorProto.INT4, TensorProto.UINT4):
         return 4
-    return 8 * helper.tensor_dtype_to_np_dtype(dtype).itemsize
+    size: int = helper.tensor_dtype_to_np_dtype(dtype).itemsize
+    return 8 * size
 
 
 def _place(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:

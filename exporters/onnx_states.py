@@ -30,7 +30,8 @@ class Names:
 
     def conv(self, graph: OnnxGraph, config: ModelConfig, layer: int) -> tuple[str, str]:
         """Declare the state of a convolution, in and out."""
-        dims = ["batch_size", config.hidden_size, config.conv_kernel - 1 + self.extra_taps]
+        columns = config.conv_kernel - 1 + self.extra_taps
+        dims: list[int | str] = ["batch_size", config.hidden_size, columns]
         past = graph.input(self.past_conv % layer, TensorProto.FLOAT, dims)
         return past, graph.output(self.present_conv % layer, TensorProto.FLOAT, dims)
 

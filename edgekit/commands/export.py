@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     help="Whose names and folder an ONNX model has  [default: genai]",
 )
 @click.option("--portable", is_flag=True, help="ONNX's own operators only.")
+@click.option(
     "--imatrix",
     metavar="FILE",
     type=click.Path(path_type=Path),
