@@ -1,6 +1,7 @@
 """Exporting from Python: the work of `edgekit export` in one call."""
 
 from pathlib import Path
+from typing import Literal
 
 from edgekit.artifact import Artifact
 from edgekit.progress import Progress
@@ -25,6 +26,8 @@ def export_model(
     revision: str | None = None,
     random_weights: bool = False,
     imatrix: Path | str | None = None,
+    abi: Literal["genai", "transformersjs"] = "genai",
+    portable: bool = False,
     force: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Artifact:
@@ -32,8 +35,8 @@ def export_model(
 
     `model` is a name of `edgekit models`, a hub id or a local folder; `recipe` a preset (int8,
     int4, float), a scheme (w8, w4g128, ...), one of llama.cpp's own formats (Q4_K_M, ...) for
-    target gguf, with the file of an `imatrix` or without, or a `Recipe`; `progress` is told each
-    stage.
+    target gguf, with the file of an `imatrix` or without, or a `Recipe`; `abi` and `portable` are
+    for target onnx; `progress` is told each stage.
     Raises `EdgekitError` for a mistake and `VerificationError` for a file that does not compute
     what the model computes; both leave nothing at `output`.
     """
@@ -42,6 +45,8 @@ def export_model(
     options = Options(
         llama_format=None if form is None else form.name,
         imatrix=None if imatrix is None else Path(imatrix),
+        abi=abi,
+        portable=portable,
     )
     plan = plan_export(
         model,

@@ -16,7 +16,9 @@ FORMAT_VERSION = 1
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_DEPTH = 32
 _MAX_DIMS = 8
-_FILE_NAME = re.compile(r"\w[\w.+-]{0,127}", re.ASCII)
+_NAME = r"\w[\w.+-]{0,127}"
+_FILE_NAME = re.compile(rf"(?:({_NAME})/)?{_NAME}", re.ASCII)
+"""A file of the folder, or of a folder in it: Transformers.js wants its models in `onnx/`."""
 _TYPES: dict[str, type] = {
     "format_version": int,
     "model": dict,
@@ -171,10 +173,11 @@ def _is_count(value: object) -> bool:
 
 def _check_file(folder: Path, name: str, facts: object) -> None:
     manifest = folder / MANIFEST
-    if not _FILE_NAME.fullmatch(name):
+    place = _FILE_NAME.fullmatch(name)
+    if place is None or (place[1] is not None and (folder / place[1]).is_symlink()):
         raise EdgekitError(
             f"{manifest}: file name {name!r:.60} could leave the folder: allowed are letters, "
-            "digits and . _ + -"
+            "digits and . _ + -, in the folder or in one below it"
         )
     if (
         not isinstance(facts, dict)

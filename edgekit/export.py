@@ -48,6 +48,11 @@ class Plan:
         """The module that writes the target's file."""
         return find_target(self.target, self.options)
 
+    @property
+    def model_file(self) -> str:
+        """The engine's file in the artifact."""
+        return self.writer.model_file(self.rows, self.options)
+
 
 def plan_export(
     model: str,
@@ -116,9 +121,10 @@ def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[st
             source.folder,
             plan.options,
         )
+        _write_config(source, folder)
         writer.write(job, folder, progress)
         weights.clear()
-        path = folder / writer.MODEL_FILE
+        path = folder / plan.model_file
         if missing is None and plan.options.llama_format is not None:
             progress("computing the reference")
             expected = expected_logits(source, StoredWeights(path, source.config), tokens, writer)
@@ -130,7 +136,6 @@ def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[st
         progress("finishing")
         if source.folder is not None:
             copy_tokenizer(source.folder, folder)
-        _write_config(source, folder)
         manifest = _manifest(plan, figures)
         write_manifest(folder, manifest)
     return manifest
@@ -160,10 +165,11 @@ def _manifest(plan: Plan, verification: dict[str, Any]) -> dict[str, Any]:
             "parameters": source.config.parameter_count,
         },
         "target": plan.target,
-        "file": plan.writer.MODEL_FILE,
+        "file": plan.model_file,
         "recipe": plan.recipe.name,
         "tensors": plan.table,
         "versions": {"edgekit": __version__, **plan.writer.versions(), **_quantizer(plan)},
+        "requires": plan.writer.requires(plan.options),
         "context": plan.context,
         "bos_id": source.config.bos_id,
         "eos_ids": list(source.config.eos_ids),

@@ -27,9 +27,12 @@ _REPLACED = ".old"
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `edgekit.json` with the size and sha256 of every file beside it."""
     files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        for file in sorted(folder.iterdir())
-        if file.name != MANIFEST
+        file.relative_to(folder).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": sha256_of(file),
+        }
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
     }
     document = {"format_version": FORMAT_VERSION, **manifest, "files": files}
     (folder / MANIFEST).write_text(_json(document))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.target import Job, Weights
+from edgekit.exporters.target import Job, Options, Weights
 from edgekit.models.activations import per_token
 from edgekit.models.config import ModelConfig
 from edgekit.models.weights import Weight
@@ -52,6 +52,16 @@ def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
 def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:
     """Round the inputs of a linear as XNNPACK does."""
     return per_token(x, weight)
+
+
+def model_file(rows: Sequence[Resolved], options: Options) -> str:
+    """Return the program's name."""
+    return MODEL_FILE
+
+
+def requires(options: Options) -> dict[str, str]:
+    """Return nothing beyond the versions: a program runs in the ExecuTorch that wrote it."""
+    return {}
 
 
 def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:

@@ -24,7 +24,7 @@ from edgekit.exporters.gguf_writer import PlannedTensor, Value, write_gguf, writ
 from edgekit.exporters.imatrix import Imatrix
 from edgekit.exporters.llama_formats import FORMATS, LlamaFormat
 from edgekit.exporters.llama_quantize import StoredTensor, planned_tensors, quantize_gguf
-from edgekit.exporters.target import Job
+from edgekit.exporters.target import Job, Options
 from edgekit.models.activations import per_block
 from edgekit.models.config import ModelConfig
 from edgekit.models.tokenizer import TOKENIZER_FILE
@@ -70,6 +70,16 @@ def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
 def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:
     """Round the inputs of a linear as ggml does for all of its types used here (`block_q8_0`)."""
     return per_block(x, _BLOCK, torch.float16)
+
+
+def model_file(rows: Sequence[Resolved], options: Options) -> str:
+    """Return the file's name."""
+    return MODEL_FILE
+
+
+def requires(options: Options) -> dict[str, str]:
+    """Return nothing: whether a file loads is a matter of its own metadata."""
+    return {}
 
 
 def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:

@@ -4,15 +4,17 @@ import importlib
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from edgekit.artifact import Artifact
+from edgekit.artifact import MANIFEST, Artifact
 from edgekit.errors import EdgekitError, VerificationError
+from edgekit.genai_config import GenaiConfig, is_genai_folder
 
 # Each module is an `Inspector`; only the one asked for is imported.
 INSPECTORS = {
     "executorch": "edgekit.exporters.inspect_executorch",
     "gguf": "edgekit.exporters.inspect_gguf",
+    "onnx": "edgekit.exporters.inspect_onnx",
 }
-SUFFIXES = {".pte": "executorch", ".gguf": "gguf"}
+SUFFIXES = {".pte": "executorch", ".gguf": "gguf", ".onnx": "onnx"}
 """Whose a file is that comes without a manifest."""
 
 
@@ -41,7 +43,7 @@ class Inspector(Protocol):
 
 
 def inspect(path: Path, check: bool = False) -> Report:
-    """Report on an artifact folder or a bare model file.
+    """Report on an artifact folder, one of onnxruntime-genai's, or a bare model file.
 
     `check` compares every file's sha256 with the manifest: VerificationError names those that
     differ. EdgekitError where something is missing, foreign or corrupt.
@@ -52,6 +54,8 @@ def inspect(path: Path, check: bool = False) -> Report:
                 f"{path}: --check needs the artifact folder, whose manifest holds the sha256"
             )
         return _bare_file(path)
+    if is_genai_folder(path) and not (path / MANIFEST).exists() and not check:
+        return _bare_file(GenaiConfig.open(path).model_path)
     artifact = Artifact.open(path)
     if artifact.target not in INSPECTORS:
         known = ", ".join(INSPECTORS)

@@ -10,13 +10,17 @@ from typing import Any
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.inspect_tables import (
+    TABLES,
     Component,
+    Piece,
     WeightRows,
     checks,
     component_table,
+    components,
     count_table,
     introduction,
     joined,
+    name_shared,
     value_table,
     weight_rows,
     weight_table,
@@ -25,7 +29,6 @@ from edgekit.exporters.inspect_tables import (
 from edgekit.exporters.pte import FORWARD, Method, Program, Span
 from edgekit.exporters.xnnpack_graph import BACKEND, GraphConstant, read_graph
 
-TABLES = "norms, convolutions, tables"
 _EMBEDDING_OPERATOR = re.compile(r".*::embedding(_byte|_4bit|_2bit)?\b.*")
 _STORAGE = {
     "qcint8": "int8 per channel",
@@ -119,7 +122,6 @@ def _finite(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 def _components(
     program: Program, forward: Method, constants: Iterable[GraphConstant], head_rows: object
 ) -> list[Component]:
-    """Give every byte to the first part that holds it; what nobody holds is padding."""
     parts = [
         *_kernel_parts(forward),
         *_graph_parts(constants, head_rows),
@@ -127,28 +129,8 @@ def _components(
         ("program", program.program),
         *(("other data", span) for span in program.named.values()),
     ]
-    parts = _name_shared(parts)
-    counts, sizes, end = Counter[str](), Counter[str](), 0
-    order = {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in parts))}
-    for name, span in sorted(parts, key=lambda part: (part[1].offset, order[part[0]])):
-        new = span.offset + span.size - max(end, span.offset)
-        if new > 0:
-            counts[name] += 1
-            sizes[name] += new
-            end = span.offset + span.size
-    found = [Component(name, counts[name], sizes[name]) for name in order if sizes[name]]
-    rest = program.file_bytes - sum(sizes.values())
-    return [*found, Component("padding", 0, rest)]
-
-
-def _name_shared(parts: list[tuple[str, Span]]) -> list[tuple[str, Span]]:
-    """Name bytes that are embedding and head at once as both."""
-    embedding, head = (
-        {span: name for name, span in parts if name.startswith(kind)}
-        for kind in ("embedding, ", "head, ")
-    )
-    both = {span: f"{embedding[span]}, and {head[span]}" for span in embedding.keys() & head.keys()}
-    return [(both.get(span, name), span) for name, span in parts]
+    spans = [Piece(name, span.offset, span.size) for name, span in parts]
+    return components(name_shared(spans), program.file_bytes)
 
 
 def _kernel_parts(forward: Method) -> Iterator[tuple[str, Span]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgekit.tables import markdown_table
 
+TABLES = "norms, convolutions, tables"
 _LAYER = re.compile(r"^model\.(layers\.\d+\.)?")
 
 WeightRows = list[tuple[str, str, int, int]]
@@ -22,6 +23,39 @@ class Component:
     name: str
     tensors: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of a file and the component they are a part of."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def components(pieces: Sequence[Piece], file_bytes: int) -> list[Component]:
+    """Give every byte to the first piece that holds it; what none holds is padding."""
+    counts, sizes, end = Counter[str](), Counter[str](), 0
+    order = {name: number for number, name in enumerate(dict.fromkeys(p.name for p in pieces))}
+    for piece in sorted(pieces, key=lambda piece: (piece.offset, order[piece.name])):
+        new = piece.offset + piece.size - max(end, piece.offset)
+        if new > 0:
+            counts[piece.name] += 1
+            sizes[piece.name] += new
+            end = piece.offset + piece.size
+    found = [Component(name, counts[name], sizes[name]) for name in order if sizes[name]]
+    return [*found, Component("padding", 0, file_bytes - sum(sizes.values()))]
+
+
+def name_shared(pieces: Sequence[Piece]) -> list[Piece]:
+    """Name bytes that are embedding and head at once as both."""
+    embedding, head = (
+        {(p.offset, p.size): p.name for p in pieces if p.name.startswith(kind)}
+        for kind in ("embedding, ", "head, ")
+    )
+    both = {span: f"{embedding[span]}, and {head[span]}" for span in embedding.keys() & head.keys()}
+    return [Piece(both.get((p.offset, p.size), p.name), p.offset, p.size) for p in pieces]
 
 
 def weight_rows(manifest: Mapping[str, Any] | None) -> WeightRows:

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from edgekit.quantize.tensor import QuantizedTensor
 TARGETS = {
     "executorch": "edgekit.exporters.executorch",
     "gguf": "edgekit.exporters.gguf",
+    "onnx": "edgekit.exporters.onnx",
 }
 
 
@@ -29,12 +30,16 @@ TARGETS = {
 class Options:
     """Choices that only some targets have; a target refuses those that are not its own.
 
-    `llama_format` is one of llama.cpp's own (`llama_formats.FORMATS`), `imatrix` the file of an
-    importance matrix for it.
+    llama_format  one of llama.cpp's own (`llama_formats.FORMATS`)
+    imatrix       the file of an importance matrix for it
+    abi           whose names and folder an ONNX model has
+    portable      ONNX's own operators only
     """
 
     llama_format: str | None = None
     imatrix: Path | None = None
+    abi: Literal["genai", "transformersjs"] = "genai"
+    portable: bool = False
 
     def __post_init__(self) -> None:
         """Refuse choices that only others give a meaning."""
@@ -106,14 +111,12 @@ class Job:
 class Target(Protocol):
     """A module of this package that writes one kind of file.
 
-    `NAME` is the target's and its engine's, `MODEL_FILE` the file that the engine opens, `ENGINE` what people call the engine,
-    `OPTIONS` the fields of `Options` that the target understands, `LONGEST_CHECK` the positions
-    up to which verification runs prompts: fewer where the file holds no program whose lengths
-    could be wrong.
+    `NAME` is the target's and its engine's, `ENGINE` what people call the engine, `OPTIONS` the
+    fields of `Options` that the target understands, `LONGEST_CHECK` the positions up to which
+    verification runs prompts: fewer where the file holds no program whose lengths could be wrong.
     """
 
     NAME: str
-    MODEL_FILE: str
     ENGINE: str
     OPTIONS: frozenset[str]
     LONGEST_CHECK: int
@@ -130,10 +133,18 @@ class Target(Protocol):
         """Round the inputs `[n, columns]` of a linear as the engine does at run time."""
         ...
 
-    def write(self, job: Job, folder: Path, progress: Callable[[str], None]) -> None:
-        """Write `MODEL_FILE`, and what belongs to it, into the folder; weights verbatim.
+    def model_file(self, rows: Sequence[Resolved], options: Options) -> str:
+        """Return the file that the engine opens, in the artifact's folder or one below it."""
+        ...
 
-        `job.weights` may be cleared on the way.
+    def requires(self, options: Options) -> dict[str, str]:
+        """Return what must be there to run the file: versions of formats and of run times."""
+        ...
+
+    def write(self, job: Job, folder: Path, progress: Callable[[str], None]) -> None:
+        """Write `model_file`, and what belongs to it, into the folder; weights verbatim.
+
+        `config.json` is there already. `job.weights` may be cleared on the way.
         """
         ...
 

@@ -18,6 +18,7 @@ from edgekit.quantize.tensor import CHUNK_ELEMENTS, as_rows
 READERS = {
     "executorch": "edgekit.exporters.pte_weights",
     "gguf": "edgekit.exporters.gguf_weights",
+    "onnx": "edgekit.exporters.onnx_weights",
 }
 
 NamedTensors = Iterator[tuple[str, Tensor]]

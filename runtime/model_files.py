@@ -67,12 +67,13 @@ class ModelFile:
             from edgekit.runtime.gguf_tokenizer import GgufTokenizer
 
             return GgufTokenizer(self.path)
-        if not (self.path.parent / TOKENIZER_FILE).is_file():
+        beside = self.place if self.place.is_dir() else self.path.parent
+        if not (beside / TOKENIZER_FILE).is_file():
             raise EdgekitError(
                 f"{self.place}: has no {TOKENIZER_FILE} beside it; name the folder that holds its "
                 "tokenizer: --tokenizer DIR"
             )
-        return Tokenizer.load(self.path.parent)
+        return Tokenizer.load(beside)
 
     def end_ids(self, engine: Engine, tokenizer: TextTokenizer) -> tuple[int, ...]:
         """Return the tokens that end a text: as stated beside the file, in it, by the tokenizer."""

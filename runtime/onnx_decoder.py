@@ -80,8 +80,9 @@ class _Finder:
 
     def __init__(self, model: OnnxFile, config: GenaiConfig | None) -> None:
         self._model, self._config = model, config
-        constants = {tensor.name for tensor in model.graph.initializers}  # may be inputs' defaults
-        self._inputs = {v.name: v for v in model.graph.inputs if v.name not in constants}
+        defaults = {tensor.name for tensor in model.graph.initializers}
+        self._inputs = {v.name: v for v in model.graph.inputs if v.name not in defaults}
+        self._optional = {v.name: v for v in model.graph.inputs if v.name in defaults}
         self._outputs = {value.name: value for value in model.graph.outputs}
         self._readers = _readers(model)
 
@@ -118,7 +119,8 @@ class _Finder:
 
     def _take(self, key: str, rank: int) -> Value | None:
         """Return an input of integers and count it as used; None where there is none."""
-        value = self._inputs.get(self._name(key, key))
+        name = self._name(key, key)
+        value = self._inputs.get(name) or self._optional.get(name)
         if value is None or value.shape is None or len(value.shape) != rank:
             return None
         if value.dtype not in _INTEGERS:
@@ -127,7 +129,8 @@ class _Finder:
             raise self._error(
                 f"input {value.name!r:.60} must take one sequence of any length, not {value.shape}"
             )
-        return self._inputs.pop(value.name)
+        self._inputs.pop(name, None)
+        return value
 
     def _states(self) -> Iterator[State]:
         for key_in, key_out, past, present in _STATES:

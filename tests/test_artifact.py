@@ -178,6 +178,38 @@ def test_a_name_that_no_artifact_uses(folder: Path, name: str) -> None:
     assert_refused(folder, "could leave the folder")
 
 
+def in_a_folder_below(folder: Path, name: str) -> None:
+    """List a file under a name and make it the model."""
+    facts = {"bytes": 1, "sha256": sha256_of(folder / name)}
+    edit(folder, lambda manifest: manifest["files"].update({name: facts}))
+    edit(folder, lambda manifest: manifest.update({"file": name}))
+
+
+def test_a_file_may_lie_one_folder_below(folder: Path) -> None:
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"m")
+    in_a_folder_below(folder, "onnx/model.onnx")
+    artifact = Artifact.open(folder)
+    assert artifact.model_path == folder / "onnx" / "model.onnx"
+    assert artifact.damaged_files() == []
+
+
+def test_a_folder_below_that_is_a_link_leaves_the_folder(folder: Path) -> None:
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "elsewhere" / "model.onnx").write_bytes(b"m")
+    (folder / "onnx").symlink_to(folder.parent / "elsewhere")
+    in_a_folder_below(folder, "onnx/model.onnx")
+    assert_refused(folder, "could leave the folder")
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b/c", "onnx//x", "onnx/", "/x", "onnx/../x", "onnx/..", "./x", "onnx/.x", "a\\b/c"]
+)
+def test_no_other_place_below(folder: Path, name: str) -> None:
+    edit(folder, lambda manifest: manifest["files"].update({name: {"bytes": 1, "sha256": ""}}))
+    assert_refused(folder, "could leave the folder")
+
+
 @pytest.mark.parametrize("facts", [None, [], {}, {"bytes": "1", "sha256": ""}, {"bytes": 1}])
 def test_a_file_without_facts(folder: Path, facts: object) -> None:
     edit(folder, lambda manifest: manifest["files"].update({"model.pte": facts}))

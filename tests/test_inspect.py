@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.inspect import inspect
-from edgekit.exporters.inspect_executorch import TABLES
+from edgekit.exporters.inspect_tables import TABLES
 from edgekit.exporters.pte import Program
 
 

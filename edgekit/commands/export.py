@@ -1,7 +1,7 @@
 """`edgekit export`: from a model's name to a verified artifact folder."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     help="Folder to make  [default: MODEL-TARGET-RECIPE]",
 )
 @click.option(
+    "--abi",
+    type=click.Choice(["genai", "transformersjs"]),
+    default="genai",
+    help="Whose names and folder an ONNX model has  [default: genai]",
+)
+@click.option("--portable", is_flag=True, help="ONNX's own operators only.")
+@click.option(
     "--imatrix",
     metavar="FILE",
     type=click.Path(path_type=Path),
@@ -43,6 +50,8 @@ def command(
     choice: RecipeChoice,
     context: int | None,
     output: Path | None,
+    abi: Literal["genai", "transformersjs"],
+    portable: bool,
     imatrix: Path | None,
     revision: str | None,
     random_weights: bool,
@@ -77,7 +86,12 @@ def command(
         context,
         revision,
         random_weights=random_weights or dry_run,
-        options=Options(llama_format=None if form is None else form.name, imatrix=imatrix),
+        options=Options(
+            llama_format=None if form is None else form.name,
+            imatrix=imatrix,
+            abi=abi,
+            portable=portable,
+        ),
     )
     folder = output or Path(f"{Path(plan.source.id).name.lower()}-{target}-{choice.label}")
     if not dry_run:
@@ -99,7 +113,7 @@ def command(
     if as_json:
         print_json({"artifact": str(folder), **manifest})
     else:
-        _show_result(folder, found)
+        _show_result(folder, manifest)
 
 
 def _show_plan(plan: "Plan", as_json: bool) -> None:
@@ -112,10 +126,11 @@ def _show_plan(plan: "Plan", as_json: bool) -> None:
         click.echo(format_json(plan.table))
 
 
-def _show_result(folder: Path, found: dict[str, Any]) -> None:
+def _show_result(folder: Path, manifest: dict[str, Any]) -> None:
     from edgekit.exporters.verify import figures_text
 
+    found = manifest["verification"]
     if found["verified"]:
         click.echo(f"\n{figures_text(found)}")
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     click.echo(f"\n{folder}: {size / 1e6:,.1f} MB")
