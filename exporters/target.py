@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
+from edgekit.exporters.heap import trim_heap
 from edgekit.models.checkpoint import WeightSource
 from edgekit.models.config import ModelConfig
 from edgekit.models.weights import Weight
@@ -87,6 +88,7 @@ class Weights(Mapping[str, Weight]):
         """Forget everything; the weights cannot be read afterwards."""
         self._codes.clear()
         self._places.clear()
+        trim_heap()
 
 
 @dataclass(frozen=True)

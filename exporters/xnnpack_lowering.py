@@ -1,6 +1,5 @@
 """From a traced module to an ExecuTorch program whose matrices run in XNNPACK."""
 
-import ctypes
 import functools
 import gc
 import sys
@@ -33,6 +32,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.infra.partitioner import Partition
 
+from edgekit.exporters.heap import trim_heap
 from edgekit.exporters.xnnpack_nodes import CAUSAL_ATTENTION, CONFIGS
 from edgekit.models.lfm2 import LFM2
 
@@ -188,19 +188,11 @@ def release_traces() -> None:
         if type(found) is ShapeEnv:
             found.fake_tensor_cache.clear()
     gc.collect()
-    _trim_heap()
+    trim_heap()
 
 
 def _loaded(prefix: str) -> list[ModuleType]:
     return [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
-
-
-def _trim_heap() -> None:
-    """Give freed memory back to the system; without glibc it stays with the process."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return
 
 
 @contextmanager
