@@ -31,7 +31,7 @@ def command(
     text_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Show what ARTIFACT, an exported folder or a .pte file, is made of.
+    """Show what ARTIFACT, an exported folder or a .pte, .gguf or .onnx file, is made of.
 
     Bytes by component, schemes, delegates, operators that run outside them, metadata and the
     figures of the verification. With --check, a damaged file ends in exit status 1.
