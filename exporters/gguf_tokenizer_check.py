@@ -1,7 +1,7 @@
 """Does llama.cpp make the same token ids of a text as the model's own tokenizer?
 
-Of LFM2's expression, asked for each code point in between others, llama-cpp-python 0.3.36 and tokenizers
-0.23 differ in letters that only Unicode 16 has, and in none that Unicode 15 has.
+By LFM2's expression, asked for each code point in between others, llama-cpp-python 0.3.36 and
+tokenizers 0.23 differ in letters that only Unicode 16 has, and in none that Unicode 15 has.
 """
 
 import ctypes
