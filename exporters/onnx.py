@@ -57,10 +57,11 @@ def model_file(rows: Sequence[Resolved], options: Options) -> str:
 
 
 def requires(options: Options) -> dict[str, str]:
-    """Return what runs the file."""
+    """Return what runs the file; the oldest release that was tried and computes it rightly."""
     if options.portable:
         return {"opset": str(OPSET), "onnxruntime": ">=1.20"}
-    least = "1.25.1" if options.abi == "genai" else "1.22"  # where CausalConvWithState appears
+    # GatherBlockQuantized of uint8 comes with 1.23, CausalConvWithState with 1.25.1.
+    least = "1.25.1" if options.abi == "genai" else "1.23"
     return {"opset": str(OPSET), "com.microsoft": "1", "onnxruntime": f">={least}"}
 
 

@@ -4,14 +4,13 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime_genai
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx_models import (
@@ -207,7 +206,7 @@ def test_genai_loads_the_folder_and_generates_what_the_model_does(
     assert onnxruntime_genai.Tokenizer(model).decode(np.array(tokens, np.int32)) == text
 
 
-def export(model: str, output: Path, *more: str) -> Any:
+def export(model: str, output: Path, *more: str) -> Result:
     arguments = ["export", model, "--target", "onnx", "-o", str(output), *more]
     return CliRunner().invoke(main, arguments)
 
@@ -281,8 +280,9 @@ def test_a_tied_head_shares_the_bytes_of_the_embedding(tmp_path: Path) -> None:
     places = {t.name: (t.location, t.offset, t.stored_bytes) for t in model.graph.initializers}
     assert places[HEAD] == places[EMBEDDING]
     assert places[HEAD][0] == "model.onnx.data"
-    assert places[HEAD][1] is not None
-    assert places[HEAD][1] % 4096 == 0
+    offset = places[HEAD][1]
+    assert offset is not None
+    assert offset % 4096 == 0
     total = sum(file.stat().st_size for file in output.glob("model.onnx*"))
     assert total < 6_900_000  # 6.1 million weights
 
@@ -360,8 +360,7 @@ def test_what_is_not_fused_fails_the_export(tmp_path: Path) -> None:
 def test_a_wrong_weight_fails_the_verification(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = onnx_contrib.floats
-    monkeypatch.setattr(onnx_contrib, "floats", lambda weight: real(weight).flip(0))
+    monkeypatch.setattr(onnx_contrib, "floats", lambda weight: floats(weight).flip(0))
     done = export("lfm2-tiny", tmp_path / "artifact", "--int8", "--context", "32")
     assert done.exit_code == 1
     assert "verification: the file against the quantized model" in done.stderr
@@ -403,7 +402,8 @@ def test_inspect_says_why_a_model_does_not_run(tmp_path: Path) -> None:
     found = inspect(path)
     assert isinstance(found, Report)
     assert found.run == {}
-    assert "NoSuchOperator" in (found.not_run or "")
+    assert found.not_run is not None
+    assert "NoSuchOperator" in found.not_run
     assert found.not_run in found.text()
 
 
