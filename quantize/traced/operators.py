@@ -104,9 +104,11 @@ def layer_of(node: Node) -> Layer | None:
 def arguments(node: Node) -> dict[str, Any]:
     """Return the arguments of a call by the names of the operator's schema, defaults included."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
-    found = {item.name: item.default_value for item in schema if item.has_default_value()}
-    found |= {item.name: value for item, value in zip(schema, node.args, strict=False)}
-    return found | dict(node.kwargs)
+    found: dict[str, Any] = {}
+    for number, item in enumerate(schema):
+        by_name = node.kwargs.get(item.name, item.default_value)
+        found[item.name] = node.args[number] if number < len(node.args) else by_name
+    return found
 
 
 def operator_name(node: Node) -> str:
