@@ -11,11 +11,11 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401  registers embedding_*
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
-from executorch.exir.passes.quant_fusion_pass import QuantFusionPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  # registers quantized_decomposed
@@ -35,6 +35,7 @@ PACKAGES = ("executorch", "torch")
 
 _decomposed_ops = torch.ops.quantized_decomposed
 _SHIFT = 128
+_CHOICE = 16
 LARGEST_RATIO, SMALLEST_RATIO = 256.0, 2.0**-32
 """XNNPACK's bounds on input scale times weight scale over output scale."""
 
@@ -43,6 +44,8 @@ def check_network(network: QuantizedNetwork) -> None:
     """Refuse, before any work, what XNNPACK's integer kernels cannot hold."""
     for layer in network.layers.values():
         weight = network.weights[layer.weight]
+        if layer.layer.node.target == EMBEDDING:
+            continue
         if weight.zero_points is not None:
             raise EdgekitError(
                 f"{layer.weight}: target executorch cannot hold {layer.scheme}: XNNPACK's integer "
@@ -54,8 +57,7 @@ def check_network(network: QuantizedNetwork) -> None:
                 f"{layer.weight}: target executorch cannot hold {layer.scheme} for a transposed "
                 f"convolution of {layer.layer.groups} groups: XNNPACK takes w8a8-tensor for it"
             )
-        if layer.output is not None:
-            _check_ratio(network, layer, weight)
+        _check_ratio(network, layer, weight)
 
 
 def _check_ratio(network: QuantizedNetwork, layer: QuantizedLayer, weight: QuantizedTensor) -> None:
@@ -82,7 +84,6 @@ def write_module(network: QuantizedNetwork, path: Path, progress: Callable[[str]
         progress("planning memory")
         lowered = edge.to_executorch(
             ExecutorchBackendConfig(
-                passes=[QuantFusionPass()],
                 sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
                 memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
             )
@@ -93,13 +94,25 @@ def write_module(network: QuantizedNetwork, path: Path, progress: Callable[[str]
 
 
 def _export(module: nn.Module, traced: TracedModule) -> torch.export.ExportedProgram:
-    shapes = None
+    example, shapes = traced.example, None
     if traced.max_batch is not None:
-        batch = Dim("batch", min=1, max=traced.max_batch)
-        shapes = tuple({0: batch} for _ in traced.example)
+        size, largest = _rows_to_trace(traced.max_batch)
+        example = tuple(item[:1].repeat_interleave(size, 0) for item in example)
+        batch = Dim("batch", min=1, max=largest)
+        shapes = tuple({0: batch} for _ in example)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return export(module, traced.example, dynamic_shapes=shapes, strict=False)
+        return export(module, example, dynamic_shapes=shapes, strict=False)
+
+
+def _rows_to_trace(max_batch: int) -> tuple[int, int]:
+    """Return the batch of the example and the largest, for which memory is planned.
+
+    Lowering asks torch which convolution it would choose, which depends on whether the batch is
+    below 16, and takes the example's answer for a bound of the batch: 15, or at least 16. The
+    latter does no harm, for nothing checks it, unless it leaves one size only.
+    """
+    return (2, max_batch) if max_batch < _CHOICE else (max_batch + 1, max_batch + 1)
 
 
 def on_codes(network: QuantizedNetwork) -> GraphModule:
@@ -109,8 +122,12 @@ def on_codes(network: QuantizedNetwork) -> GraphModule:
     for name, parameters in network.edges.items():
         _quantize_value(nodes[name], parameters)
     for name, layer in network.layers.items():
-        _store_weight(module, nodes[name], layer, network.weights[layer.weight])
-        _store_bias(module, nodes[name], layer)
+        weight = network.weights[layer.weight]
+        if nodes[name].target == EMBEDDING:
+            _look_up(module, nodes[name], layer.weight, weight)
+        else:
+            _store_weight(module, nodes[name], layer.weight, weight)
+            _store_bias(module, nodes[name], layer)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     _delete_unread_tensors(module)
@@ -135,28 +152,41 @@ def _quantize_value(node: Node, parameters: ActivationParameters) -> None:
             reader.replace_input_with(node, value)
 
 
-def _store_weight(
-    module: GraphModule, node: Node, layer: QuantizedLayer, weight: QuantizedTensor
-) -> None:
-    name = layer.weight.replace(".", "_")
-    low, high = (-127, 127) if node.target != EMBEDDING else (-128, 127)
+def _store_weight(module: GraphModule, node: Node, name: str, weight: QuantizedTensor) -> None:
+    name = name.replace(".", "_")
     codes = _buffer(module, node, f"{name}_codes", weight.codes)
+    # Bounds of 4 bits would select kernels that only linear layers have.
+    ends = (-127, 127, torch.int8)
     with module.graph.inserting_before(node):
         if weight.axis is None:
             value = module.graph.call_function(
                 _decomposed_ops.dequantize_per_tensor.default,
-                (codes, float(weight.scales), 0, low, high, torch.int8),
+                (codes, float(weight.scales), 0, *ends),
             )
         else:
             scales = _buffer(module, node, f"{name}_scales", weight.scales)
-            zeros = _buffer(
-                module, node, f"{name}_zeros", torch.zeros(len(weight.scales), dtype=torch.int64)
-            )
+            zeros = torch.zeros(len(weight.scales), dtype=torch.int64)
             value = module.graph.call_function(
                 _decomposed_ops.dequantize_per_channel.default,
-                (codes, scales, zeros, weight.axis, low, high, torch.int8),
+                (codes, scales, _buffer(module, node, f"{name}_zeros", zeros), weight.axis, *ends),
             )
-    node.replace_input_with(_named(node, "weight"), value)
+    node.args = (node.args[0], value, *node.args[2:])
+
+
+def _look_up(module: GraphModule, node: Node, name: str, weight: QuantizedTensor) -> None:
+    """Look up codes and scales by ExecuTorch's own operator, which takes int8 and float zeros."""
+    name = name.replace(".", "_")
+    shift = 0 if weight.signed else _SHIFT
+    codes = (weight.codes.to(torch.int16) - shift).to(torch.int8)
+    table = _buffer(module, node, f"{name}_codes", codes)
+    scales = _buffer(module, node, f"{name}_scales", weight.scales.expand(len(codes)).contiguous())
+    zeros = None
+    if weight.zero_points is not None:
+        shifted = (weight.zero_points - shift).float().expand(len(codes)).contiguous()
+        zeros = _buffer(module, node, f"{name}_zeros", shifted)
+    indices = node.args[1]
+    node.target = _decomposed_ops.embedding_byte.default
+    node.args, node.kwargs = (table, scales, zeros, -128, 127, indices), {}
 
 
 def _store_bias(module: GraphModule, node: Node, layer: QuantizedLayer) -> None:
@@ -166,14 +196,6 @@ def _store_bias(module: GraphModule, node: Node, layer: QuantizedLayer) -> None:
     value = (layer.bias.double() * layer.bias_scales.double()).float()
     bias = _buffer(module, node, f"{node.name}_bias", value)
     node.args = (*node.args[:2], bias, *node.args[3:])
-
-
-def _named(node: Node, name: str) -> Node:
-    from edgekit.quantize.traced.operators import arguments
-
-    found = arguments(node)[name]
-    assert isinstance(found, Node)
-    return found
 
 
 def _buffer(module: GraphModule, before: Node, name: str, value: Tensor) -> Node:

@@ -5,6 +5,7 @@ onnxruntime finds QLinearConv, QGemm, QLinearAdd and QLinearAveragePool. What mo
 clamps codes, and maximum pooling, works on the codes themselves. Codes of activations are uint8.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.fx import Node
 from edgekit.exporters.onnx_module_operators import (
     convolution_attributes,
     onnx_pads,
+    onnx_sizes,
     operands,
     translate,
 )
@@ -53,7 +55,7 @@ class OnnxGraph:
         self._shared: dict[tuple[Any, ...], str] = {}
         self._floats: dict[Node, str] = {}
         self._codes: dict[Node, str] = {}
-        self._phases: dict[Node, SubPixel] = {}
+        self._finish: dict[Node, Callable[[str], str]] = {}
         self._prefix = ""
 
     def build(self) -> onnx.GraphProto:
@@ -110,7 +112,7 @@ class OnnxGraph:
         codes = self.emit("QuantizeLinear", [name, *self._of_edge(parameters)])
         if node.target in CLAMPS:
             codes = self._clip(node, codes)
-        self._codes[node] = self._interleave(node, codes, self._phases.get(node))
+        self._codes[node] = self._finish[node](codes) if node in self._finish else codes
 
     def _of_edge(self, parameters: ActivationParameters) -> list[str]:
         scale = self.constant(parameters.scale, torch.float32)
@@ -124,7 +126,7 @@ class OnnxGraph:
 
     def _compute(self, node: Node) -> None:
         layer = self._network.layers.get(node.name)
-        (first, *_) = node.all_input_nodes
+        first = next(iter(node.all_input_nodes), node)
         if layer is not None:
             result = self._layer(node, layer)
         elif self._stays_codes(node):
@@ -133,8 +135,8 @@ class OnnxGraph:
         elif node.target in CLAMPS and node.name in self._network.edges:
             # On codes, after quantizing: engines fuse a layer with what quantizes its result.
             result = self.float_of(first)
-            if first in self._phases:
-                self._phases[node] = self._phases[first]
+            if first in self._finish:
+                self._finish[node] = self._finish[first]
         else:
             result = translate(self, node, [self.float_of(item) for item in operands(node)])
         self._define(node, result)
@@ -168,18 +170,30 @@ class OnnxGraph:
 
     def _layer(self, node: Node, layer: QuantizedLayer) -> str:
         weight = self._network.weights[layer.weight]
-        x = self.float_of(layer.layer.input)
+        entering = layer.layer.input
         if node.target == EMBEDDING:
-            return self._embedding(x, weight)
+            return self._embedding(self.float_of(entering), weight)
+        if node.target == LINEAR and rank(entering) != 2:
+            return self._linear(node, layer, weight)
+        x = self.float_of(entering)
         if node.target in TRANSPOSED:
             return self._transposed(node, x, layer, weight)
-        parameters = [self._weight(weight), *self._bias(layer)]
+        inputs = [x, self._weight(weight), *self._bias(layer)]
         if node.target == LINEAR:
-            return self._linear(node, x, parameters)
-        return self.emit("Conv", [x, *parameters], **convolution_attributes(node))
+            return self.emit("Gemm", inputs, transB=1)
+        return self.emit("Conv", inputs, **convolution_attributes(node))
 
-    def _linear(self, node: Node, x: str, parameters: list[str]) -> str:
-        return self.emit("Gemm", [x, *parameters], transB=1)
+    def _linear(self, node: Node, layer: QuantizedLayer, weight: QuantizedTensor) -> str:
+        """Write a linear layer over several axes: QGemm takes rows, so codes become rows."""
+        entering = layer.layer.input
+        rows = self.constant([-1, weight.shape[1]], torch.int64)
+        codes = self.emit("Reshape", [self._codes[entering], rows])
+        edge = self._of_edge(self._network.parameters(entering))
+        x = self.emit("DequantizeLinear", [codes, *edge])
+        self._finish[node] = lambda result: self.emit(
+            "Reshape", [result, self.constant(onnx_sizes(node), torch.int64)]
+        )
+        return self.emit("Gemm", [x, self._weight(weight), *self._bias(layer)], transB=1)
 
     def _transposed(
         self, node: Node, x: str, layer: QuantizedLayer, weight: QuantizedTensor
@@ -191,14 +205,12 @@ class OnnxGraph:
         if weight.axis is not None:
             scales, axis = scales.repeat(form.groups).repeat_interleave(form.phases), 0
         codes = QuantizedTensor(form.codes, scales, weight.zero_points, weight.bits, axis=axis)
-        self._phases[node] = form
+        self._finish[node] = lambda result: self._interleave(node, result, form)
         inputs = [x, self._weight(codes), *self._bias(layer, form.phases)]
         return self.emit("Conv", inputs, pads=form.padding * 2, group=form.groups)
 
-    def _interleave(self, node: Node, codes: str, form: SubPixel | None) -> str:
+    def _interleave(self, node: Node, codes: str, form: SubPixel) -> str:
         """Turn `[batch, out * phases, ...]` into the transposed convolution's result."""
-        if form is None:
-            return codes
         axes, channels = len(form.strides), int(node.meta["val"].shape[1])
         full = [tap * stride for tap, stride in zip(form.lengths, form.strides, strict=True)]
         if form.phases > 1:

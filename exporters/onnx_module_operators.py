@@ -109,11 +109,17 @@ def _layer_norm(writer: Writer, node: Node, names: list[str]) -> str:
 
 
 def _reshape(writer: Writer, node: Node, names: list[str]) -> str:
-    """Sizes that depend on the batch become -1, of which ONNX takes one."""
+    return writer.emit("Reshape", [*names, writer.constant(onnx_sizes(node), torch.int64)])
+
+
+def onnx_sizes(node: Node) -> list[int]:
+    """Return the sizes of a node's tensor; one that depends on the batch is -1, once."""
     sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
     if sizes.count(-1) > 1:
-        raise EdgekitError(f"target onnx: {operator_name(node)} has two sizes that vary")
-    return writer.emit("Reshape", [*names, writer.constant(sizes, torch.int64)])
+        raise EdgekitError(
+            f"target onnx: {operator_name(node)} has two sizes that vary ({source_of(node)})"
+        )
+    return sizes
 
 
 def _permute(writer: Writer, node: Node, names: list[str]) -> str:
@@ -144,12 +150,11 @@ def _concat(writer: Writer, node: Node, names: list[str]) -> str:
 
 def _mean(writer: Writer, node: Node, names: list[str]) -> str:
     found = arguments(node)
-    operand = found["self"]
-    axes = sorted(axis % rank(operand) for axis in found["dim"])
-    if axes == list(range(2, rank(operand))) and found["keepdim"]:
+    axes = sorted(axis % rank(found["self"]) for axis in found["dim"])
+    if found["keepdim"] and axes == list(range(2, rank(found["self"]))):
         return writer.emit("GlobalAveragePool", names)
-    axes_name = writer.constant(axes, torch.int64)
-    return writer.emit("ReduceMean", [*names, axes_name], keepdims=int(found["keepdim"]))
+    inputs = [*names, writer.constant(axes, torch.int64)]
+    return writer.emit("ReduceMean", inputs, keepdims=int(found["keepdim"]))
 
 
 def _adaptive_average(writer: Writer, node: Node, names: list[str]) -> str:

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
 
 from edgekit.errors import EdgekitError, one_line
-from edgekit.quantize.traced.operators import BATCH_NORM, arguments, aten, numbers
+from edgekit.quantize.traced.operators import BATCH_NORM, arguments, aten, numbers, rank
 
 _TORCH = Path(torch.__file__).parent
 _OPERATOR = re.compile(r"\b(?:aten|prims|torchvision|torch\.ops\.\w+)[.:]+\w+(?:\.\w+)?")
@@ -185,6 +185,12 @@ def _normalise(graph_module: GraphModule) -> None:
             _padding_in_numbers(node)
         elif node.target == aten.relu6.default:
             node.target, node.args = aten.hardtanh.default, (node.args[0], 0.0, 6.0)
+        elif node.target == aten.pad.default and arguments(node)["mode"] == "constant":
+            value = arguments(node)["value"] or 0.0
+            node.target, node.args = aten.constant_pad_nd.default, (*node.args[:2], value)
+            node.kwargs = {}
+        elif node.target == aten.mean.dim and not arguments(node)["keepdim"]:
+            _mean_keeps_axes(node)
     graph.eliminate_dead_code()
     graph_module.recompile()
 
@@ -212,12 +218,7 @@ def _padding_in_numbers(node: Node) -> None:
     if any(total % 2 for total in totals):
         # As torch does: the odd one goes behind (torch/nn/modules/conv.py).
         sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-        with node.graph.inserting_before(node):
-            x = node.graph.call_function(aten.constant_pad_nd.default, (x, sides, 0.0))
-        x.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-        value = found["input"].meta["val"]
-        with value.fake_mode:
-            x.meta["val"] = aten.constant_pad_nd.default(value, sides, 0.0)
+        x = _insert(node, aten.constant_pad_nd.default, x, sides, 0.0)
         totals = [0] * len(kernel)
     plain = aten.conv1d.default if len(kernel) == 1 else aten.conv2d.default
     padding = [total // 2 for total in totals]
@@ -225,6 +226,28 @@ def _padding_in_numbers(node: Node) -> None:
     node.target = plain
     node.args = (x, weight, bias, stride, padding, dilation, found["groups"])
     node.kwargs = {}
+
+
+def _mean_keeps_axes(node: Node) -> None:
+    """Average with the axes kept, which engines have kernels for, then drop them."""
+    found = arguments(node)
+    if found["dtype"] is not None:
+        return
+    axes = sorted(axis % rank(found["self"]) for axis in found["dim"])
+    mean = _insert(node, aten.mean.dim, found["self"], axes, True)
+    node.target, node.args, node.kwargs = aten.squeeze.dims, (mean, axes), {}
+
+
+def _insert(before: Node, target: torch._ops.OpOverload, *args: Any) -> Node:
+    """Add a call that belongs to the same line and submodule as the node before which it stands."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args)
+    kept = ("nn_module_stack", "stack_trace")
+    node.meta = {key: before.meta[key] for key in kept if key in before.meta}
+    value = args[0].meta["val"]
+    with value.fake_mode:
+        node.meta["val"] = target(value, *args[1:])
+    return node
 
 
 def _names(graph_module: GraphModule) -> dict[str, str]:
