@@ -107,9 +107,7 @@ def _calibration(
     return ranges, first[0]
 
 
-def _remember_first(
-    batches: Iterable[Batch], first: list[tuple[Tensor, ...]]
-) -> Iterator[Batch]:
+def _remember_first(batches: Iterable[Batch], first: list[tuple[Tensor, ...]]) -> Iterator[Batch]:
     for batch in batches:
         if not first:
             first.append((batch,) if isinstance(batch, Tensor) else tuple(batch))
@@ -120,7 +118,11 @@ def _graph_facts(network: QuantizedNetwork) -> dict[str, Any]:
     """Return what the manifest says of tensors, inputs and the parameters of each value."""
     traced = network.traced
     inputs = [
-        {"name": node.name, "dtype": str(item.dtype).removeprefix("torch."), "shape": list(item.shape)}
+        {
+            "name": node.name,
+            "dtype": str(item.dtype).removeprefix("torch."),
+            "shape": list(item.shape),
+        }
         for node, item in zip(traced.inputs, traced.example, strict=True)
     ]
     activations = [

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from edgekit.exporters.onnx_module_operators import (
+    Attribute,
+    Constant,
     convolution_attributes,
     onnx_pads,
     onnx_sizes,
@@ -77,13 +79,13 @@ class OnnxGraph:
             outputs.append(_declared(node, name))
         return helper.make_graph(self._nodes, "module", inputs, outputs, self._initializers)
 
-    def emit(self, operator: str, inputs: list[str], **attributes: Any) -> str:
+    def emit(self, operator: str, inputs: list[str], **attributes: Attribute) -> str:
         """Add a node with one output; return the output's name."""
         name = f"{self._prefix}/{operator}_{len(self._nodes)}"
         self._nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
 
-    def constant(self, value: Any, dtype: torch.dtype) -> str:
+    def constant(self, value: Constant, dtype: torch.dtype) -> str:
         """Add an initializer, once for equal small ones; return its name."""
         array = torch.as_tensor(value, dtype=dtype).contiguous().numpy()
         key = (array.dtype.str, array.shape, array.tobytes()) if array.size <= _SMALL else None
@@ -218,9 +220,7 @@ class OnnxGraph:
             pairs = [axis for i in range(axes) for axis in (2 + axes + i, 2 + i)]
             codes = self.emit("Reshape", [codes, split])
             codes = self.emit("Transpose", [codes], perm=[0, 1, *pairs])
-            codes = self.emit(
-                "Reshape", [codes, self.constant([-1, channels, *full], torch.int64)]
-            )
+            codes = self.emit("Reshape", [codes, self.constant([-1, channels, *full], torch.int64)])
         if form.starts == [0] * axes and form.ends == full:
             return codes
         parts = [form.starts, form.ends, list(range(2, 2 + axes))]

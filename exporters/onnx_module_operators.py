@@ -4,21 +4,25 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.traced.operators import arguments, aten, numbers, operator_name, rank
 from edgekit.quantize.traced.trace import source_of
 
+Attribute = int | float | str | list[int]
+Constant = Tensor | float | list[int]
+
 
 class Writer(Protocol):
     """What a translation writes with."""
 
-    def emit(self, operator: str, inputs: list[str], **attributes: Any) -> str:
+    def emit(self, operator: str, inputs: list[str], **attributes: Attribute) -> str:
         """Add a node with one output; return the output's name."""
         ...
 
-    def constant(self, value: Any, dtype: torch.dtype) -> str:
+    def constant(self, value: Constant, dtype: torch.dtype) -> str:
         """Add an initializer; return its name."""
         ...
 
@@ -51,7 +55,7 @@ def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _plain(operator: str, **attributes: Any) -> Translation:
+def _plain(operator: str, **attributes: Attribute) -> Translation:
     return lambda writer, node, names: writer.emit(operator, names, **attributes)
 
 
@@ -177,7 +181,7 @@ def _pool(operator: str) -> Translation:
         found = arguments(node)
         axes = rank(node) - 2
         kernel = numbers(found["kernel_size"], axes)
-        attributes: dict[str, Any] = {
+        attributes: dict[str, Attribute] = {
             "kernel_shape": kernel,
             "strides": numbers(found["stride"], axes) if found["stride"] else kernel,
             "pads": numbers(found["padding"], axes) * 2,
@@ -222,11 +226,11 @@ def _convolution(operator: str) -> Translation:
     return lambda writer, node, names: writer.emit(operator, names, **convolution_attributes(node))
 
 
-def convolution_attributes(node: Node) -> dict[str, Any]:
+def convolution_attributes(node: Node) -> dict[str, Attribute]:
     """Return the attributes of ONNX's Conv and ConvTranspose."""
     found = arguments(node)
     axes = rank(found["weight"]) - 2
-    attributes: dict[str, Any] = {
+    attributes: dict[str, Attribute] = {
         "strides": numbers(found["stride"], axes),
         "pads": numbers(found["padding"], axes) * 2,
         "dilations": numbers(found["dilation"], axes),
@@ -266,7 +270,6 @@ TRANSLATIONS: dict[Any, Translation] = {
     aten.mul.Tensor: _pair("Mul"),
     aten.div.Tensor: _pair("Div"),
     aten.matmul.default: _plain("MatMul"),
-    aten.view.default: _reshape,
     aten.reshape.default: _reshape,
     aten.flatten.using_ints: _reshape,
     aten.permute.default: _permute,

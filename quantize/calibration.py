@@ -1,7 +1,7 @@
 """Calibrations: the observed range of each activation, as a JSON file that can be read and reused.
 
-    {"format_version": 1, "method": "moving-average", "samples": 512, "batches": 16,
-     "ranges": {"x": {"min": -2.1, "max": 2.6}, "features.0.relu": {"min": 0.0, "max": 6.0}}}
+{"format_version": 1, "method": "moving-average", "samples": 512, "batches": 16,
+ "ranges": {"x": {"min": -2.1, "max": 2.6}, "features.0.relu": {"min": 0.0, "max": 6.0}}}
 """
 
 import json
@@ -49,7 +49,9 @@ class Calibration:
             "method": self.method,
             "samples": self.samples,
             "batches": self.batches,
-            "ranges": {name: {"min": low, "max": high} for name, (low, high) in self.ranges.items()},
+            "ranges": {
+                name: {"min": low, "max": high} for name, (low, high) in self.ranges.items()
+            },
         }
         with new_file(path) as file:
             file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")

@@ -1,12 +1,13 @@
 """Runs an exported module through ExecuTorch's Python binding."""
 
 import os
+import weakref
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from importlib import metadata
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -26,6 +27,9 @@ from edgekit.runtime.executorch_engine import (
     check_program_file,
 )
 from edgekit.runtime.module_engine import Array, ClosesItself, contiguous
+
+# The registry of engines by which the size of the one pool is guarded.
+_USES_THE_POOL = cast("weakref.WeakSet[Any]", _OPEN)
 
 
 class ExecutorchModule(ClosesItself):
@@ -50,7 +54,7 @@ class ExecutorchModule(ClosesItself):
                 log.seek(0)
                 reason = _reason(error, log.read())
                 raise EdgekitError(f"executorch cannot load {path}: {reason}") from error
-        _OPEN.add(self)
+        _USES_THE_POOL.add(self)
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Run the module on its inputs, in order."""
@@ -68,7 +72,7 @@ class ExecutorchModule(ClosesItself):
 
     def close(self) -> None:
         """Unmap the file and free the program's memory."""
-        _OPEN.discard(self)
+        _USES_THE_POOL.discard(self)
         self._method = self._program = None
 
 

@@ -1,10 +1,20 @@
 """Small nets that hold each operator of a traced module, seeded, with trained-looking batch norms."""
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+
+from edgekit.quantize.traced.calibrate import calibrate
+from edgekit.quantize.traced.fold import fold_batch_norms
+from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
+from edgekit.quantize.traced.placement import place
+from edgekit.quantize.traced.schemes import LayerRecipe
+from edgekit.quantize.traced.trace import TracedModule, trace
 
 
 class Separable(nn.Module):
@@ -20,7 +30,8 @@ class Separable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.pointwise(self.depthwise(self.stem(x))))
-        return self.head(torch.flatten(x, 1))
+        result: Tensor = self.head(torch.flatten(x, 1))
+        return result
 
 
 class Residual(nn.Module):
@@ -40,7 +51,8 @@ class Residual(nn.Module):
         x = self.relu(self.stem(x))
         x = self.relu(x + self.norm(self.one(x)))
         x = self.relu(self.two(x) + self.skip(x))
-        return self.head(x.mean((2, 3)))
+        result: Tensor = self.head(x.mean((2, 3)))
+        return result
 
 
 class Sequence(nn.Module):
@@ -55,7 +67,8 @@ class Sequence(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.silu(self.depthwise(functional.pad(x, (2, 0))))
-        return self.strided(torch.relu(self.norm(self.dilated(x))))
+        result: Tensor = self.strided(torch.relu(self.norm(self.dilated(x))))
+        return result
 
 
 class Joined(nn.Module):
@@ -85,7 +98,8 @@ class Upsampling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.narrow(x))
-        return self.last(functional.relu6(self.norm(self.up(x))))
+        result: Tensor = self.last(functional.relu6(self.norm(self.up(x))))
+        return result
 
 
 class Tokens(nn.Module):
@@ -100,7 +114,8 @@ class Tokens(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
-        return x + self.down(functional.gelu(self.up(self.norm(x))))
+        result: Tensor = x + self.down(functional.gelu(self.up(self.norm(x))))
+        return result
 
 
 def _block(inputs: int, outputs: int, kernel: int, **options: int) -> nn.Sequential:
@@ -138,3 +153,28 @@ def batch_for(name: str, size: int, seed: int = 0) -> Tensor:
     if name == "tokens":
         return torch.randint(0, 20, shape, generator=generator)
     return torch.randn(shape, generator=generator)
+
+
+@lru_cache
+def quantized(name: str, scheme: str, max_batch: int = 16) -> QuantizedNetwork:
+    """Return a net quantized with one scheme, calibrated on four mini-batches."""
+    placement = place(_folded(name, max_batch), LayerRecipe.uniform(scheme))
+    batches = [batch_for(name, 8, seed) for seed in range(4)]
+    return quantize_module(placement, calibrate(placement, batches) if placement.edges else None)
+
+
+@lru_cache
+def _folded(name: str, max_batch: int) -> TracedModule:
+    return fold_batch_norms(trace(make_net(name), (batch_for(name, 4),), max_batch))
+
+
+def steps_apart(network: QuantizedNetwork, actual: list[NDArray[Any]], inputs: Tensor) -> Tensor:
+    """Return how many steps of the outputs' codes engine and simulation differ by, flat."""
+    found = []
+    simulated = network.simulate(inputs)
+    for node, ours, theirs in zip(network.traced.outputs, simulated, actual, strict=True):
+        assert theirs.shape == tuple(ours.shape)
+        edge = network.edges.get(node.name)
+        step = edge.scale if edge else float(ours.abs().max()) / 255
+        found.append((torch.from_numpy(theirs) - ours).abs().flatten() / step)
+    return torch.cat(found)

@@ -1,7 +1,6 @@
 """Calibration: mini-batches run through the float graph, observed where codes will be."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +63,7 @@ class _Observation(Interpreter):
         self._observers = observers
         self._names = placement.traced.names
 
-    def run_node(self, n: Node) -> Any:
+    def run_node(self, n: Node) -> object:
         result = super().run_node(n)
         if n.name in self._observers:
             try:

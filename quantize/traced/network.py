@@ -1,8 +1,6 @@
 """A quantized module: its float graph, the codes of its weights, the parameters of its edges."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch.fx import Interpreter, Node
 from edgekit.errors import EdgekitError
 from edgekit.quantize.calibration import Calibration
 from edgekit.quantize.observers import ActivationParameters, activation_parameters
-from edgekit.quantize.tensor import QuantizedTensor, scales_shape
+from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.operators import EMBEDDING, Layer
 from edgekit.quantize.traced.placement import Placement, end_of_chain
 from edgekit.quantize.traced.trace import TracedModule
@@ -146,7 +144,7 @@ class _Simulation(Interpreter):
         self._network = network
         self._weights = {name: codes.dequantize() for name, codes in network.weights.items()}
 
-    def run_node(self, n: Node) -> Any:
+    def run_node(self, n: Node) -> object:
         if n.op == "get_attr" and str(n.target) in self._weights:
             return self._weights[str(n.target)]
         layer = self._network.layers.get(n.name)
@@ -157,11 +155,10 @@ class _Simulation(Interpreter):
         parameters = self._network.edges.get(n.name)
         return result if parameters is None else parameters.fake_quantize(result)
 
-    def _with_integer_bias(self, node: Node, layer: QuantizedLayer) -> Any:
+    def _with_integer_bias(self, node: Node, layer: QuantizedLayer) -> Tensor:
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         assert layer.bias is not None and layer.bias_scales is not None
         bias = (layer.bias.double() * layer.bias_scales.double()).float()
-        return self.call_function(node.target, (*args[:2], bias, *args[3:]), kwargs)
-
-
-__all__ = ["QuantizedLayer", "QuantizedNetwork", "edge_parameters", "quantize_module", "scales_shape"]
+        result = self.call_function(node.target, (*args[:2], bias, *args[3:]), kwargs)
+        assert isinstance(result, Tensor)
+        return result

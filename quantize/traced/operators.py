@@ -1,5 +1,6 @@
 """What each ATen operator means to a quantizer: layers, activations they fuse, how ranges travel."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,6 @@ KEEPS_RANGE = (
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.mean.dim,
-    aten.view.default,
     aten.reshape.default,
     aten.flatten.using_ints,
     aten.permute.default,
@@ -116,7 +116,7 @@ def operator_name(node: Node) -> str:
     return str(node.target)
 
 
-def numbers(value: Any, count: int) -> list[int]:
+def numbers(value: int | Sequence[int], count: int) -> list[int]:
     """Return a list argument with one entry per axis: one entry stands for all."""
     found = [value] if isinstance(value, int) else list(value)
     return found * count if len(found) == 1 else found

@@ -123,7 +123,9 @@ class LayerRecipe:
     def load(cls, path: Path) -> "LayerRecipe":
         """Read a .toml or .json recipe, written as those of `Recipe`."""
         return cls(
-            load_rules(path, lambda *entry: LayerRule(entry[0], LayerScheme.parse(entry[1]), entry[2])),
+            load_rules(
+                path, lambda *entry: LayerRule(entry[0], LayerScheme.parse(entry[1]), entry[2])
+            ),
             name=path.name,
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
 
@@ -98,7 +99,9 @@ def trace(
 
 def source_of(node: Node) -> str:
     """Return where the user's code calls a node's operator: `net.py:12`, or an empty string."""
-    frames = [(name, int(line)) for name, line in _FRAME.findall(node.meta.get("stack_trace") or "")]
+    frames = [
+        (name, int(line)) for name, line in _FRAME.findall(node.meta.get("stack_trace") or "")
+    ]
     own = [frame for frame in frames if _TORCH not in Path(frame[0]).parents]
     return f"{own[-1][0]}:{own[-1][1]}" if own else ""
 
@@ -135,13 +138,14 @@ def _export(
     shapes = None
     if max_batch is not None:
         batch = Dim("batch", min=1, max=max_batch)
-        shapes = {"dynamic_shapes": tuple({0: batch} for _ in example)}
+        shapes = tuple({0: batch} for _ in example)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = export(module, example, strict=False, **(shapes or {}))
+            program = export(module, example, dynamic_shapes=shapes, strict=False)
             # No decomposition: this makes in-place operators functional.
-            return program.run_decompositions({})
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
     except Exception as error:  # whatever the module's own code or a tracer raises
         raise EdgekitError(_why(module, error)) from error
 
@@ -179,6 +183,8 @@ def _normalise(graph_module: GraphModule) -> None:
             continue
         if node.target in (aten.clone.default, aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
+        elif node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # the copies are gone that made strides fit a view
         elif node.target == aten._native_batch_norm_legit_no_training.default:
             _one_batch_norm(node)
         elif node.target in (aten.conv1d.padding, aten.conv2d.padding):
@@ -218,7 +224,7 @@ def _padding_in_numbers(node: Node) -> None:
     if any(total % 2 for total in totals):
         # As torch does: the odd one goes behind (torch/nn/modules/conv.py).
         sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-        x = _insert(node, aten.constant_pad_nd.default, x, sides, 0.0)
+        x = _insert(node, aten.constant_pad_nd.default, x, (sides, 0.0))
         totals = [0] * len(kernel)
     plain = aten.conv1d.default if len(kernel) == 1 else aten.conv2d.default
     padding = [total // 2 for total in totals]
@@ -234,19 +240,19 @@ def _mean_keeps_axes(node: Node) -> None:
     if found["dtype"] is not None:
         return
     axes = sorted(axis % rank(found["self"]) for axis in found["dim"])
-    mean = _insert(node, aten.mean.dim, found["self"], axes, True)
+    mean = _insert(node, aten.mean.dim, found["self"], (axes, True))
     node.target, node.args, node.kwargs = aten.squeeze.dims, (mean, axes), {}
 
 
-def _insert(before: Node, target: torch._ops.OpOverload, *args: Any) -> Node:
+def _insert(before: Node, target: OpOverload, x: Node, rest: tuple[Any, ...]) -> Node:
     """Add a call that belongs to the same line and submodule as the node before which it stands."""
     with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args)
+        node = before.graph.call_function(target, (x, *rest))
     kept = ("nn_module_stack", "stack_trace")
     node.meta = {key: before.meta[key] for key in kept if key in before.meta}
-    value = args[0].meta["val"]
+    value = x.meta["val"]
     with value.fake_mode:
-        node.meta["val"] = target(value, *args[1:])
+        node.meta["val"] = target(value, *rest)
     return node
 
 
@@ -255,7 +261,7 @@ def _names(graph_module: GraphModule) -> dict[str, str]:
     taken: dict[str, int] = {}
     names = {}
     for node in graph_module.graph.nodes:
-        if node.op not in ("placeholder", "call_function"):
+        if node.op == "get_attr" or not isinstance(node.meta.get("val"), Tensor):
             continue
         name = node.name if node.op == "placeholder" else _path(node)
         taken[name] = taken.get(name, 0) + 1
