@@ -5,17 +5,19 @@ Products are summed in int64, checked to fit int32, and requantized by one float
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.fx import Node
 
 from edgekit.quantize.traced.network import QuantizedNetwork
 from edgekit.quantize.traced.operators import arguments, aten
 
 Codes = NDArray[np.int64]
+Reals = NDArray[np.float64]
 
 
 def run_on_integers(network: QuantizedNetwork, x: NDArray[np.float32]) -> Codes:
     """Return the codes of the only output of a net of convolutions, additions and one head."""
     codes: dict[str, Codes] = {}
-    wide: dict[str, NDArray[np.float64]] = {}
+    wide: dict[str, Reals] = {}
     for node in network.traced.graph_module.graph.nodes:
         edge = network.edges.get(node.name)
         if node.op == "placeholder":
@@ -34,10 +36,11 @@ def run_on_integers(network: QuantizedNetwork, x: NDArray[np.float32]) -> Codes:
     return codes[network.traced.outputs[0].name]
 
 
-def _real(network, node, codes, wide):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _real(
+    network: QuantizedNetwork, node: Node, codes: dict[str, Codes], wide: dict[str, Reals]
+) -> Reals:
     """What a node computes, from integers, as exact reals."""
     layer = network.layers.get(node.name)
-    (first, *_) = node.all_input_nodes
     if layer is not None:
         edge = network.edges[layer.layer.input.name]
         weight = network.weights[layer.weight]
@@ -63,16 +66,19 @@ def _real(network, node, codes, wide):  # type: ignore[no-untyped-def]  # noqa: 
         for item in node.all_input_nodes
         if item.name in codes or item.name in wide
     ]
+    result: Reals
     if node.target == aten.add.Tensor:
-        return values[0] + values[1]
-    if node.target == aten.relu.default:
-        return np.maximum(values[0], 0)
-    if node.target == aten.hardtanh.default:
-        return np.clip(values[0], 0, 6)
-    if node.target in (aten.adaptive_avg_pool2d.default, aten.mean.dim):
-        return values[0].mean((2, 3), keepdims=True)
-    assert node.target in (aten.reshape.default, aten.squeeze.dims), node.target
-    return values[0].reshape(values[0].shape[:2])
+        result = values[0] + values[1]
+    elif node.target == aten.relu.default:
+        result = np.maximum(values[0], 0)
+    elif node.target == aten.hardtanh.default:
+        result = np.clip(values[0], 0, 6)
+    elif node.target in (aten.adaptive_avg_pool2d.default, aten.mean.dim):
+        result = np.asarray(values[0].mean((2, 3), keepdims=True))
+    else:
+        assert node.target in (aten.reshape.default, aten.squeeze.dims), node.target
+        result = values[0].reshape(values[0].shape[:2])
+    return result
 
 
 def _convolve(x: Codes, w: Codes, stride: list[int], padding: list[int], groups: int) -> Codes:

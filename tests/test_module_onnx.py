@@ -11,6 +11,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
+from traced_nets import NETS, batch_for, quantized, steps_apart
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.module_onnx import check_network, write_module
@@ -23,7 +24,6 @@ from edgekit.quantize.traced.placement import place
 from edgekit.quantize.traced.schemes import LayerRecipe
 from edgekit.quantize.traced.trace import trace
 from edgekit.runtime.module_engine import load_module
-from traced_nets import NETS, batch_for, quantized, steps_apart
 
 FLOAT_LAYERS = {"Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "ConvInteger"}
 INTEGER_LAYERS = {"QLinearConv", "QGemm"}
