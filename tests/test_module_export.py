@@ -43,7 +43,7 @@ def test_an_artifact_runs_as_it_says(target: str, tmp_path: Path) -> None:
     assert manifest["max_batch"] == 8
     found = manifest["verification"]
     assert found["verified"]
-    assert found["batches"] == [1, 8]
+    assert found["batches"] == [1, 4, 8]
     assert found["rms_steps"] <= 0.5 < found["rms_steps_vs_float"]
     rows = {row["tensor"]: row for row in manifest["tensors"]}
     assert rows["one.weight"] == {
