@@ -14,7 +14,9 @@ from traced_nets import batch_for, make_net, quantized
 import edgekit
 from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError, VerificationError
+from edgekit.exporters.inspect import inspect
 from edgekit.exporters.verify_module import verify_module
+from edgekit.verification import verify_artifact
 
 
 def _export(output: Path, target: str = "onnx", **options: object) -> Artifact:
@@ -71,6 +73,18 @@ def test_a_module_is_no_language_model(tmp_path: Path) -> None:
     path.write_text(json.dumps(document))
     with pytest.raises(EdgekitError, match="context must be an integer"):
         Artifact.open(artifact.folder)
+
+
+def test_inspect_shows_integer_layers_and_verify_declines(tmp_path: Path) -> None:
+    artifact = _export(tmp_path / "net", "executorch", max_batch=8)
+    report = inspect(artifact.folder, check=True)
+    said = report.text()
+    assert "Residual, recipe w8a8, a module, batches of up to 8" in said
+    parts = {part["name"] for part in report.to_dict()["components"]}
+    assert {"convolutions, int8 per channel", "linears, int8 per channel", "biases, int32"} <= parts
+    assert not any("float" in part or "norms" in part for part in parts)
+    with pytest.raises(EdgekitError, match="is a module"):
+        verify_artifact(artifact.folder, None, lambda stage: None)
 
 
 def test_a_saved_calibration_gives_the_same_file(tmp_path: Path) -> None:
