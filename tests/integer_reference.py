@@ -3,6 +3,8 @@
 Products are summed in int64, checked to fit int32, and requantized by one float64 multiplication.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from torch.fx import Node
@@ -59,7 +61,7 @@ def _real(
         assert np.abs(sums).max() < 2**31
         scales = weight.scales.numpy().astype(np.float64).reshape(-1)
         return sums * (edge.scale * scales).reshape(shape if len(scales) > 1 else (1,) * sums.ndim)
-    values = [
+    values: list[Any] = [
         (codes[item.name] - network.edges[item.name].zero_point) * network.edges[item.name].scale
         if item.name in codes
         else wide[item.name]
@@ -74,9 +76,7 @@ def _real(
     elif node.target == aten.hardtanh.default:
         result = np.clip(values[0], 0, 6)
     elif node.target in (aten.adaptive_avg_pool2d.default, aten.mean.dim):
-        size = values[0][0, 0].size
-        result = values[0].reshape(*values[0].shape[:2], size) @ np.full((size, 1), 1 / size)
-        result = result[..., None]
+        result = values[0].mean((2, 3), keepdims=True)
     else:
         assert node.target in (aten.reshape.default, aten.squeeze.dims), node.target
         result = values[0].reshape(values[0].shape[:2])
