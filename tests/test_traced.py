@@ -98,6 +98,32 @@ def test_a_convolution_before_two_batch_norms_is_folded_into_both_uses() -> None
     torch.testing.assert_close(folded.graph_module(x), net(x), rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_norm_used_twice_and_a_bias_shared_by_two_layers_fold() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            self.one, self.two = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.two.bias = self.one.bias
+            self.after = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(torch.relu(self.norm(x)))
+            result: Tensor = self.two(self.after(self.one(x)))
+            return result
+
+    torch.manual_seed(0)
+    net = Twice().train()
+    for _ in range(3):
+        net(torch.randn(4, 3, 5, 5) * 2 + 1)
+    with torch.no_grad():
+        net.norm.weight.copy_(torch.tensor([0.5, 2.0, -1.0]))
+    net.eval()
+    x = torch.randn(2, 3, 5, 5)
+    folded = fold_batch_norms(trace(net, (x,)))
+    torch.testing.assert_close(folded.graph_module(x), net(x), rtol=1e-5, atol=1e-6)
+
+
 def test_training_mode_is_left_as_it_was() -> None:
     net = make_net("separable").train()
     net.get_submodule("head").eval()

@@ -4,6 +4,7 @@
 per output channel, computed in float64 and rounded once.
 """
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -32,24 +33,23 @@ def fold_batch_norms(traced: TracedModule) -> TracedModule:
     result = replace(traced, graph_module=graph_module, names=dict(traced.names))
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and node.target == BATCH_NORM:
-            _fold(result, node)
+            # Its own numbers come from before: another use of it may have been written already.
+            _fold(result, node, *_factor_and_offset(traced, node))
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return result
 
 
-def _fold(traced: TracedModule, node: Node) -> None:
-    factor, offset = _factor_and_offset(traced, node)
+def _fold(traced: TracedModule, node: Node, factor: Tensor, offset: Tensor) -> None:
     x = arguments(node)["input"]
     layer = layer_of(x) if x.target in MATRIX_LAYERS and len(x.users) == 1 else None
     if layer is None:
-        _as_convolution(traced, node, factor, offset)
+        _stand_alone(traced, node, factor, offset)
         return
     weight = traced.parameter(layer.weight)
     bias = torch.zeros(()) if layer.bias is None else traced.parameter(layer.bias)
-    owner = str(layer.weight.target).rpartition(".")[0]
-    _set(traced, layer, weight * _along_channels(factor, weight, layer), owner)
-    _set_bias(traced, layer, bias.double() * factor + offset, owner)
+    _set_weight(traced, layer, weight * _along_channels(factor, weight, layer))
+    _set_bias(traced, layer, bias.double() * factor + offset)
     node.replace_all_uses_with(layer.node)
     node.graph.erase_node(node)
 
@@ -75,40 +75,29 @@ def _along_channels(factor: Tensor, weight: Tensor, layer: Layer) -> Tensor:
     return spread.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
 
 
-def _as_convolution(traced: TracedModule, node: Node, factor: Tensor, offset: Tensor) -> None:
+def _stand_alone(traced: TracedModule, node: Node, factor: Tensor, offset: Tensor) -> None:
+    """Write a batch norm that follows no layer as a depthwise convolution or, of vectors, a sum."""
     found = arguments(node)
-    owner = _owner(found, node)
-    taps = rank(node) - 2
-    x = found["input"]
-    shape = (-1, 1, *[1] * taps)
-    weight = _attribute(traced, node, f"{owner}.weight", factor.view(shape))
-    bias = _attribute(traced, node, f"{owner}.bias", offset)
-    if taps not in (1, 2):  # [batch, channels] or volumes: nothing that integer kernels know
-        _as_product(traced, node, x, factor, offset, owner)
-        return
-    node.target = aten.conv1d.default if taps == 1 else aten.conv2d.default
-    one, none = [1] * taps, [0] * taps
-    node.args, node.kwargs = (x, weight, bias, one, none, one, len(factor)), {}
+    owner = str(found["running_mean"].target).rpartition(".")[0] or node.name
+    taps = [1] * (rank(node) - 2)
+    weight = _attribute(traced, node, f"{owner}.weight", factor.view(-1, *taps))
+    if len(taps) in (1, 2):
+        weight = _attribute(traced, node, f"{owner}.weight", factor.view(-1, 1, *taps))
+        bias = _attribute(traced, node, f"{owner}.bias", offset)
+        node.target = aten.conv1d.default if len(taps) == 1 else aten.conv2d.default
+        padding = [0] * len(taps)
+        node.args = (found["input"], weight, bias, taps, padding, taps, len(factor))
+    else:  # what integer kernels do not know
+        bias = _attribute(traced, node, f"{owner}.bias", offset.view(-1, *taps))
+        with node.graph.inserting_before(node):
+            product = node.graph.call_function(aten.mul.Tensor, (found["input"], weight))
+        product.meta = dict(node.meta)
+        traced.names[product.name] = f"{owner}.mul"
+        node.target, node.args = aten.add.Tensor, (product, bias)
+    node.kwargs = {}
 
 
-def _as_product(
-    traced: TracedModule, node: Node, x: Node, factor: Tensor, offset: Tensor, owner: str
-) -> None:
-    shape = (-1, *[1] * (rank(node) - 2))
-    weight = _attribute(traced, node, f"{owner}.weight", factor.view(shape))
-    bias = _attribute(traced, node, f"{owner}.bias", offset.view(shape))
-    with node.graph.inserting_before(node):
-        product = node.graph.call_function(aten.mul.Tensor, (x, weight))
-    product.meta = dict(node.meta)
-    traced.names[product.name] = f"{owner}.mul"
-    node.target, node.args, node.kwargs = aten.add.Tensor, (product, bias), {}
-
-
-def _owner(found: dict[str, Node], node: Node) -> str:
-    return str(found["running_mean"].target).rpartition(".")[0] or node.name
-
-
-def _set(traced: TracedModule, layer: Layer, value: Tensor, owner: str) -> None:
+def _set_weight(traced: TracedModule, layer: Layer, value: Tensor) -> None:
     """Give a layer its own weight, under the old name where no other layer uses that."""
     name = str(layer.weight.target)
     if len(layer.weight.users) > 1:
@@ -117,13 +106,22 @@ def _set(traced: TracedModule, layer: Layer, value: Tensor, owner: str) -> None:
     layer.node.update_arg(1, weight)
 
 
-def _set_bias(traced: TracedModule, layer: Layer, value: Tensor, owner: str) -> None:
-    name = f"{owner}.bias" if owner else "bias"
-    shared = layer.bias is not None and len(layer.bias.users) > 1
-    if shared or str(layer.weight.target) != f"{owner}.weight" or len(layer.weight.users) > 1:
+def _set_bias(traced: TracedModule, layer: Layer, value: Tensor) -> None:
+    """Give a layer its own bias, beside its weight."""
+    owner, _, weight = str(_weight_node(layer).target).rpartition(".")
+    leaf = weight.replace("weight", "bias") if "weight" in weight else f"{weight}_bias"
+    name = f"{owner}.{leaf}" if owner else leaf
+    if layer.bias is not None and len(layer.bias.users) > 1:
         name = f"{name}_of_{layer.node.name}"
     bias = _attribute(traced, layer.node, name, value)
     layer.node.args = (*layer.node.args[:2], bias, *layer.node.args[3:])
+
+
+def _weight_node(layer: Layer) -> Node:
+    """Return the weight that the layer reads now, which `_set_weight` may have renamed."""
+    node = layer.node.args[1]
+    assert isinstance(node, Node)
+    return node
 
 
 def _attribute(traced: TracedModule, before: Node, name: str, value: Tensor) -> Node:
@@ -142,7 +140,5 @@ def _attribute(traced: TracedModule, before: Node, name: str, value: Tensor) -> 
 
 def _copy(module: GraphModule) -> GraphModule:
     """Copy the graph and the tree of modules; tensors are shared."""
-    import copy
-
     memo = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     return copy.deepcopy(module, memo)
