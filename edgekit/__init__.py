@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from edgekit.api import export_model
     from edgekit.artifact import Artifact
     from edgekit.models.tokenizer import Tokenizer
+    from edgekit.module_export import export_module
     from edgekit.quantize.recipe import Recipe
+    from edgekit.quantize.traced.schemes import LayerRecipe
     from edgekit.runtime.bench import bench
     from edgekit.runtime.engine import Engine, load_engine
     from edgekit.runtime.evaluate import evaluate
     from edgekit.runtime.generate import generate
+    from edgekit.runtime.module_engine import load_module
     from edgekit.runtime.sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -30,6 +33,7 @@ __all__ = [
     "Artifact",
     "EdgekitError",
     "Engine",
+    "LayerRecipe",
     "Recipe",
     "SamplingParams",
     "Tokenizer",
@@ -37,21 +41,26 @@ __all__ = [
     "bench",
     "evaluate",
     "export_model",
+    "export_module",
     "generate",
     "load_engine",
+    "load_module",
 ]
 
 _HOMES = {
     "Artifact": "edgekit.artifact",
     "Engine": "edgekit.runtime.engine",
+    "LayerRecipe": "edgekit.quantize.traced.schemes",
     "Recipe": "edgekit.quantize.recipe",
     "SamplingParams": "edgekit.runtime.sampling",
     "Tokenizer": "edgekit.models.tokenizer",
     "bench": "edgekit.runtime.bench",
     "evaluate": "edgekit.runtime.evaluate",
     "export_model": "edgekit.api",
+    "export_module": "edgekit.module_export",
     "generate": "edgekit.runtime.generate",
     "load_engine": "edgekit.runtime.engine",
+    "load_module": "edgekit.runtime.module_engine",
 }
 
 

@@ -26,11 +26,11 @@ _TYPES: dict[str, type] = {
     "file": str,
     "tensors": list,
     "versions": dict,
-    "context": int,
-    "bos_id": int,
-    "eos_ids": list,
     "files": dict,
 }
+_LANGUAGE_MODEL_TYPES: dict[str, type] = {"context": int, "bos_id": int, "eos_ids": list}
+MODULE = "module"
+"""The `kind` of an artifact that takes tensors rather than tokens; others do not state one."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,18 @@ class Artifact:
         return self.folder / str(self.manifest["file"])
 
     @property
+    def is_module(self) -> bool:
+        """Whether the model is a module, which has no context and no tokens."""
+        return self.manifest.get("kind") == MODULE
+
+    @property
     def context(self) -> int:
-        """Positions the model file has room for."""
+        """Positions the model file has room for; EdgekitError for a module."""
+        if self.is_module:
+            raise EdgekitError(
+                f"{self.folder}: is a module, not a language model: run it with "
+                "edgekit.load_module, from Python"
+            )
         return int(self.manifest["context"])
 
     @property
@@ -134,7 +144,8 @@ def _finite(text: str) -> float:
 
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    for key, kind in _TYPES.items():
+    is_module = manifest.get("kind") == MODULE
+    for key, kind in (_TYPES if is_module else _TYPES | _LANGUAGE_MODEL_TYPES).items():
         value = manifest.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise EdgekitError(f"{path}: {key} must be {_json_name(kind)}, got {value!r:.60}")
@@ -145,13 +156,18 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         )
     if not isinstance(manifest["model"].get("id"), str):
         raise EdgekitError(f"{path}: model.id must be a string")
+    if not is_module:
+        _check_language_model(path, manifest)
+    for row in manifest["tensors"]:
+        _check_row(path, row)
+
+
+def _check_language_model(path: Path, manifest: dict[str, Any]) -> None:
     if not 1 <= manifest["context"] <= 1 << 30:
         raise EdgekitError(f"{path}: context {manifest['context']} is out of range")
     for token in (manifest["bos_id"], *manifest["eos_ids"]):
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
             raise EdgekitError(f"{path}: bos_id and eos_ids must be token ids, got {token!r:.60}")
-    for row in manifest["tensors"]:
-        _check_row(path, row)
 
 
 def _check_row(path: Path, row: object) -> None:

@@ -33,6 +33,10 @@ def verify_artifact(path: Path, model: str | None, progress: Progress) -> dict[s
     VerificationError, the manifest left as it was, where the file computes something else.
     """
     artifact = Artifact.open(path)
+    if artifact.is_module:
+        raise EdgekitError(
+            f"{path}: is a module, whose weights no checkpoint holds: export it again"
+        )
     target = find_target(artifact.target, Options())
     import_engine(target.NAME)
     source = _source(artifact, model)

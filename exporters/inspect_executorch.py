@@ -32,10 +32,13 @@ from edgekit.exporters.xnnpack_graph import BACKEND, GraphConstant, read_graph
 _EMBEDDING_OPERATOR = re.compile(r".*::embedding(_byte|_4bit|_2bit)?\b.*")
 _STORAGE = {
     "qcint8": "int8 per channel",
+    "qint8": "int8 per tensor",
     "qcint4": "int4 per channel",
     "qbint4": "int4 in groups of {}",
     "fp32": "float32",
 }
+
+_INTEGER_FILTERS, _BIASES = ("qcint8", "qint8"), ("qcint32", "qint32")
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,11 @@ def _graph_parts(
 
 def _part_name(constant: GraphConstant, head_rows: object) -> str:
     """Name a delegate's constant; a norm's mean and RoPE's rotation are float linears too."""
-    if not constant.is_filter:
+    if constant.datatype in _BIASES:
+        return "biases, int32"
+    if not constant.is_filter and constant.datatype not in _INTEGER_FILTERS:
         return TABLES
     storage = _STORAGE.get(constant.datatype, constant.datatype).format(constant.group_size)
+    if not constant.is_filter:
+        return f"convolutions, {storage}"
     return f"{'head' if constant.shape[:1] == (head_rows,) else 'linears'}, {storage}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit.artifact import MODULE
 from edgekit.tables import markdown_table
 
 TABLES = "norms, convolutions, tables"
@@ -79,9 +80,14 @@ def introduction(path: Path, file_bytes: int, manifest: Mapping[str, Any] | None
     size = f"{path}: {file_bytes:,} bytes ({file_bytes / 1e6:,.1f} MB)"
     if manifest is None:
         return [size]
-    model, recipe, context = manifest["model"]["id"], manifest.get("recipe"), manifest["context"]
+    model, recipe = manifest["model"]["id"], manifest.get("recipe")
+    if manifest.get("kind") == MODULE:
+        largest = manifest.get("max_batch")
+        takes = f"a module, batches of {f'up to {largest}' if largest else 'one size'}"
+    else:
+        takes = f"context {manifest['context']}"
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    return [size, f"{model}, recipe {recipe}, context {context}", f"made by {versions}"]
+    return [size, f"{model}, recipe {recipe}, {takes}", f"made by {versions}"]
 
 
 def component_table(components: Sequence[Component], file_bytes: int) -> str:

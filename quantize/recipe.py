@@ -15,10 +15,10 @@ import json
 import re
 import tomllib
 import warnings as python_warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgekit.errors import EdgekitError
 from edgekit.limits import TooCostly, bounded
@@ -33,6 +33,7 @@ _W4_WARNING = (
     "perplexity 16.1 to 31.5 on C4, with groups of 32 to 17.0; --int4 (w4g32) is the safe one"
 )
 _LONGEST_PATTERN = 1000
+_RuleType = TypeVar("_RuleType")
 _VOCABULARY = rf"{re.escape(EMBEDDING)}|{re.escape(HEAD)}"
 
 
@@ -49,23 +50,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         """Refuse expressions that do not compile and ranges that do not exist."""
-        if len(self.pattern) > _LONGEST_PATTERN:
-            raise EdgekitError(
-                f"pattern {self.pattern[:40]!r}... has {len(self.pattern)} characters, "
-                f"{_LONGEST_PATTERN} are allowed"
-            )
-        try:
-            with python_warnings.catch_warnings():
-                python_warnings.simplefilter("ignore")  # of spellings that may change meaning
-                re.compile(self.pattern)
-        except (re.error, ValueError, OverflowError, RecursionError) as error:
-            raise EdgekitError(
-                f"pattern {self.pattern!r:.200} is no regular expression: {error}"
-            ) from error
-        if self.range is not None and self.range not in RANGE_METHODS:
-            raise EdgekitError(f"range must be {' or '.join(RANGE_METHODS)}, got {self.range!r}")
-        if self.range is not None and self.scheme.is_float:
-            raise EdgekitError("range has no meaning for the scheme float: leave it out")
+        check_rule(self.pattern, self.range, self.scheme.is_float)
 
     def matches(self, tensor: str) -> bool:
         """Return whether the whole name matches."""
@@ -105,14 +90,43 @@ class Recipe:
     @classmethod
     def load(cls, path: Path) -> "Recipe":
         """Read a .toml or .json recipe; EdgekitError names the file and the rule at fault."""
-        entries = _entries(_parse(path), path)
-        rules = []
-        for number, entry in enumerate(entries, start=1):
-            try:
-                rules.append(_rule(entry))
-            except EdgekitError as error:
-                raise EdgekitError(f"{path}: rule {number}: {error}") from error
-        return cls(tuple(rules), name=path.name)
+        rules = load_rules(path, lambda *entry: Rule(entry[0], Scheme.parse(entry[1]), entry[2]))
+        return cls(rules, name=path.name)
+
+
+def check_rule(pattern: str, range_method: str | None, is_float: bool) -> None:
+    """Refuse expressions that do not compile and ranges that do not exist or mean nothing."""
+    if len(pattern) > _LONGEST_PATTERN:
+        raise EdgekitError(
+            f"pattern {pattern[:40]!r}... has {len(pattern)} characters, "
+            f"{_LONGEST_PATTERN} are allowed"
+        )
+    try:
+        with python_warnings.catch_warnings():
+            python_warnings.simplefilter("ignore")  # of spellings that may change meaning
+            re.compile(pattern)
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        raise EdgekitError(f"pattern {pattern!r:.200} is no regular expression: {error}") from error
+    if range_method is not None and range_method not in RANGE_METHODS:
+        raise EdgekitError(f"range must be {' or '.join(RANGE_METHODS)}, got {range_method!r}")
+    if range_method is not None and is_float:
+        raise EdgekitError("range has no meaning for the scheme float: leave it out")
+
+
+def load_rules(
+    path: Path, make: Callable[[str, str, RangeMethod | None], _RuleType]
+) -> tuple[_RuleType, ...]:
+    """Read a .toml or .json recipe: `make(pattern, scheme, range)` gives each rule.
+
+    EdgekitError names the file and the rule at fault.
+    """
+    rules = []
+    for number, entry in enumerate(_entries(_parse(path), path), start=1):
+        try:
+            rules.append(make(*_rule(entry)))
+        except EdgekitError as error:
+            raise EdgekitError(f"{path}: rule {number}: {error}") from error
+    return tuple(rules)
 
 
 def preset(name: str) -> Recipe:
@@ -274,8 +288,8 @@ def _entries(document: object, path: Path) -> list[object]:
     return entries
 
 
-def _rule(entry: object) -> Rule:
-    """Return the rule of one parsed entry."""
+def _rule(entry: object) -> tuple[str, str, RangeMethod | None]:
+    """Return pattern, scheme and range of one parsed entry."""
     if not isinstance(entry, dict):
         raise EdgekitError(f"must be a table with pattern and scheme, got {entry!r}")
     allowed = ("pattern", "scheme", "range")
@@ -287,4 +301,4 @@ def _rule(entry: object) -> Rule:
     for key in ("pattern", "scheme"):
         if key not in entry:
             raise EdgekitError(f"{key} is missing")
-    return Rule(entry["pattern"], Scheme.parse(entry["scheme"]), entry.get("range"))
+    return entry["pattern"], entry["scheme"], entry.get("range")

@@ -1,0 +1,137 @@
+"""Exporting any module that `torch.export` traces: calibrate, quantize, write, verify in the engine."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from edgekit import __version__
+from edgekit.artifact import MODULE, Artifact
+from edgekit.errors import EdgekitError
+from edgekit.progress import Progress
+from edgekit.quiet import quiet_imports
+
+with quiet_imports():
+    from torch import Tensor, nn
+
+    from edgekit.exporters.artifact import check_output, new_artifact, write_manifest
+    from edgekit.exporters.module_target import find_module_target, tensor_rows
+    from edgekit.exporters.verify_module import verify_module
+    from edgekit.quantize.calibration import Calibration
+    from edgekit.quantize.traced.calibrate import Batch, calibrate
+    from edgekit.quantize.traced.fold import fold_batch_norms
+    from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
+    from edgekit.quantize.traced.placement import Placement, place
+    from edgekit.quantize.traced.schemes import LayerRecipe
+    from edgekit.quantize.traced.trace import trace
+    from edgekit.runtime.module_engine import load_module
+
+CALIBRATION_FILE = "calibration.json"
+
+
+def export_module(
+    module: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    output: Path | str,
+    *,
+    target: str = "executorch",
+    recipe: LayerRecipe | str = "w8a8",
+    calibration: Iterable[Batch] | Calibration | Path | str | None = None,
+    method: str = "moving-average",
+    max_batch: int | None = None,
+    name: str | None = None,
+    force: bool = False,
+    progress: Progress = lambda stage: None,
+) -> Artifact:
+    """Export a module, verify the file in its engine, and return the artifact at `output`.
+
+    `example_inputs` are the module's arguments, tensors whose first axis is the batch; `max_batch`
+    lets it vary up to that. `recipe` is a scheme (w8a8, w4a8-tensor, float, ...) or a
+    `LayerRecipe`. `calibration` gives mini-batches of inputs, or is a `Calibration` or the path
+    of one that was saved (the artifact holds `calibration.json`); `method` is how ranges are
+    found. `name` is what the manifest calls the module, by default its class. Raises
+    `EdgekitError` for a mistake and `VerificationError` for a file that does not compute what the
+    quantized module computes; both leave nothing at `output`.
+    """
+    folder = Path(output)
+    check_output(folder, force)
+    writer = find_module_target(target)
+    progress("tracing")
+    traced = fold_batch_norms(trace(module, example_inputs, max_batch))
+    placement = place(traced, LayerRecipe.uniform(recipe) if isinstance(recipe, str) else recipe)
+    progress("calibrating")
+    ranges, sample = _calibration(placement, calibration, method)
+    progress("quantizing")
+    network = quantize_module(placement, ranges)
+    writer.check_network(network)
+    with new_artifact(folder, force) as staging:
+        path = staging / writer.MODEL_FILE
+        writer.write_module(network, path, progress)
+        progress(f"verifying in {writer.ENGINE}")
+        with load_module(target, path) as engine:
+            figures = verify_module(engine, network, sample or traced.example).to_dict()
+        if ranges is not None:
+            ranges.save(staging / CALIBRATION_FILE)
+        facts = {
+            "model": {"id": name or type(module).__name__},
+            "target": target,
+            "file": writer.MODEL_FILE,
+            "recipe": recipe if isinstance(recipe, str) else recipe.name,
+            "versions": {"edgekit": __version__, **writer.versions()},
+            "verification": figures,
+        }
+        write_manifest(staging, {"kind": MODULE, **facts, **_graph_facts(network)})
+    return Artifact.open(folder)
+
+
+def _calibration(
+    placement: Placement,
+    given: Iterable[Batch] | Calibration | Path | str | None,
+    method: str,
+) -> tuple[Calibration | None, tuple[Tensor, ...] | None]:
+    """Return the ranges, and the first mini-batch where there was one."""
+    if not placement.edges:
+        return None, None
+    if given is None:
+        raise EdgekitError(
+            "quantized activations need calibration data: give mini-batches of inputs, or a "
+            "saved calibration"
+        )
+    if isinstance(given, Calibration):
+        return given, None
+    if isinstance(given, Path | str):
+        return Calibration.load(Path(given)), None
+    if isinstance(given, Tensor):
+        raise EdgekitError("calibration must be mini-batches, as a list: got one tensor")
+    first: list[tuple[Tensor, ...]] = []
+    ranges = calibrate(placement, _remember_first(given, first), method)
+    return ranges, first[0]
+
+
+def _remember_first(batches: Iterable[Batch], first: list[tuple[Tensor, ...]]) -> Iterator[Batch]:
+    for batch in batches:
+        if not first:
+            first.append((batch,) if isinstance(batch, Tensor) else tuple(batch))
+        yield batch
+
+
+def _graph_facts(network: QuantizedNetwork) -> dict[str, Any]:
+    """Return what the manifest says of tensors, inputs and the parameters of each value."""
+    traced = network.traced
+    inputs = [
+        {
+            "name": node.name,
+            "dtype": str(item.dtype).removeprefix("torch."),
+            "shape": list(item.shape),
+        }
+        for node, item in zip(traced.inputs, traced.example, strict=True)
+    ]
+    activations = [
+        {"tensor": traced.names[node], "scale": edge.scale, "zero_point": edge.zero_point}
+        for node, edge in network.edges.items()
+    ]
+    return {
+        "tensors": tensor_rows(network),
+        "inputs": inputs,
+        "max_batch": traced.max_batch,
+        "activations": activations,
+    }

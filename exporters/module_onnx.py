@@ -1,0 +1,63 @@
+"""Target `onnx` for a quantized module: operators that onnxruntime fuses to integer kernels."""
+
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import onnx
+from onnx import helper
+
+from edgekit.errors import EdgekitError
+from edgekit.exporters.onnx_module_graph import ELEMENT_TYPES, OnnxGraph
+from edgekit.quantize.traced.network import QuantizedNetwork
+from edgekit.quantize.traced.operators import EMBEDDING, LINEAR, rank
+
+MODEL_FILE = "model.onnx"
+ENGINE = "onnxruntime"
+PACKAGES = ("onnx", "onnxruntime", "torch")
+OPSET = 21
+IR_VERSION = 10
+"""What opset 21 came with."""
+_LARGEST_FILE = 2**31 - 1
+"""Protocol buffers end here."""
+
+
+def check_network(network: QuantizedNetwork) -> None:
+    """Refuse, before any work, what onnxruntime's integer kernels cannot hold."""
+    for layer in network.layers.values():
+        weight, node = network.weights[layer.weight], layer.layer.node
+        per_channel = weight.granularity == "channel" and weight.zero_points is not None
+        if per_channel and node.target != EMBEDDING:
+            raise EdgekitError(
+                f"{layer.weight}: target onnx cannot hold {layer.scheme}: onnxruntime's QLinearConv "
+                "takes one zero point for all channels, w8a8, w8a8-tensor and w8a8-tensor-affine"
+            )
+        if node.target == LINEAR and rank(layer.layer.input) < 2:
+            raise EdgekitError(f"{layer.weight}: target onnx takes inputs with a batch axis")
+    for node in [*network.traced.inputs, *network.traced.outputs]:
+        if node.meta["val"].dtype not in ELEMENT_TYPES:
+            raise EdgekitError(
+                f"target onnx takes inputs and gives outputs of float32 and int64, "
+                f"not {node.meta['val'].dtype}"
+            )
+
+
+def write_module(network: QuantizedNetwork, path: Path, progress: Callable[[str], None]) -> None:
+    """Write the `.onnx`; inputs keep their names, outputs are `output_0` and so on, both float."""
+    check_network(network)
+    progress("writing the graph")
+    model = helper.make_model(
+        OnnxGraph(network).build(),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="edgekit",
+    )
+    if model.ByteSize() > _LARGEST_FILE:
+        raise EdgekitError(f"the module has {model.ByteSize() / 1e9:.1f} GB, .onnx holds 2.1 GB")
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decided the file's bytes."""
+    return {name: metadata.version(name) for name in PACKAGES}

@@ -1,0 +1,144 @@
+"""Batch norm in inference form, folded into the layer before it (arXiv 1806.08342, 3.2.2).
+
+`W' = gamma W / sigma` and `b' = beta + gamma (b - mu) / sigma` with `sigma = sqrt(var + eps)`,
+per output channel, computed in float64 and rounded once.
+"""
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from edgekit.quantize.traced.operators import (
+    BATCH_NORM,
+    MATRIX_LAYERS,
+    Layer,
+    arguments,
+    aten,
+    layer_of,
+    rank,
+)
+from edgekit.quantize.traced.trace import TracedModule
+
+
+def fold_batch_norms(traced: TracedModule) -> TracedModule:
+    """Return the graph without batch norms; the one given and the module stay as they are.
+
+    A batch norm that no layer precedes becomes a depthwise convolution of one tap, which can be
+    quantized like any other; its weight keeps the batch norm's name.
+    """
+    graph_module = _copy(traced.graph_module)
+    result = replace(traced, graph_module=graph_module, names=dict(traced.names))
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target == BATCH_NORM:
+            # Its own numbers come from before: another use of it may have been written already.
+            _fold(result, node, *_factor_and_offset(traced, node))
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return result
+
+
+def _fold(traced: TracedModule, node: Node, factor: Tensor, offset: Tensor) -> None:
+    x = arguments(node)["input"]
+    layer = layer_of(x) if x.target in MATRIX_LAYERS and len(x.users) == 1 else None
+    if layer is None:
+        _stand_alone(traced, node, factor, offset)
+        return
+    weight = traced.parameter(layer.weight)
+    bias = torch.zeros(()) if layer.bias is None else traced.parameter(layer.bias)
+    _set_weight(traced, layer, weight * _along_channels(factor, weight, layer))
+    _set_bias(traced, layer, bias.double() * factor + offset)
+    node.replace_all_uses_with(layer.node)
+    node.graph.erase_node(node)
+
+
+def _factor_and_offset(traced: TracedModule, node: Node) -> tuple[Tensor, Tensor]:
+    """Return gamma / sigma and beta - gamma mu / sigma, float64 [channels]."""
+    found = arguments(node)
+    mean = traced.parameter(found["running_mean"]).double()
+    sigma = (traced.parameter(found["running_var"]).double() + found["eps"]).sqrt()
+    gamma = torch.ones_like(mean) if found["weight"] is None else traced.parameter(found["weight"])
+    beta = torch.zeros_like(mean) if found["bias"] is None else traced.parameter(found["bias"])
+    factor = gamma.double() / sigma
+    return factor, beta.double() - mean * factor
+
+
+def _along_channels(factor: Tensor, weight: Tensor, layer: Layer) -> Tensor:
+    """Shape a factor per output channel so that it multiplies the weight."""
+    if layer.channel_axis == 0:
+        return factor.view(-1, *[1] * (weight.ndim - 1))
+    # Transposed [in, out / groups, ...]: the inputs of one group meet its outputs only.
+    per_group = factor.view(layer.groups, 1, -1)
+    spread = per_group.expand(-1, len(weight) // layer.groups, -1)
+    return spread.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
+
+
+def _stand_alone(traced: TracedModule, node: Node, factor: Tensor, offset: Tensor) -> None:
+    """Write a batch norm that follows no layer as a depthwise convolution or, of vectors, a sum."""
+    found = arguments(node)
+    owner = str(found["running_mean"].target).rpartition(".")[0] or node.name
+    taps = [1] * (rank(node) - 2)
+    weight = _attribute(traced, node, f"{owner}.weight", factor.view(-1, *taps))
+    if len(taps) in (1, 2):
+        weight = _attribute(traced, node, f"{owner}.weight", factor.view(-1, 1, *taps))
+        bias = _attribute(traced, node, f"{owner}.bias", offset)
+        node.target = aten.conv1d.default if len(taps) == 1 else aten.conv2d.default
+        padding = [0] * len(taps)
+        node.args = (found["input"], weight, bias, taps, padding, taps, len(factor))
+    else:  # what integer kernels do not know
+        bias = _attribute(traced, node, f"{owner}.bias", offset.view(-1, *taps))
+        with node.graph.inserting_before(node):
+            product = node.graph.call_function(aten.mul.Tensor, (found["input"], weight))
+        product.meta = dict(node.meta)
+        traced.names[product.name] = f"{owner}.mul"
+        node.target, node.args = aten.add.Tensor, (product, bias)
+    node.kwargs = {}
+
+
+def _set_weight(traced: TracedModule, layer: Layer, value: Tensor) -> None:
+    """Give a layer its own weight, under the old name where no other layer uses that."""
+    name = str(layer.weight.target)
+    if len(layer.weight.users) > 1:
+        name = f"{name}_of_{layer.node.name}"
+    weight = _attribute(traced, layer.node, name, value)
+    layer.node.update_arg(1, weight)
+
+
+def _set_bias(traced: TracedModule, layer: Layer, value: Tensor) -> None:
+    """Give a layer its own bias, beside its weight."""
+    owner, _, weight = str(_weight_node(layer).target).rpartition(".")
+    leaf = weight.replace("weight", "bias") if "weight" in weight else f"{weight}_bias"
+    name = f"{owner}.{leaf}" if owner else leaf
+    if layer.bias is not None and len(layer.bias.users) > 1:
+        name = f"{name}_of_{layer.node.name}"
+    bias = _attribute(traced, layer.node, name, value)
+    layer.node.args = (*layer.node.args[:2], bias, *layer.node.args[3:])
+
+
+def _weight_node(layer: Layer) -> Node:
+    """Return the weight that the layer reads now, which `_set_weight` may have renamed."""
+    node = layer.node.args[1]
+    assert isinstance(node, Node)
+    return node
+
+
+def _attribute(traced: TracedModule, before: Node, name: str, value: Tensor) -> Node:
+    """Store a tensor in the graph's module and return a node that reads it."""
+    module = traced.graph_module
+    owner, _, leaf = name.rpartition(".")
+    place = module.get_submodule(owner)
+    if hasattr(place, leaf):
+        delattr(place, leaf)
+    place.register_parameter(leaf, nn.Parameter(value.float().contiguous(), requires_grad=False))
+    with module.graph.inserting_before(before):
+        node = module.graph.get_attr(name)
+    node.meta["val"] = value.float()
+    return node
+
+
+def _copy(module: GraphModule) -> GraphModule:
+    """Copy the graph and the tree of modules; tensors are shared."""
+    memo = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    return copy.deepcopy(module, memo)

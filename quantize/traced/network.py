@@ -1,0 +1,164 @@
+"""A quantized module: its float graph, the codes of its weights, the parameters of its edges."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from edgekit.errors import EdgekitError
+from edgekit.quantize.calibration import Calibration
+from edgekit.quantize.observers import ActivationParameters, activation_parameters
+from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.traced.operators import EMBEDDING, Layer
+from edgekit.quantize.traced.placement import Placement, end_of_chain
+from edgekit.quantize.traced.trace import TracedModule
+
+LARGEST_BIAS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One layer on codes.
+
+    `bias` holds int32 codes [channels] in units of `bias_scales`, the input's scale times the
+    weight's; None where the layer has none. An embedding has neither `input` nor `output`.
+    `output` is the node whose value leaves the engine's kernel: the layer's or its clamp's.
+    """
+
+    layer: Layer
+    weight: str
+    scheme: str
+    bias: Tensor | None
+    bias_scales: Tensor | None
+    output: Node | None
+
+
+@dataclass(frozen=True)
+class QuantizedNetwork:
+    """What every exporter of a module packs, verbatim.
+
+    traced      the graph, batch norms folded
+    layers      by node name
+    weights     codes by the weight's name
+    edges       the parameters of each value that has codes, by node name
+    """
+
+    traced: TracedModule
+    layers: dict[str, QuantizedLayer]
+    weights: dict[str, QuantizedTensor]
+    edges: dict[str, ActivationParameters]
+
+    def simulate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph in float32 on what the codes stand for; what engines must reproduce.
+
+        Takes and returns float tensors as the module does (always a tuple). EdgekitError for
+        inputs that are not like the example's.
+        """
+        self.traced.check_inputs(inputs)
+        with torch.inference_mode():
+            found = _Simulation(self).run(*inputs)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    def is_on_codes(self, node: Node) -> bool:
+        """Whether the value of a node has codes."""
+        return node.name in self.edges
+
+    def parameters(self, node: Node) -> ActivationParameters:
+        """Return the parameters of a value that has codes."""
+        return self.edges[node.name]
+
+
+def quantize_module(placement: Placement, calibration: Calibration | None) -> QuantizedNetwork:
+    """Quantize weights and biases and set the parameters of every edge.
+
+    A module whose layers all stay float needs no calibration. EdgekitError names a weight or
+    tensor that cannot be quantized, and one that the calibration lacks.
+    """
+    edges = edge_parameters(placement, calibration) if placement.edges else {}
+    weights: dict[str, QuantizedTensor] = {}
+    layers = {}
+    for name, (layer, rule) in placement.layers.items():
+        weight = str(layer.weight.target)
+        if weight not in weights:
+            values = placement.traced.parameter(layer.weight).float()
+            try:
+                weights[weight] = rule.scheme.quantize(values, layer.channel_axis, rule.range)
+            except ValueError as error:
+                raise EdgekitError(f"{weight}: cannot be quantized: {error}") from error
+        layers[name] = _layer(placement, layer, rule.scheme.name, weights[weight], edges)
+    return QuantizedNetwork(placement.traced, layers, weights, edges)
+
+
+def edge_parameters(
+    placement: Placement, calibration: Calibration | None
+) -> dict[str, ActivationParameters]:
+    """Return the parameters of each value with codes: its edge's range covers all its values."""
+    if calibration is None:
+        raise EdgekitError("quantized activations need a calibration: give calibration data")
+    names = placement.traced.names
+    members: dict[str, list[str]] = {}
+    for node, edge in placement.edges.items():
+        members.setdefault(edge, []).append(names[node])
+    found = {}
+    for edge, tensors in members.items():
+        least, most = calibration.covering(tensors)
+        try:
+            found[edge] = activation_parameters(least, most)
+        except ValueError as error:
+            raise EdgekitError(f"calibration: tensor {edge!r}: {error}") from error
+    return {node: found[edge] for node, edge in placement.edges.items()}
+
+
+def _layer(
+    placement: Placement,
+    layer: Layer,
+    scheme: str,
+    weight: QuantizedTensor,
+    edges: dict[str, ActivationParameters],
+) -> QuantizedLayer:
+    name = str(layer.weight.target)
+    if layer.node.target == EMBEDDING:
+        return QuantizedLayer(layer, name, scheme, None, None, None)
+    output = end_of_chain(layer.node)
+    if layer.bias is None:
+        return QuantizedLayer(layer, name, scheme, None, None, output)
+    # In float32, as engines multiply them: the codes are then theirs, too.
+    scales = weight.scales * torch.tensor(edges[layer.input.name].scale)
+    bias = placement.traced.parameter(layer.bias)
+    if weight.granularity == "channel":
+        scales = scales.repeat(layer.groups if layer.channel_axis else 1)
+    codes = (bias.double() / scales.double()).round()
+    if not bool((codes.abs() <= LARGEST_BIAS).all()):  # also false for NaN
+        raise EdgekitError(
+            f"{layer.bias.target}: does not fit 32 bits in units of input scale times weight scale"
+        )
+    return QuantizedLayer(layer, name, scheme, codes.to(torch.int32), scales, output)
+
+
+class _Simulation(Interpreter):
+    """Runs the graph with every quantized value replaced by what its code stands for."""
+
+    def __init__(self, network: QuantizedNetwork) -> None:
+        super().__init__(network.traced.graph_module)
+        self._network = network
+        self._weights = {name: codes.dequantize() for name, codes in network.weights.items()}
+
+    def run_node(self, n: Node) -> object:
+        if n.op == "get_attr" and str(n.target) in self._weights:
+            return self._weights[str(n.target)]
+        layer = self._network.layers.get(n.name)
+        if layer is not None and layer.bias is not None:
+            result = self._with_integer_bias(n, layer)
+        else:
+            result = super().run_node(n)
+        parameters = self._network.edges.get(n.name)
+        return result if parameters is None else parameters.fake_quantize(result)
+
+    def _with_integer_bias(self, node: Node, layer: QuantizedLayer) -> Tensor:
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        assert layer.bias is not None and layer.bias_scales is not None
+        bias = (layer.bias.double() * layer.bias_scales.double()).float()
+        result = self.call_function(node.target, (*args[:2], bias, *args[3:]), kwargs)
+        assert isinstance(result, Tensor)
+        return result

@@ -1,0 +1,159 @@
+"""Which layers are quantized, and where in the graph values become codes.
+
+A value has one form for all that read it: codes with the parameters of its edge, or float.
+Following the engines' kernels (and section 2.4 of arXiv 1806.08342), nothing is quantized between
+a layer or an addition and the clamp that follows it; pooling, moving and joining share their
+operands' parameters.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from edgekit.errors import EdgekitError
+from edgekit.quantize.traced.operators import (
+    BATCH_NORM,
+    CLAMPS,
+    EMBEDDING,
+    FUSES_A_CLAMP,
+    KEEPS_RANGE,
+    MATRIX_LAYERS,
+    NEW_RANGE,
+    PAIRS,
+    Layer,
+    arguments,
+    layer_of,
+)
+from edgekit.quantize.traced.schemes import LayerRecipe, LayerRule
+from edgekit.quantize.traced.trace import TracedModule
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A traced module with what is to be quantized in it.
+
+    layers  the quantized layers by node name, with their rules
+    edges   the edge of each value that has codes, by node name: values of one edge share their
+            parameters, and an edge has the name of its first value
+    """
+
+    traced: TracedModule
+    layers: dict[str, tuple[Layer, LayerRule]]
+    edges: dict[str, str]
+
+    def values(self) -> Iterator[Node]:
+        """Yield the nodes whose values have codes, in order."""
+        return (node for node in self.traced.graph_module.graph.nodes if node.name in self.edges)
+
+
+def place(traced: TracedModule, recipe: LayerRecipe) -> Placement:
+    """Apply a recipe to a graph; EdgekitError for a rule that takes no layer."""
+    nodes = list(traced.graph_module.graph.nodes)
+    layers = [layer for layer in map(layer_of, nodes) if layer is not None]
+    rules = recipe.resolve(list(dict.fromkeys(str(layer.weight.target) for layer in layers)))
+    chosen: dict[str, tuple[Layer, LayerRule]] = {}
+    for layer in layers:
+        rule = rules.get(str(layer.weight.target))
+        if rule is not None and not rule.scheme.is_float:
+            chosen[layer.node.name] = (layer, rule)
+    edges = _Edges(nodes)
+    products = [layer for layer, _ in chosen.values() if layer.node.target != EMBEDDING]
+    found = edges.quantized(products)
+    return Placement(traced, chosen, {node.name: traced.names[edge.name] for node, edge in found})
+
+
+def end_of_chain(node: Node) -> Node:
+    """Return the last node that engines fuse with a layer or an addition: itself or a clamp."""
+    last = node
+    for targets in ((BATCH_NORM,), CLAMPS):
+        if targets == CLAMPS or node.target in MATRIX_LAYERS:
+            (user, *others) = list(last.users) or [last]
+            if not others and user.op == "call_function" and user.target in targets:
+                last = user
+    return last
+
+
+class _Edges:
+    """Values joined to edges, and the edges that have codes."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self._nodes = [node for node in nodes if _is_float_value(node)]
+        self._position = {node: number for number, node in enumerate(self._nodes)}
+        self._root = {node: node for node in self._nodes}
+        self._ends = {
+            node: end_of_chain(node) for node in self._nodes if node.target in FUSES_A_CLAMP
+        }
+        self._inside = _inside(self._ends)
+        fused = set(self._ends.values())
+        for node in self._nodes:
+            if node.target in KEEPS_RANGE and node not in fused and _operands(node) is not None:
+                for operand in _operands(node) or ():
+                    self._join(operand, node)
+
+    def quantized(self, layers: list[Layer]) -> list[tuple[Node, Node]]:
+        """Return every value with codes and the first value of its edge."""
+        marked = set()
+        for layer in layers:
+            if layer.input not in self._root:
+                raise EdgekitError(f"{layer.weight.target}: its input is no float tensor")
+            marked |= {self._find(layer.input), self._find(self._ends[layer.node])}
+        while True:
+            more = {self._find(end) for end in self._follow(marked)} - marked
+            if not more:
+                break
+            marked |= more
+        return [
+            (node, self._find(node))
+            for node in self._nodes
+            if node not in self._inside and self._find(node) in marked
+        ]
+
+    def _follow(self, marked: set[Node]) -> Iterator[Node]:
+        """Yield the results of operators all of whose operands have codes."""
+        for node in self._nodes:
+            if node.target in NEW_RANGE:
+                operands = _operands(node)
+                if operands and all(self._find(operand) in marked for operand in operands):
+                    yield self._ends.get(node, node)
+
+    def _join(self, a: Node, b: Node) -> None:
+        a, b = self._find(a), self._find(b)
+        first, second = sorted((a, b), key=self._position.__getitem__)
+        self._root[second] = first
+
+    def _find(self, node: Node) -> Node:
+        while self._root[node] is not node:
+            node = self._root[node]
+        return node
+
+
+def _inside(ends: dict[Node, Node]) -> set[Node]:
+    """Return the values that exist only inside a fused kernel."""
+    inside = set()
+    for node, end in ends.items():
+        while node is not end:
+            inside.add(node)
+            (node,) = node.users
+    return inside
+
+
+def _operands(node: Node) -> list[Node] | None:
+    """Return the float tensors that an operator takes; None where one is a constant or a number."""
+    operands = [item for item in node.all_input_nodes if _is_float_value(item)]
+    if any(item.op == "get_attr" for item in node.all_input_nodes):
+        return None
+    if node.target in PAIRS and (_has_number(node) or arguments(node).get("alpha", 1) != 1):
+        return None
+    return operands
+
+
+def _has_number(node: Node) -> bool:
+    return not all(isinstance(item, Node) for item in node.args[:2])
+
+
+def _is_float_value(node: Node) -> bool:
+    value = node.meta.get("val")
+    computed = node.op in ("placeholder", "call_function")
+    return computed and isinstance(value, torch.Tensor) and value.dtype == torch.float32

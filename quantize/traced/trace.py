@@ -1,0 +1,282 @@
+"""From a module to a graph of ATen operators, in the few forms that the rest reads."""
+
+import linecache
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.export import Dim, ExportedProgram, export
+from torch.fx import GraphModule, Node
+
+from edgekit.errors import EdgekitError, one_line
+from edgekit.quantize.traced.operators import BATCH_NORM, arguments, aten, numbers, rank
+
+_TORCH = Path(torch.__file__).parent
+_OPERATOR = re.compile(r"\b(?:aten|prims|torchvision|torch\.ops\.\w+)[.:]+\w+(?:\.\w+)?")
+_FRAME = re.compile(r'File "(.+?)", line (\d+)')
+_LEAF = "torch.nn.modules."
+
+
+@dataclass(frozen=True)
+class TracedModule:
+    """A module in inference form as a graph.
+
+    `graph_module` has the parameters under their names in the module; its nodes call functional
+    ATen operators, every batch norm is one `aten.batch_norm`, and padding is in numbers.
+    `names` gives every tensor a readable, stable name by node name: that of the submodule that
+    made it (`features.0.relu`), or submodule and operator (`layer1.0.add`).
+    `max_batch` is the largest first axis of the inputs, None where it is the example's.
+    """
+
+    graph_module: GraphModule
+    names: dict[str, str]
+    example: tuple[Tensor, ...]
+    max_batch: int | None
+
+    @property
+    def inputs(self) -> list[Node]:
+        """The inputs, in order."""
+        return [node for node in self.graph_module.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def outputs(self) -> list[Node]:
+        """The tensors that are returned, in order."""
+        (last,) = (node for node in self.graph_module.graph.nodes if node.op == "output")
+        return [node for node in last.all_input_nodes if node.op != "get_attr"]
+
+    def parameter(self, node: Node) -> Tensor:
+        """Return the tensor that a `get_attr` node reads."""
+        owner, _, name = str(node.target).rpartition(".")
+        found = getattr(self.graph_module.get_submodule(owner), name)
+        assert isinstance(found, Tensor)
+        return found.detach()
+
+    def check_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Raise EdgekitError for inputs that are not like the example's."""
+        if len(inputs) != len(self.example):
+            raise EdgekitError(f"the module takes {len(self.example)} inputs, got {len(inputs)}")
+        for node, given, like in zip(self.inputs, inputs, self.example, strict=True):
+            batch = given.shape[0] if given.ndim else 0
+            fits = batch == like.shape[0] if self.max_batch is None else batch <= self.max_batch
+            same = given.dtype == like.dtype and given.shape[1:] == like.shape[1:]
+            if not same or not fits or batch < 1:
+                largest = like.shape[0] if self.max_batch is None else f"1 to {self.max_batch}"
+                raise EdgekitError(
+                    f"input {node.name!r} must be {like.dtype} of shape "
+                    f"[{', '.join(map(str, [largest, *like.shape[1:]]))}], got {given.dtype} of "
+                    f"shape {list(given.shape)}"
+                )
+
+
+def trace(
+    module: nn.Module, example_inputs: Sequence[Tensor], max_batch: int | None = None
+) -> TracedModule:
+    """Trace a module as it runs in inference.
+
+    `example_inputs` are its positional arguments, tensors whose first axis is the batch. With
+    `max_batch` any batch from 1 to that many is traced, else the example's. The module is left
+    as it was. EdgekitError names the operator and source line that cannot be traced.
+    """
+    example = _example(example_inputs, max_batch)
+    with _inference(module):
+        program = _export(module, example, max_batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph_module = program.module(check_guards=False)
+    assert isinstance(graph_module, GraphModule)
+    _check_outputs(graph_module)
+    _normalise(graph_module)
+    return TracedModule(graph_module, _names(graph_module), example, max_batch)
+
+
+def source_of(node: Node) -> str:
+    """Return where the user's code calls a node's operator: `net.py:12`, or an empty string."""
+    frames = [
+        (name, int(line)) for name, line in _FRAME.findall(node.meta.get("stack_trace") or "")
+    ]
+    own = [frame for frame in frames if _TORCH not in Path(frame[0]).parents]
+    return f"{own[-1][0]}:{own[-1][1]}" if own else ""
+
+
+def _example(inputs: Sequence[Tensor], max_batch: int | None) -> tuple[Tensor, ...]:
+    if not inputs or not all(isinstance(item, Tensor) for item in inputs):
+        raise EdgekitError("example_inputs must be a tuple of at least one tensor")
+    if any(item.ndim == 0 or 0 in item.shape for item in inputs):
+        raise EdgekitError("example_inputs must have a batch axis and no empty axis")
+    if max_batch is None:
+        return tuple(inputs)
+    if max_batch < 2:
+        raise EdgekitError(f"max_batch must be at least 2, got {max_batch}")
+    # torch.export takes a first axis of 1 for a constant.
+    return tuple(item if len(item) > 1 else torch.cat([item, item]) for item in inputs)
+
+
+@contextmanager
+def _inference(module: nn.Module) -> Iterator[None]:
+    if not isinstance(module, nn.Module):
+        raise EdgekitError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _export(
+    module: nn.Module, example: tuple[Tensor, ...], max_batch: int | None
+) -> ExportedProgram:
+    shapes = None
+    if max_batch is not None:
+        batch = Dim("batch", min=1, max=max_batch)
+        shapes = tuple({0: batch} for _ in example)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = export(module, example, dynamic_shapes=shapes, strict=False)
+            # No decomposition: this makes in-place operators functional.
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
+    except Exception as error:  # whatever the module's own code or a tracer raises
+        raise EdgekitError(_why(module, error)) from error
+
+
+def _why(module: nn.Module, error: Exception) -> str:
+    """Say in one line which operator of which line of the module could not be traced."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if _TORCH not in Path(frame.filename).parents and Path(frame.filename) != Path(__file__)
+    ]
+    said = one_line(error, 300)
+    operator = _OPERATOR.search(str(error))
+    parts = [f"{type(module).__name__} cannot be traced"]
+    if frames:
+        line = frames[-1].line or linecache.getline(frames[-1].filename, frames[-1].lineno or 0)
+        parts.append(f"{frames[-1].filename}:{frames[-1].lineno}: {line.strip()}")
+    if operator and operator[0] not in said[:200]:
+        parts.append(operator[0])
+    return ": ".join([*parts, said])
+
+
+def _check_outputs(graph_module: GraphModule) -> None:
+    (last,) = (node for node in graph_module.graph.nodes if node.op == "output")
+    returned = last.args[0]
+    found = list(returned) if isinstance(returned, list | tuple) else [returned]
+    if not found or not all(isinstance(item, Node) for item in found):
+        raise EdgekitError("the module must return a tensor or a tuple of tensors")
+
+
+def _normalise(graph_module: GraphModule) -> None:
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in (aten.clone.default, aten.detach.default, aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # the copies are gone that made strides fit a view
+        elif node.target == aten._native_batch_norm_legit_no_training.default:
+            _one_batch_norm(node)
+        elif node.target in (aten.conv1d.padding, aten.conv2d.padding):
+            _padding_in_numbers(node)
+        elif node.target == aten.relu6.default:
+            node.target, node.args = aten.hardtanh.default, (node.args[0], 0.0, 6.0)
+        elif node.target == aten.pad.default and arguments(node)["mode"] == "constant":
+            value = arguments(node)["value"] or 0.0
+            node.target, node.args = aten.constant_pad_nd.default, (*node.args[:2], value)
+            node.kwargs = {}
+        elif node.target == aten.mean.dim and not arguments(node)["keepdim"]:
+            _mean_keeps_axes(node)
+    graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+def _one_batch_norm(node: Node) -> None:
+    """Inference needs the first of three results alone."""
+    (first,) = node.users
+    x, weight, bias, mean, variance, momentum, epsilon = node.args
+    with node.graph.inserting_before(node):
+        call: tuple[Any, ...] = (x, weight, bias, mean, variance, False, momentum, epsilon, False)
+        batch_norm = node.graph.call_function(BATCH_NORM, call)
+    batch_norm.meta = dict(first.meta)
+    first.replace_all_uses_with(batch_norm)
+
+
+def _padding_in_numbers(node: Node) -> None:
+    """Write padding `same` and `valid` as numbers; an uneven one needs an operator of its own."""
+    found = arguments(node)
+    kernel = found["weight"].meta["val"].shape[2:]
+    dilation = numbers(found["dilation"], len(kernel))
+    totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+    if found["padding"] == "valid":
+        totals = [0] * len(kernel)
+    x = found["input"]
+    if any(total % 2 for total in totals):
+        # As torch does: the odd one goes behind (torch/nn/modules/conv.py).
+        sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+        x = _insert(node, aten.constant_pad_nd.default, x, (sides, 0.0))
+        totals = [0] * len(kernel)
+    plain = aten.conv1d.default if len(kernel) == 1 else aten.conv2d.default
+    padding = [total // 2 for total in totals]
+    weight, bias, stride = found["weight"], found["bias"], found["stride"]
+    node.target = plain
+    node.args = (x, weight, bias, stride, padding, dilation, found["groups"])
+    node.kwargs = {}
+
+
+def _mean_keeps_axes(node: Node) -> None:
+    """Average with the axes kept, which engines have kernels for, then drop them."""
+    found = arguments(node)
+    if found["dtype"] is not None:
+        return
+    axes = sorted(axis % rank(found["self"]) for axis in found["dim"])
+    mean = _insert(node, aten.mean.dim, found["self"], (axes, True))
+    node.target, node.args, node.kwargs = aten.squeeze.dims, (mean, axes), {}
+
+
+def _insert(before: Node, target: OpOverload, x: Node, rest: tuple[Any, ...]) -> Node:
+    """Add a call that belongs to the same line and submodule as the node before which it stands."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, (x, *rest))
+    kept = ("nn_module_stack", "stack_trace")
+    node.meta = {key: before.meta[key] for key in kept if key in before.meta}
+    value = x.meta["val"]
+    with value.fake_mode:
+        node.meta["val"] = target(value, *rest)
+    return node
+
+
+def _names(graph_module: GraphModule) -> dict[str, str]:
+    """Return a unique name for the tensor of every node that computes or receives one."""
+    taken: dict[str, int] = {}
+    names = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        name = node.name if node.op == "placeholder" else _path(node)
+        taken[name] = taken.get(name, 0) + 1
+        names[node.name] = name if taken[name] == 1 else f"{name}#{taken[name]}"
+    return names
+
+
+def _path(node: Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    operator = str(getattr(node.target, "_schema", node.target)).split("(")[0]
+    operator = operator.removeprefix("aten::").split(".")[0]
+    if not stack:
+        return operator
+    path, kind = stack[-1]
+    kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    if path and kind.startswith(_LEAF) and ".container." not in kind:
+        return str(path)
+    return f"{path}.{operator}" if path else operator

@@ -1,0 +1,78 @@
+"""Engines for exported modules: float arrays in, float arrays out."""
+
+import importlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.errors import EdgekitError
+from edgekit.runtime.engine import EngineMissing
+
+Array = NDArray[Any]
+
+# Each module offers `open_module(path, threads) -> ModuleEngine`; only the one asked for is imported.
+MODULE_ENGINES = {
+    "executorch": "edgekit.runtime.module_executorch",
+    "onnx": "edgekit.runtime.module_onnx",
+}
+
+
+class ModuleEngine(AbstractContextManager["ModuleEngine", None], Protocol):
+    """One loaded module; a `with` block closes it. `name` and `version` are the engine's."""
+
+    name: str
+    version: str
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Run the module on its inputs, in order; outputs are the caller's own.
+
+        EdgekitError where the engine refuses their number, types or shapes.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the module."""
+        ...
+
+
+class ClosesItself:
+    """What a `with` block needs of an engine."""
+
+    def close(self) -> None:
+        """Release the module."""
+
+    def __enter__(self) -> Self:
+        """Return the engine."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release the module."""
+        self.close()
+
+
+def load_module(target: str, path: Path, threads: int | None = None) -> ModuleEngine:
+    """Open a module's file in the target's engine; `threads` None is the engine's choice."""
+    if target not in MODULE_ENGINES:
+        raise EdgekitError(
+            f"no engine runs modules of target {target!r}: allowed are {', '.join(MODULE_ENGINES)}"
+        )
+    try:
+        engine = importlib.import_module(MODULE_ENGINES[target])
+    except ModuleNotFoundError as error:
+        raise EngineMissing(f"the {target} engine needs {error.name}") from error
+    return cast(ModuleEngine, engine.open_module(path, threads))
+
+
+def contiguous(inputs: Sequence[Array]) -> list[Array]:
+    """Return the inputs laid out as engines read them."""
+    return [np.ascontiguousarray(item) for item in inputs]

@@ -1,0 +1,149 @@
+"""`export_module`: from a module to a verified artifact folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from traced_nets import batch_for, make_net, quantized
+
+import edgekit
+from edgekit.artifact import Artifact
+from edgekit.errors import EdgekitError, VerificationError
+from edgekit.exporters.inspect import inspect
+from edgekit.exporters.verify_module import verify_module
+from edgekit.verification import verify_artifact
+
+
+def _export(output: Path, target: str = "onnx", **options: object) -> Artifact:
+    given = {"calibration": [batch_for("residual", 4, seed) for seed in range(3)]} | options
+    return edgekit.export_module(
+        make_net("residual"),
+        (batch_for("residual", 4),),
+        output,
+        target=target,
+        **given,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("target", ["onnx", "executorch"])
+def test_an_artifact_runs_as_it_says(target: str, tmp_path: Path) -> None:
+    artifact = _export(tmp_path / "net", target, max_batch=8, name="two blocks")
+    manifest = artifact.manifest
+    assert artifact.is_module
+    assert artifact.damaged_files() == []
+    assert (manifest["kind"], manifest["model"], manifest["recipe"]) == (
+        "module",
+        {"id": "two blocks"},
+        "w8a8",
+    )
+    assert manifest["inputs"] == [{"name": "x", "dtype": "float32", "shape": [4, 3, 16, 16]}]
+    assert manifest["max_batch"] == 8
+    found = manifest["verification"]
+    assert found["verified"]
+    assert found["batches"] == [1, 4, 8]
+    assert found["rms_steps"] <= 0.5 < found["rms_steps_vs_float"]
+    rows = {row["tensor"]: row for row in manifest["tensors"]}
+    assert rows["one.weight"] == {
+        "tensor": "one.weight",
+        "scheme": "w8a8",
+        "shape": [8, 8, 3, 3],
+        "bytes": 8 * 8 * 9 + 4 * 8,
+    }
+    assert rows["one.bias"]["scheme"] == "int32"
+    x = batch_for("residual", 3, seed=9)
+    with edgekit.load_module(target, artifact.model_path, threads=1) as engine:
+        (actual,) = engine.run([x.numpy()])
+    with torch.no_grad():
+        expected = make_net("residual")(x).numpy()
+    assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
+
+
+def test_a_module_is_no_language_model(tmp_path: Path) -> None:
+    artifact = _export(tmp_path / "net")
+    with pytest.raises(EdgekitError, match="is a module, not a language model"):
+        _ = artifact.context
+    path = artifact.folder / "edgekit.json"
+    document = json.loads(path.read_text())
+    del document["kind"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(EdgekitError, match="context must be an integer"):
+        Artifact.open(artifact.folder)
+
+
+def test_inspect_shows_integer_layers_and_verify_declines(tmp_path: Path) -> None:
+    artifact = _export(tmp_path / "net", "executorch", max_batch=8)
+    report = inspect(artifact.folder, check=True)
+    said = report.text()
+    assert "Residual, recipe w8a8, a module, batches of up to 8" in said
+    parts = {part["name"] for part in report.to_dict()["components"]}
+    assert {"convolutions, int8 per channel", "linears, int8 per channel", "biases, int32"} <= parts
+    assert not any("float" in part or "norms" in part for part in parts)
+    with pytest.raises(EdgekitError, match="is a module"):
+        verify_artifact(artifact.folder, None, lambda stage: None)
+
+
+def test_a_saved_calibration_gives_the_same_file(tmp_path: Path) -> None:
+    first = _export(tmp_path / "a", method="percentile")
+    saved = first.folder / "calibration.json"
+    again = _export(tmp_path / "b", calibration=saved)
+    assert again.model_path.read_bytes() == first.model_path.read_bytes()
+    assert json.loads(saved.read_text())["method"] == "percentile"
+
+
+def test_a_float_module_needs_no_calibration(tmp_path: Path) -> None:
+    artifact = _export(tmp_path / "net", recipe="float", calibration=None)
+    assert {row["scheme"] for row in artifact.manifest["tensors"]} == {"float"}
+    assert sorted(artifact.manifest["files"]) == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"calibration": None}, "need calibration data"),
+        ({"calibration": []}, "calibration data is empty"),
+        ({"calibration": torch.zeros(2, 3, 16, 16)}, "as a list: got one tensor"),
+        ({"calibration": [torch.zeros(4, 3, 16, 16)]}, "'x' is 0 everywhere"),
+        ({"method": "guess"}, "unknown calibration method"),
+        ({"recipe": "w3a8"}, "unknown scheme 'w3a8'"),
+        ({"recipe": "w8a8-affine"}, "target onnx cannot hold w8a8-affine"),
+        ({"target": "gguf"}, "llama.cpp runs the architectures it knows"),
+        ({"target": "coreml"}, "unknown target 'coreml': allowed are executorch, onnx"),
+    ],
+)
+def test_a_mistake_leaves_nothing(options: dict[str, object], said: str, tmp_path: Path) -> None:
+    with pytest.raises(EdgekitError, match=said):
+        _export(tmp_path / "net", **options)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    _export(tmp_path / "net")
+    with pytest.raises(EdgekitError, match="exists; give --force"):
+        _export(tmp_path / "net")
+    assert _export(tmp_path / "net", recipe="w4a8", force=True).manifest["recipe"] == "w4a8"
+
+
+class _Engine:
+    """Gives what the network simulates, spoilt."""
+
+    def __init__(self, factor: float, rows: int | None = None) -> None:
+        self._factor, self._rows = factor, rows
+
+    def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        (found,) = quantized("residual", "w8a8").simulate(torch.from_numpy(inputs[0]))
+        return [found[: self._rows].numpy() * self._factor]
+
+
+def test_verification_sees_a_lost_scale_and_a_lost_row() -> None:
+    network, x = quantized("residual", "w8a8"), (batch_for("residual", 4),)
+    assert verify_module(_Engine(1), network, x).rms_steps == 0
+    for factor in (2.0, 0.9, float("nan")):
+        with pytest.raises(VerificationError, match="the bound is"):
+            verify_module(_Engine(factor), network, x)
+    with pytest.raises(VerificationError, match="outputs of shapes"):
+        verify_module(_Engine(1, rows=1), network, x)
