@@ -1,20 +1,10 @@
-"""Runs a `.pte` program through ExecuTorch's own Python binding.
+"""Runs a language model's `.pte` through ExecuTorch's own Python binding."""
 
-The binding is imported from its compiled module rather than through `portable_lib` and
-`custom_ops.py`: those pull in the exporter and torchao, which adds ten seconds of start, 140 MB
-and a screen of warnings to a process that only wants to run a file.
-"""
-
-import os
-import tempfile
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from importlib import metadata
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 
@@ -23,12 +13,20 @@ from executorch.extension.pybindings import _C as binding
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.pte_header import PteHeader
 from edgekit.runtime.engine import Logits, OneSequenceEngine, TokenIds, physical_cores
+from edgekit.runtime.executorch_binding import (
+    FORWARD,
+    OPEN_ENGINES,
+    chatter,
+    check_program_file,
+    load_program,
+    reason,
+    register_kernels,
+    set_threads,
+)
 
 Constant = int | bool | list[int]
 
-FORWARD = "forward"
 INT64 = 4  # executorch/runtime/core/portable_type/scalar_type.h
 
 
@@ -45,22 +43,19 @@ class ExecutorchEngine(OneSequenceEngine):
         """Load a file; `threads` sizes the one pool that all engines of this process share."""
         super().__init__()
         check_program_file(path)
-        with _chatter() as log:
+        with chatter() as log:
             try:
-                _set_threads(threads or physical_cores())
+                set_threads(threads or physical_cores())
                 self._load(path)
             except RuntimeError as error:
                 log.seek(0)
-                reason = _reason(error, log.read())
-                raise EdgekitError(f"executorch cannot load {path}: {reason}") from error
-        _OPEN.add(self)
+                said = reason(error, log.read())
+                raise EdgekitError(f"executorch cannot load {path}: {said}") from error
+        OPEN_ENGINES.add(self)
 
     def _load(self, path: Path) -> None:
-        _register_kernels()
-        # Of the binding's ways to load, this one maps the file.
-        self._program = binding._load_program(
-            os.fsencode(path), program_verification=binding.Verification.InternalConsistency
-        )
+        register_kernels()
+        self._program = load_program(path)
         names = {self._program.get_method_name(i) for i in range(self._program.num_methods())}
         if FORWARD not in names:
             raise EdgekitError(f"{path} has no method {FORWARD!r}, only {', '.join(sorted(names))}")
@@ -117,7 +112,7 @@ class ExecutorchEngine(OneSequenceEngine):
         except RuntimeError as error:
             raise EdgekitError(
                 f"executorch failed on {len(tokens)} tokens at position {position}: "
-                f"{_reason(error, log.getvalue())}"
+                f"{reason(error, log.getvalue())}"
             ) from error
         # A program that returns logits for every token is accepted: the last row is ours.
         return cast(Logits, output.float().reshape(-1, self.vocab_size)[-1].numpy())
@@ -125,53 +120,13 @@ class ExecutorchEngine(OneSequenceEngine):
     def close(self) -> None:
         """Unmap the file and free the program's memory."""
         super().close()
-        _OPEN.discard(self)
+        OPEN_ENGINES.discard(self)
         self._method = self._program = None
 
 
 def open_engine(model_path: Path, threads: int | None, context: int | None) -> ExecutorchEngine:
     """Open a `.pte` file; its context was fixed when it was exported."""
     return ExecutorchEngine(model_path, threads)
-
-
-def check_program_file(path: Path) -> None:
-    """Refuse a file that is not a complete `.pte`.
-
-    The run time maps the file and trusts the sizes in its header: a truncated one would end the
-    process by a bus error when a missing page is read.
-    """
-    if not PteHeader.read(path).complete:
-        raise EdgekitError(f"{path}: is damaged: its ExecuTorch header is not readable")
-
-
-# Every open engine holds the address of the process's one thread pool.
-_OPEN: weakref.WeakSet[ExecutorchEngine] = weakref.WeakSet()
-
-
-def _set_threads(threads: int) -> None:
-    """Size the thread pool; it cannot change under an engine that is already using it."""
-    now = binding._threadpool_get_thread_count()
-    if now == threads:
-        return
-    if _OPEN:
-        raise EdgekitError(
-            f"an open engine of this process uses {now} threads; close it to load with {threads}"
-        )
-    binding._unsafe_reset_threadpool(threads)
-
-
-def _register_kernels() -> None:
-    """Load the operator libraries of language models and of quantized embeddings."""
-    spec = find_spec("executorch")
-    roots = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    for folder, library in (
-        ("extension/llm/custom_ops", "*custom_ops_aot_lib.*"),
-        ("kernels/quantized", "*quantized_ops_aot_lib.*"),
-    ):
-        found = [file for root in roots for file in (root / folder).glob(library)]
-        if not found:
-            raise EdgekitError(f"the executorch package has no {folder}/{library}; reinstall it")
-        torch.ops.load_library(str(found[0]))
 
 
 def _is_language_model(meta: binding.MethodMeta) -> bool:
@@ -183,32 +138,3 @@ def _is_language_model(meta: binding.MethodMeta) -> bool:
         and len(tokens.sizes()) == 2
         and tuple(start.sizes()) == (1,)
     )
-
-
-@contextmanager
-def _chatter() -> Iterator[IO[str]]:
-    """Send what C++ says about itself to a scratch file instead of the user's terminal.
-
-    The binding hands ExecuTorch's log to Python's `sys.stderr`; the libraries below it write to
-    the process's descriptor 2.
-    """
-    with tempfile.TemporaryFile("w+", errors="replace") as log, redirect_stderr(log):
-        try:
-            kept = os.dup(2)
-        except OSError:  # the process was started without a stderr
-            yield log
-            return
-        os.dup2(log.fileno(), 2)
-        try:
-            yield log
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def _reason(error: RuntimeError, log: str) -> str:
-    """Of what C++ wrote, the line that says why; otherwise what the binding raised."""
-    lines = [line.strip() for line in log.splitlines()]
-    said = [line for line in lines if line and "cpuinfo" not in line and "threadpool" not in line]
-    missing = (line for line in said if "Missing operator: " in line)
-    return next(missing, said[0] if said else str(error))

@@ -9,7 +9,7 @@ from edgekit.errors import EdgekitError, one_line
 from edgekit.onnx_file import OnnxFile
 from edgekit.runtime.engine import physical_cores
 from edgekit.runtime.module_engine import Array, ClosesItself, contiguous
-from edgekit.runtime.onnx_engine import _open_session
+from edgekit.runtime.onnx_engine import open_session
 
 
 class OnnxModule(ClosesItself):
@@ -21,9 +21,7 @@ class OnnxModule(ClosesItself):
     def __init__(self, path: Path, threads: int | None = None) -> None:
         """Check and load a file."""
         OnnxFile.open(path)
-        self._session: ort.InferenceSession | None = _open_session(
-            path, threads or physical_cores()
-        )
+        self._session: ort.InferenceSession | None = open_session(path, threads or physical_cores())
         self._inputs = [item.name for item in self._session.get_inputs()]
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:

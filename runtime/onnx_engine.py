@@ -61,7 +61,7 @@ class OnnxEngine(OneSequenceEngine):
         self._last_row_only = decoder.last_row_only
         _check_memory(path, decoder, self.context)
         self._run: _Runner | None = _Runner(
-            _open_session(path, threads or physical_cores()), decoder, self.context
+            open_session(path, threads or physical_cores()), decoder, self.context
         )
 
     def _forward(self, tokens: TokenIds, position: int) -> Logits:
@@ -204,7 +204,7 @@ def _bind(binding: ort.IOBinding, value: Value | None, numbers: NDArray[np.gener
         binding.bind_input(value.name, "cpu", 0, numbers.dtype, shape, numbers.ctypes.data)
 
 
-def _open_session(path: Path, threads: int) -> ort.InferenceSession:
+def open_session(path: Path, threads: int) -> ort.InferenceSession:
     """Open a model as onnxruntime-genai does (src/models/model.cpp): its defaults, our threads.
 
     So idle threads spin for a while. genai itself takes half the CPUs where it is not told.

@@ -24,7 +24,8 @@ from torch.export import Dim, export
 
 from edgekit.errors import EdgekitError
 from edgekit.runtime.engine import OneSequenceEngine, load_engine, physical_cores
-from edgekit.runtime.executorch_engine import ExecutorchEngine, check_program_file
+from edgekit.runtime.executorch_binding import check_program_file
+from edgekit.runtime.executorch_engine import ExecutorchEngine
 from edgekit.runtime.torch_engine import TorchEngine
 
 VOCAB, CONTEXT, CHUNK, PREFILL_CHUNK = 64, 32, 8, 3
