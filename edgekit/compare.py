@@ -262,7 +262,7 @@ def _guarded(
 
 def _config(file: ModelFile) -> ModelConfig | None:
     """Return the configuration of an artifact of ours."""
-    return None if file.manifest is None else ModelConfig.load(file.path.parent)
+    return None if file.manifest is None else ModelConfig.load(file.place)
 
 
 def _common_config(files: Sequence[ModelFile], source: ModelSource | None) -> ModelConfig | None:

@@ -167,6 +167,7 @@ def _manifest(plan: Plan, verification: dict[str, Any]) -> dict[str, Any]:
         "target": plan.target,
         "file": plan.model_file,
         "recipe": plan.recipe.name,
+        "llama_format": plan.options.llama_format,
         "tensors": plan.table,
         "versions": {"edgekit": __version__, **plan.writer.versions(), **_quantizer(plan)},
         "requires": plan.writer.requires(plan.options),

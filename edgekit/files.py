@@ -1,4 +1,4 @@
-"""Output files: refused before any work where they cannot be, and whole or absent afterwards."""
+"""Files that a user names: what is written is whole or absent, what is read is bounded."""
 
 import errno
 import os

@@ -9,10 +9,9 @@ from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import update_manifest
 from edgekit.exporters.gguf_weights import StoredWeights
-from edgekit.exporters.llama_formats import find_format
 from edgekit.exporters.reference_text import TEXT
 from edgekit.exporters.target import Options, Target, Weights, find_target
-from edgekit.exporters.verify import Reference, reference, verify
+from edgekit.exporters.verify import Reference, check_format_cost, reference, verify
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -59,11 +58,14 @@ def expected_logits(
     The latter rounds activations as the target's engine does.
     """
     read = float_reader(source.config, source.checkpoint)
-    return reference(
+    expected = reference(
         tokens,
         build_eager(source.config, read, len(tokens)),
         build_eager(source.config, weights.__getitem__, len(tokens), target.fake_quantize),
     )
+    if isinstance(weights, StoredWeights):
+        check_format_cost(expected)
+    return expected
 
 
 def verify_file(
@@ -115,7 +117,7 @@ def _source(artifact: Artifact, model: str | None) -> ModelSource:
 
 def _weights(artifact: Artifact, source: ModelSource) -> Mapping[str, Weight]:
     """Return what the file must compute: the codes anew, or what it holds in a foreign format."""
-    if find_format(str(artifact.manifest.get("recipe"))) is not None:
+    if artifact.manifest.get("llama_format") is not None:
         return StoredWeights(artifact.model_path, source.config)
     _, tied = tied_shapes(source.config.tensor_shapes())
     return Weights(_rows(artifact), tied, source.checkpoint)

@@ -156,6 +156,8 @@ class _Finder:
 
         Nodes must come in the order in which they run.
         """
+        if not node.outputs:
+            return None
         matrices = [self._matrix(name) for name in node.inputs]
         first, second = [*matrices, None, None][:2]
         match node.op_type:
@@ -163,7 +165,7 @@ class _Finder:
                 self._made[node.outputs[0]] = self._dequantized(node, matrices)
             case "Reshape" | "Transpose" if first:
                 self._made[node.outputs[0]] = first
-            case "Gather" if first and node.inputs[1] == _TOKENS:
+            case "Gather" if first and node.inputs[1:2] == (_TOKENS,):
                 return self._looked_up(first)
             case "GatherBlockQuantized" if first:
                 storage = _blocks(node)

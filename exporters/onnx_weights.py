@@ -24,13 +24,14 @@ _CODES = {"int8": (8, True), "uint8": (8, False), "int4": (4, True), "uint4": (4
 def weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of the checkpoint, by its name there, as float32, one after the other.
 
-    The head comes last, also where it is the embedding. EdgekitError where the file holds other
-    tensors than the model has.
+    A tied head comes last, and only where the file holds another one than the embedding.
+    EdgekitError where the file holds other tensors than the model has.
     """
-    shapes, _ = tied_shapes(config.tensor_shapes())
+    shapes, tied = tied_shapes(config.tensor_shapes())
     reader = _Reader(OnnxFile.open(path), shapes)
     for name in shapes:
-        yield name, reader.read(name)
+        if name not in tied or not reader.equal(name, tied[name]):
+            yield name, reader.read(name)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,21 @@ class _Reader:
                 for name in parts(constant.removesuffix(WEIGHT)):
                     yield name + WEIGHT, _Place(constant, row)
                     row += self._shapes.get(name + WEIGHT, (0,))[0]
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers; they are read only where bytes are not shared."""
+        first, second = self._spot(name), self._spot(other)
+        return (first is not None and first == second) or torch.equal(
+            self.read(name), self.read(other)
+        )
+
+    def _spot(self, name: str) -> tuple[str | None, int, str] | None:
+        """Return where a tensor's bytes begin and their type; None where that is not known."""
+        place = self._places.get(name)
+        constant = None if place is None else self._constants.get(place.constant)
+        if place is None or constant is None or constant.offset is None or place.first_row:
+            return None
+        return constant.location, constant.offset, constant.dtype
 
     def read(self, name: str) -> Tensor:
         place, shape = self._places.get(name), self._shapes[name]

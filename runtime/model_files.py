@@ -9,6 +9,7 @@ from edgekit.artifact import MANIFEST, Artifact
 from edgekit.errors import EdgekitError
 from edgekit.genai_config import GenaiConfig, is_genai_folder
 from edgekit.models.tokenizer import TOKENIZER_FILE, TextTokenizer, Tokenizer
+from edgekit.onnx_file import OnnxFile
 from edgekit.runtime.engine import DEFAULT_CONTEXT, Engine, load_engine
 
 ENGINE_OF = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
@@ -40,9 +41,11 @@ class ModelFile:
 
     @property
     def file_bytes(self) -> int:
-        """Size of the model file and of what lies beside it under its name, such as ONNX's data."""
-        files = self.path.parent.iterdir()
-        return sum(file.stat().st_size for file in files if file.name.startswith(self.path.name))
+        """Size of the model file and of the files in which an ONNX model keeps its weights."""
+        files = [self.path]
+        if self.engine == "onnx":
+            files += OnnxFile.open(self.path).external_files()
+        return sum(file.stat().st_size for file in files)
 
     def room(self, needed: int = 0) -> int | None:
         """Return the positions to ask the engine for so that `needed` ones fit, at most `longest`.
@@ -50,7 +53,8 @@ class ModelFile:
         None leaves it to the engine, which may know of a bound that is not stated.
         """
         if self.context is None or self.longest is None:
-            return None
+            # An ONNX graph checks by itself what it is asked for; a .pte cannot be asked.
+            return needed if self.engine == "onnx" and needed > DEFAULT_CONTEXT else None
         if self.manifest is None and needed <= self.context:
             return None
         return min(max(needed, self.context), self.longest)

@@ -239,7 +239,7 @@ def _genai_config(path: Path) -> GenaiConfig | None:
 
 def _context(path: Path, config: GenaiConfig | None, decoder: Decoder, wanted: int | None) -> int:
     """Return the positions to make room for, at most what graph, folder and artifact allow."""
-    artifact = Artifact.open(path.parent) if (path.parent / MANIFEST).is_file() else None
+    artifact = _artifact(path)
     stated = (artifact and artifact.context, config and config.context, decoder.most_positions)
     most = min((limit for limit in stated if limit), default=MOST_CONTEXT)
     if wanted is None:
@@ -247,6 +247,12 @@ def _context(path: Path, config: GenaiConfig | None, decoder: Decoder, wanted: i
     if not 1 <= wanted <= most:
         raise EdgekitError(f"context must be 1 to {most} for {path}, not {wanted}")
     return wanted
+
+
+def _artifact(path: Path) -> Artifact | None:
+    """Return the artifact that a file belongs to: it lies in its folder or in one below."""
+    folders = (path.parent, path.parent.parent)
+    return next((Artifact.open(each) for each in folders if (each / MANIFEST).is_file()), None)
 
 
 def _default_chunk(decoder: Decoder) -> int:

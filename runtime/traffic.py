@@ -30,7 +30,7 @@ def weights_of(file: ModelFile) -> Weights:
     if file.manifest is not None:
         rows = file.manifest["tensors"]
         if table is None:
-            traffic = decode_traffic(rows, ModelConfig.load(file.path.parent))
+            traffic = decode_traffic(rows, ModelConfig.load(file.place))
         return Weights(file.manifest["model"], count_schemes(rows), traffic)
     if table is not None:
         return Weights({"id": model_name(table)}, count_types(table), traffic)

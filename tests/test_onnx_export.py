@@ -145,9 +145,12 @@ def test_codes_are_read_back_bit_for_bit(
 ) -> None:
     written = write(tmp_path, small_config(), RECIPES[recipe], *form)
     found = dict(weights(written.path, written.config))
-    assert list(found) == list(written.weights)
-    for name, weight in written.weights.items():
-        assert torch.equal(found[name], floats(weight)), name
+    expected = {name: floats(weight) for name, weight in written.weights.items()}
+    if torch.equal(expected[HEAD], expected[EMBEDDING]):
+        del expected[HEAD]  # a tied head comes only where it is another tensor
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        assert torch.equal(found[name], values), name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

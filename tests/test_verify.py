@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from edgekit.errors import VerificationError
-from edgekit.exporters.verify import MAX_KLD, Logits, Reference, kld, reference, top1, verify
+from edgekit.exporters.verify import (
+    MAX_KLD,
+    Logits,
+    Reference,
+    check_format_cost,
+    kld,
+    reference,
+    top1,
+    verify,
+)
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
 from edgekit.models.tokenizer import Tokenizer
@@ -191,3 +200,10 @@ def test_divergence_by_hand() -> None:
     assert kld(logits[0], logits[0] - 5) == pytest.approx(0, abs=1e-9)
     assert top1(*logits) == 0
     assert top1(np.repeat(logits[0], 2, 0), np.concatenate(logits)) == 0.5
+
+
+def test_weights_that_are_not_the_models_are_refused(expected: Reference) -> None:
+    check_format_cost(expected)
+    noise = np.random.default_rng(0).normal(size=expected.float_logits.shape).astype(np.float32)
+    with pytest.raises(VerificationError, match="nats from the model's, the bound is 2"):
+        check_format_cost(replace(expected, quantized_logits=10 * noise))

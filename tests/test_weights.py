@@ -155,12 +155,15 @@ def test_equal_files_are_found_though_the_first_differs() -> None:
 def test_one_quantization_is_the_same_weights_in_every_file(
     tiny_artifact: Path, tmp_path: Path
 ) -> None:
-    gguf = export_model("lfm2-tiny", tmp_path / "gguf", target="gguf", recipe="int8", context=64)
+    others = [
+        export_model("lfm2-tiny", tmp_path / target, target=target, recipe="int8", context=64)
+        for target in ("gguf", "onnx")
+    ]
     config = ModelConfig.load(tiny_artifact)
     files = [
         read_weights(artifact.target, artifact.model_path, config)
-        for artifact in (Artifact.open(tiny_artifact), gguf)
+        for artifact in (Artifact.open(tiny_artifact), *others)
     ]
     rows = list(compare_weights(files))
     assert {row.tensor for row in rows} == set(config.tensor_shapes())
-    assert {row.differences for row in rows} == {(0.0, 0.0)}
+    assert {row.same_as for row in rows} == {(0, 0, 0)}
