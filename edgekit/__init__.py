@@ -9,6 +9,7 @@ that `import edgekit` costs nothing.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 from edgekit.errors import EdgekitError, VerificationError
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from edgekit.runtime.generate import generate
     from edgekit.runtime.module_engine import load_module
     from edgekit.runtime.sampling import SamplingParams
+
+# onnxruntime's wheels report to Microsoft by default, from their import on (its Privacy.md); what
+# runs on a user's machine is nobody else's business unless the user says so.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,10 @@ def sha256_of(path: Path) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # a device has no end, a pipe may have no writer
+            raise EdgekitError(f"{path}: is no regular file")
+        if facts.st_size > _MAX_MANIFEST_BYTES:
             raise EdgekitError(f"{path}: is too large to be a manifest")
         manifest = json.loads(
             path.read_bytes().decode(), parse_constant=_finite, parse_float=_finite

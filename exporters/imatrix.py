@@ -61,6 +61,8 @@ class Imatrix:
 
         Sums are finite and not negative, counts at least 1.
         """
+        if path.exists() and not path.is_file():
+            raise EdgekitError(f"{path}: is no regular file")
         mark, size = _beginning(path)
         if size > _MOST_BYTES:
             raise EdgekitError(f"{path}: has {size} bytes; no imatrix has more than {_MOST_BYTES}")

@@ -367,3 +367,9 @@ def test_a_name_with_the_signs_of_a_pattern(tmp_path: Path) -> None:
     (tmp_path / ".outa.1.partial").mkdir()
     fill(tmp_path / "out[ab]*", force=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".outa.1.partial", "out[ab]*"]
+
+
+def test_a_manifest_that_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "edgekit.json").symlink_to("/dev/zero")
+    with pytest.raises(EdgekitError, match="is no regular file"):
+        Artifact.open(tmp_path)

@@ -265,3 +265,8 @@ def test_a_file_that_is_too_large_to_be_one_is_not_read(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(EdgekitError, match="i.gguf: cannot be read: No such file"):
         Imatrix.load(tmp_path / "i.gguf")
+
+
+def test_what_is_no_regular_file_is_not_read() -> None:
+    with pytest.raises(EdgekitError, match="/dev/zero: is no regular file"):
+        Imatrix.load(Path("/dev/zero"))

@@ -102,7 +102,7 @@ def test_a_folder_of_onnxruntime_genai(genai_folder: Path) -> None:
         assert engine.context == CONTEXT
     (genai_folder / "net.onnx.bak").write_bytes(b"123")  # no file of the model's
     assert file.file_bytes == file.path.stat().st_size
-    (genai_folder / "net.onnx.data").unlink()
+    (genai_folder / "net.onnx.bak").unlink()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The onnx engine against transformers' model, on every form of graph it takes."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -458,3 +459,14 @@ def test_a_folder_of_onnxruntime_genai_itself(
 def test_open_engine_takes_threads(models: dict[str, Path], expected: NDArray[np.float32]) -> None:
     with open_engine(models["genai"], 2, None) as engine:
         assert_close(engine.prefill(TOKENS), expected[-1])
+
+
+def test_onnxruntime_reports_nothing(tmp_path: Path) -> None:
+    """Its telemetry leaves a session file in the temporary folder as soon as it is imported."""
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run(
+        [sys.executable, "-c", "import edgekit.runtime.onnx_engine"],
+        env=environment | {"TMPDIR": str(tmp_path)},
+        check=True,
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ transformers silently prefers one of two contradicting keys, the file is refused
 
 import json
 import math
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -458,7 +459,10 @@ def _show(value: object) -> str:
 def load_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file whose content is an object; anything else is refused naming the file."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # a device has no end, a pipe may have no writer
+            raise EdgekitError(f"{path}: is no regular file")
+        if facts.st_size > _MAX_JSON_BYTES:
             raise EdgekitError(f"{path}: too large for a JSON file of a model")
         content = json.loads(path.read_bytes())
     except OSError as error:
