@@ -110,7 +110,8 @@ def sha256_of(path: Path) -> str:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode):  # a device has no end, a pipe may have no writer
+        # A device has no end, a pipe may have no writer; a folder says so by itself.
+        if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
             raise EdgekitError(f"{path}: is no regular file")
         if facts.st_size > _MAX_MANIFEST_BYTES:
             raise EdgekitError(f"{path}: is too large to be a manifest")

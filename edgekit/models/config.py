@@ -460,7 +460,8 @@ def load_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file whose content is an object; anything else is refused naming the file."""
     try:
         facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode):  # a device has no end, a pipe may have no writer
+        # A device has no end, a pipe may have no writer; a folder says so by itself.
+        if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
             raise EdgekitError(f"{path}: is no regular file")
         if facts.st_size > _MAX_JSON_BYTES:
             raise EdgekitError(f"{path}: too large for a JSON file of a model")
