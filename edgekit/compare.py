@@ -12,8 +12,14 @@ from edgekit.exporters.weights import NamedTensors, TensorComparison, compare_we
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.quantize.recipe import tied_shapes
-from edgekit.runtime.bench import bench
-from edgekit.runtime.evaluate import DEFAULT_CONTEXT, Evaluation, evaluate_each
+from edgekit.runtime.bench import bench, check_contexts, plan
+from edgekit.runtime.engine import check_threads
+from edgekit.runtime.evaluate import (
+    DEFAULT_CONTEXT,
+    Evaluation,
+    check_chunk_length,
+    evaluate_each,
+)
 from edgekit.runtime.model_files import ModelFile, find_model_file
 from edgekit.runtime.record import ArtifactResult, Record, ShapeResult, spread
 from edgekit.tables import markdown_table
@@ -167,18 +173,22 @@ def compare(
     repetitions: int = 3,
     threads: int | None = None,
     tokenizer: Path | None = None,
-    progress: Progress = lambda done, total, label: None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Measure artifacts and compare them, with each other and with a reference model.
 
     An artifact is a folder that `edgekit export` wrote, or what `find_model_file` takes besides.
     `text` and `tokenizer` are those of `evaluate`, `reference` the model that the artifacts stand
     for, `prompt`, `generate` and `repetitions` the benchmark's. Raises `EdgekitError` for what one
-    of these refuses.
+    of these refuses; what needs no weights is checked before any is read.
     """
+    show = progress or _silent
+    check_threads(threads)
+    check_chunk_length(context)
+    check_contexts(artifacts, plan((prompt,), (generate,), (0,)))
     files = [find_model_file(path) for path in artifacts]
     source = None if reference is None else resolve_model(reference)
-    weights = _compare_weights(files, source, progress)
+    weights = _compare_weights(files, source, show)
     evaluations: list[Evaluation | None] = [None] * len(files)
     if text is not None:
         names = [str(path) for path in artifacts]
@@ -191,7 +201,7 @@ def compare(
                 chunks=chunks,
                 threads=threads,
                 tokenizer=tokenizer,
-                progress=_prefixed(progress, "quality: "),
+                progress=_prefixed(show, "quality: "),
             )
         ]
     record = bench(
@@ -200,7 +210,7 @@ def compare(
         (generate,),
         repetitions=repetitions,
         threads=threads,
-        progress=_prefixed(progress, "speed: "),
+        progress=_prefixed(show, "speed: "),
     )
     rows = tuple(
         Compared(result, parameters, evaluation, unread)
@@ -289,6 +299,10 @@ def _float_reader(source: ModelSource | None) -> Callable[[str], Tensor | None] 
 
 def _prefixed(progress: Progress, prefix: str) -> Progress:
     return lambda done, total, label: progress(done, total, prefix + label)
+
+
+def _silent(done: int, total: int, label: str) -> None:
+    """Report nothing."""
 
 
 def _speed(test: ShapeResult | None) -> str:

@@ -103,7 +103,7 @@ def sensitivity(
     name: str,
     scheme: Scheme,
     text: str = TEXT,
-    progress: Progress = lambda done, total, label: None,
+    progress: Progress | None = None,
 ) -> Sensitivity:
     """Measure every matrix of a model, or of the model that an artifact was made of.
 
@@ -112,6 +112,7 @@ def sensitivity(
     """
     if scheme.is_float:
         raise EdgekitError("--scheme float costs nothing: give one that quantizes, such as w4g32")
+    show = progress or _silent
     source = _source(name)
     tokens = _tokens(source, text)
     tensors = _tensors(source, scheme)
@@ -120,9 +121,9 @@ def sensitivity(
     if missing:
         run = _FloatRun.of(source, tokens)
         for tensor in missing:
-            progress(len(tensors) - len(missing) + missing.index(tensor), len(tensors), tensor)
+            show(len(tensors) - len(missing) + missing.index(tensor), len(tensors), tensor)
             cache.keep(tensor, run.cost(tensor, scheme))
-    progress(len(tensors), len(tensors), "")
+    show(len(tensors), len(tensors), "")
     costs = [TensorCost(tensor, *cache.figures[tensor], tensors[tensor]) for tensor in tensors]
     costs.sort(key=lambda cost: cost.kld, reverse=True)
     positions = len(tokens) - FIRST
@@ -289,3 +290,7 @@ def _read_figures(path: Path, key: dict[str, Any]) -> dict[str, tuple[float, flo
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
+
+
+def _silent(done: int, total: int, label: str) -> None:
+    """Report nothing."""

@@ -70,26 +70,35 @@ def bench(
         cooldown_s=cooldown_s,
         seed=seed,
     )
-    shapes = plan(settings)
+    shapes = plan(prompts, generates, depths)
+    check_contexts(artifacts, shapes)
     subjects = _open(artifacts)
-    for subject in subjects:
-        if subject.file.longest is not None:
-            _check_context(subject, shapes, subject.file.longest)
     return _run(subjects, shapes, settings, machine, progress or _silent)
 
 
-def plan(settings: Settings) -> list[Shape]:
+def plan(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]) -> list[Shape]:
     """Return the tests in llama-bench's order; raises `EdgekitError` when none is left."""
-    tests = [("pp", n) for n in settings.prompts] + [("tg", n) for n in settings.generates]
+    tests = [("pp", n) for n in prompts] + [("tg", n) for n in generates]
     shapes = [
         Shape("pp" if kind == "pp" else "tg", tokens, depth)
-        for depth in settings.depths
+        for depth in depths
         for kind, tokens in tests
         if tokens
     ]
     if not shapes:
         raise EdgekitError("-p 0 and -n 0 leave nothing to measure: give one of them tokens")
     return list(dict.fromkeys(shapes))
+
+
+def check_contexts(artifacts: Sequence[Path], shapes: Sequence[Shape]) -> None:
+    """Refuse a test that an artifact's context cannot hold, as far as files say it unopened.
+
+    Raises `EdgekitError` for what is no model file, too.
+    """
+    for name, path in zip(_distinct_names(artifacts), artifacts, strict=True):
+        file = find_model_file(path)
+        if file.longest is not None:
+            _check_context(name, file, shapes, file.longest)
 
 
 @dataclass(frozen=True)
@@ -131,14 +140,14 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _check_context(subject: _Subject, shapes: Sequence[Shape], longest: int) -> None:
+def _check_context(name: str, file: ModelFile, shapes: Sequence[Shape], longest: int) -> None:
     for shape in shapes:
         if shape.positions > longest:
             option = "-p" if shape.kind == "pp" else "-n"
             at = f" at -d {shape.depth}" if shape.depth else ""
-            again = "" if subject.file.manifest is None else ", or export with a larger --context"
+            again = "" if file.manifest is None else ", or export with a larger --context"
             raise EdgekitError(
-                f"{subject.name}: {option} {shape.tokens}{at} needs {shape.positions} positions "
+                f"{name}: {option} {shape.tokens}{at} needs {shape.positions} positions "
                 f"but the artifact's context is {longest}: ask for less{again}"
             )
 
@@ -192,7 +201,7 @@ def _load(
     file = subject.file
     context = file.room(max(shape.positions for shape in shapes))
     reply = worker.load(file.engine, str(file.path.resolve()), threads, context)
-    _check_context(subject, shapes, reply["context"])
+    _check_context(subject.name, file, shapes, reply["context"])
     return reply
 
 

@@ -118,8 +118,7 @@ def evaluate_each(
     progress: Progress | None = None,
 ) -> list[Evaluation]:
     """Do what `evaluate` does for several artifacts, with one run of the reference for all."""
-    if context < LEAST_CONTEXT:
-        raise EdgekitError(f"--context must be at least {LEAST_CONTEXT}, not {context}")
+    check_chunk_length(context)
     if not text:
         raise EdgekitError("the text is empty")
     with ExitStack() as stack:
@@ -169,6 +168,12 @@ def cut(tokens: Sequence[int], context: int, limit: int | None, bos: int | None)
         for chunk in chunks:
             chunk[0] = bos
     return chunks
+
+
+def check_chunk_length(context: int) -> None:
+    """Raise `EdgekitError` for chunks of so few tokens that none is left to score."""
+    if context < LEAST_CONTEXT:
+        raise EdgekitError(f"--context must be at least {LEAST_CONTEXT}, not {context}")
 
 
 def _enter(

@@ -19,19 +19,13 @@ from edgekit.errors import EdgekitError
 from edgekit.runtime.accounting import memory_bytes, peak_bytes
 from edgekit.runtime.bench import bench, plan
 from edgekit.runtime.engine import Logits, OneSequenceEngine, TokenIds
-from edgekit.runtime.record import Record, Settings, Shape
+from edgekit.runtime.record import Record, Shape
 from edgekit.runtime.table import render
 from edgekit.runtime.worker import measure, random_tokens
 from edgekit.runtime.worker_process import WorkerProcess, worker_processes
 
 FAR_TOO_MANY = str(10**6)
 HUGE = ["9" * 5000, "9" * 400, str(2**63), "-1", ""]
-
-
-def settings(
-    prompts: tuple[int, ...] = (), generates: tuple[int, ...] = (), depths: tuple[int, ...] = (0,)
-) -> Settings:
-    return Settings(prompts, generates, depths, 5, 1, 0.0, 0)
 
 
 def children() -> set[int]:
@@ -79,7 +73,7 @@ class ForgetfulEngine(EchoEngine):
 
 
 def test_plan_runs_prefills_then_decodes_at_each_depth() -> None:
-    shapes = plan(settings(prompts=(8, 0, 8, 16), generates=(4,), depths=(0, 2)))
+    shapes = plan((8, 0, 8, 16), (4,), (0, 2))
     assert [shape.name for shape in shapes] == [
         "pp8",
         "pp16",
@@ -92,7 +86,7 @@ def test_plan_runs_prefills_then_decodes_at_each_depth() -> None:
 
 def test_plan_refuses_to_measure_nothing() -> None:
     with pytest.raises(EdgekitError, match="nothing to measure"):
-        plan(settings(prompts=(0,), generates=(0,)))
+        plan((0,), (0,), (0,))
 
 
 def test_random_tokens_are_seeded_and_in_the_vocabulary() -> None:

@@ -1,6 +1,7 @@
 """The `edgekit` command itself: help, what it may import, and how it ends when something fails."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 
 import edgekit
 from edgekit.cli import COMMANDS, DEFECT, INTERRUPTED, MISTAKE, READER_GONE, describe, main
+from edgekit.commands._progress import progress_line
 from edgekit.errors import EdgekitError, Interrupted, VerificationError
 
 # Besides the standard library. `_distutils_hack` and the finders of editable installations are
@@ -200,6 +202,40 @@ def test_a_stream_that_the_caller_closed_is_no_defect(closed: str) -> None:
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert bool(done.stdout) == (closed == "stderr")
+
+
+def test_a_mistake_without_stderr_is_no_defect() -> None:
+    """Of `edgekit.cli` itself, which a caller may run without `python -m edgekit`'s repairs."""
+    script = "import sys; assert sys.stderr is None; from edgekit.cli import main; main()"
+    command = 'exec "$@" 2>&-'
+    python = (sys.executable, "-c", script, "eval", "missing", "--text", __file__)
+    done = subprocess.run(["sh", "-c", command, "sh", *python], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (MISTAKE, b"", b"")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_line_of_progress_is_cleared_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(EdgekitError), progress_line() as show:
+        assert show is not None
+        show(1, 2, "chunks")
+        raise EdgekitError("wrong")
+    assert terminal.getvalue() == "\r\x1b[K[1/2] chunks\r\x1b[K"
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO()])
+def test_no_line_of_progress_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_line() as show:
+        assert show is None
+    assert stream is None or stream.getvalue() == ""
 
 
 def test_public_names_are_imported_when_used() -> None:

@@ -199,6 +199,25 @@ def test_a_mistake_is_one_line(arguments: list[str], word: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-t", "0"], "threads must be at least 1, not 0"),
+        (["--context", "3"], "--context must be at least 4, not 3"),
+        (["-p", "100000"], "-p 100000 needs 100000 positions"),
+        (["-n", "100000"], "-n 100000 needs 100000 positions"),
+    ],
+)
+def test_a_mistake_is_refused_before_weights_are_read(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    read: list[object] = []
+    monkeypatch.setattr("edgekit.compare.read_weights", lambda *given: read.append(given) or {})
+    done = run(tiny_artifact, "--text", __file__, "-p", 8, "-n", 4, *arguments)
+    assert (done.exit_code, done.stdout, read) == (2, "", [])
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("values", "zero", "ends"),
     [
         ([3.0, 97.0], True, (0.0, 100.0)),

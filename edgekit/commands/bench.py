@@ -1,9 +1,10 @@
 """`edgekit bench`: prefill and decode speed, latency, load time and memory of artifacts."""
 
-import sys
 from pathlib import Path
 
 import click
+
+from edgekit.commands._progress import progress_line
 
 
 def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -116,7 +117,7 @@ def command(
 
     with interrupts_end_the_process():
         from edgekit.runtime.bench import bench
-    try:
+    with progress_line() as show:
         record = bench(
             artifacts,
             prompts=prompts,
@@ -126,11 +127,8 @@ def command(
             threads=threads,
             cooldown_s=cooldown_s,
             seed=seed,
-            progress=_show if sys.stderr.isatty() else None,
+            progress=show,
         )
-    finally:
-        if sys.stderr.isatty():
-            click.echo("\r\x1b[K", nl=False, err=True)
     from edgekit.runtime.table import render
 
     try:
@@ -138,8 +136,3 @@ def command(
     finally:  # what took long is kept in one place where the other is full or gone
         if output is not None:
             record.save(output)
-
-
-def _show(done: int, total: int, label: str) -> None:
-    """Rewrite one line of the terminal; the engine idles meanwhile."""
-    click.echo(f"\r\x1b[K[{done}/{total}] {label}", nl=False, err=True)

@@ -1,11 +1,11 @@
 """`edgekit compare`: artifacts side by side, as a table and as an HTML page."""
 
-import sys
 from pathlib import Path
 
 import click
 
 from edgekit.commands._json import print_json
+from edgekit.commands._progress import progress_line
 from edgekit.errors import EdgekitError
 
 
@@ -96,7 +96,7 @@ def command(
     with interrupts_end_the_process(), quiet_imports():
         from edgekit.compare import compare
         from edgekit.compare_page import page
-    try:
+    with progress_line() as show:
         found = compare(
             artifacts,
             text,
@@ -108,11 +108,8 @@ def command(
             repetitions=repetitions,
             threads=threads,
             tokenizer=tokenizer,
-            progress=_show,
+            progress=show,
         )
-    finally:
-        if sys.stderr is not None and sys.stderr.isatty():
-            click.echo("\r\x1b[K", nl=False, err=True)
     try:
         if as_json:
             print_json(found.to_dict())
@@ -122,9 +119,3 @@ def command(
         if output is not None:
             with new_file(output) as scratch:
                 scratch.write_text(page(found), encoding="utf-8")
-
-
-def _show(done: int, total: int, label: str) -> None:
-    """Rewrite one line of the terminal."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        click.echo(f"\r\x1b[K[{done}/{total}] {label}", nl=False, err=True)

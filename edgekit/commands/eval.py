@@ -1,11 +1,11 @@
 """`edgekit eval`: perplexity of an artifact, and how far it strays from a reference."""
 
-import sys
 from pathlib import Path
 
 import click
 
 from edgekit.commands._json import print_json
+from edgekit.commands._progress import progress_line
 
 
 @click.command("eval", short_help="Measure quality: perplexity, and divergence from a reference.")
@@ -56,7 +56,7 @@ def command(
     text = read_text(text_file)
     with interrupts_end_the_process():
         from edgekit.runtime.evaluate import evaluate
-    try:
+    with progress_line() as show:
         result = evaluate(
             artifact,
             text,
@@ -65,19 +65,11 @@ def command(
             chunks=chunks,
             threads=threads,
             tokenizer=tokenizer,
-            progress=_show if sys.stderr.isatty() else None,
+            progress=show,
         )
-    finally:
-        if sys.stderr.isatty():
-            click.echo("\r\x1b[K", nl=False, err=True)
     if as_json:
         print_json(result.to_dict())
     else:
         from edgekit.runtime.evaluation_table import render
 
         click.echo(render(result))
-
-
-def _show(done: int, total: int, label: str) -> None:
-    """Rewrite one line of the terminal."""
-    click.echo(f"\r\x1b[K[{done}/{total}] {label}", nl=False, err=True)

@@ -1,12 +1,12 @@
 """`edgekit imatrix`: which inputs of a model's linears matter on a text, for llama.cpp's formats."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from edgekit.commands._json import print_json
+from edgekit.commands._progress import progress_line
 
 if TYPE_CHECKING:
     from edgekit.exporters.imatrix import Imatrix
@@ -92,13 +92,8 @@ def _measure(
     with interrupts_end_the_process():
         from edgekit.calibration import imatrix_of_text
 
-    show = _show if sys.stderr.isatty() else None
-    found = imatrix_of_text(source, text, dataset, context=context, chunks=chunks, progress=show)
-    if show is not None:
-        click.echo("\r\x1b[K", nl=False, err=True)
-    return found
-
-
-def _show(done: int, total: int) -> None:
-    """Rewrite one line of the terminal."""
-    click.echo(f"\r\x1b[K[{done}/{total}] chunks", nl=False, err=True)
+    with progress_line() as show:
+        chunk_done = None if show is None else lambda done, total: show(done, total, "chunks")
+        return imatrix_of_text(
+            source, text, dataset, context=context, chunks=chunks, progress=chunk_done
+        )

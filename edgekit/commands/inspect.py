@@ -1,11 +1,11 @@
 """`edgekit inspect`: what an artifact is made of, and which tensors of a model cost the most."""
 
-import sys
 from pathlib import Path
 
 import click
 
 from edgekit.commands._json import print_json
+from edgekit.commands._progress import progress_line
 from edgekit.errors import EdgekitError, Interrupted
 
 
@@ -71,21 +71,13 @@ def _sensitivity(name: str, scheme: str, text_file: Path | None, as_json: bool) 
     parsed = Scheme.parse(scheme)
     text = TEXT if text_file is None else read_text(text_file)
     try:
-        found = sensitivity(name, parsed, text, _show)
+        with progress_line() as show:
+            found = sensitivity(name, parsed, text, show)
     except KeyboardInterrupt:
         raise Interrupted(
             "interrupted; the figures so far are kept: the same command goes on from there"
         ) from None
-    finally:
-        if sys.stderr is not None and sys.stderr.isatty():
-            click.echo("\r\x1b[K", nl=False, err=True)
     if as_json:
         print_json(found.to_dict())
     else:
         click.echo(found.text())
-
-
-def _show(done: int, total: int, label: str) -> None:
-    """Rewrite one line of the terminal."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        click.echo(f"\r\x1b[K[{done}/{total}] {label}", nl=False, err=True)

@@ -1,0 +1,29 @@
+"""The line of progress of long commands, where somebody is looking at a terminal."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+Show = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what comes next)."""
+
+
+@contextmanager
+def progress_line() -> Iterator[Show | None]:
+    """Give what rewrites one line of stderr, cleared at the end however the work ends.
+
+    None where stderr is no terminal, or was closed by the caller: Python has None for it then.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    try:
+        yield _show
+    finally:
+        click.echo("\r\x1b[K", nl=False, err=True)
+
+
+def _show(done: int, total: int, label: str) -> None:
+    click.echo(f"\r\x1b[K[{done}/{total}] {label}", nl=False, err=True)
