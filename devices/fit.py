@@ -19,7 +19,7 @@ Nothing here needs weights, an export or the device. What is predicted, and on w
   scores of the last chunk of that prompt, heads x chunk x context. Checked with executorch 1.5.1 on
   prompts of 2,048 tokens: the peak rose by 128 MB at LFM2-350M (predicted: 151) and by 302 MB at
   LFM2-1.2B (predicted: 285).
-- llama.cpp reads the file, repacking some weights as it does, so that they are held once. Its KV
+- llama.cpp maps the file, or reads it where it repacks weights, so that they are held once. Its KV
   cache is float16, and its activations are those of a pass, at most 512 positions. Checked with
   llama-cpp-python 0.3.36 on LFM2-350M in Q4_0 with a context of 2,048: the peak rose by 298 MB
   (predicted: 282), the library's own code and vocabulary included.

@@ -175,6 +175,27 @@ def test_several_are_open_at_once(path: Path, engine: GgufEngine) -> None:
     assert (engine.decode(13) == second).all()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("kind", "machine", "mapped"),
+    [
+        ("F32", "x86_64", True),
+        ("Q8_0", "x86_64", True),
+        ("Q8_0", "aarch64", False),
+        ("Q4_0", "x86_64", False),
+    ],
+)
+def test_what_is_repacked_is_not_mapped_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, machine: str, mapped: bool
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    path = write_foreign_gguf(tmp_path / "m.gguf", kind)
+    with GgufEngine(path, threads=1, context=64) as engine:
+        assert (str(path) in Path("/proc/self/maps").read_text()) is mapped
+        assert np.isfinite(engine.prefill([11, 12])).all()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
 def test_an_engine_that_is_dropped_frees_its_model(path: Path) -> None:
     engine = GgufEngine(path, threads=1, context=64)
     release = engine._release
