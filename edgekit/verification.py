@@ -9,6 +9,7 @@ from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import update_manifest
 from edgekit.exporters.gguf_weights import StoredWeights
+from edgekit.exporters.inspect import check_files
 from edgekit.exporters.reference_text import TEXT
 from edgekit.exporters.target import Options, Target, Weights, find_target
 from edgekit.exporters.verify import Reference, check_format_cost, reference, verify
@@ -36,6 +37,7 @@ def verify_artifact(path: Path, model: str | None, progress: Progress) -> dict[s
         raise EdgekitError(
             f"{path}: is a module, whose weights no checkpoint holds: export it again"
         )
+    check_files(artifact)  # a few wrong bytes among the weights move no logit enough to be seen
     target = find_target(artifact.target, Options())
     import_engine(target.NAME)
     source = _source(artifact, model)

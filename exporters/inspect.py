@@ -61,7 +61,7 @@ def inspect(path: Path, check: bool = False) -> Report:
         known = ", ".join(INSPECTORS)
         raise EdgekitError(f"{path}: target {artifact.target!r} cannot be inspected, only {known}")
     if check:
-        _check(artifact)
+        check_files(artifact)
     checked = len(artifact.manifest["files"]) if check else None
     return _inspector(artifact.target).report(artifact.model_path, artifact.manifest, checked)
 
@@ -77,7 +77,8 @@ def _inspector(target: str) -> Inspector:
     return cast(Inspector, importlib.import_module(INSPECTORS[target]))
 
 
-def _check(artifact: Artifact) -> None:
+def check_files(artifact: Artifact) -> None:
+    """Compare every file with its sha256; VerificationError names those that differ."""
     try:
         damaged = artifact.damaged_files()
     except OSError as error:

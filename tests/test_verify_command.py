@@ -111,3 +111,14 @@ def test_an_export_without_the_engine_says_that_it_is_not_verified(
     assert found["verified"] is False
     monkeypatch.setitem(engine.ENGINES, "executorch", "edgekit.runtime.executorch_engine")
     assert verify(folder).exit_code == 0
+
+
+def test_a_damaged_file_is_not_verified(artifact: Path) -> None:
+    """A few bytes among the weights would pass by their logits."""
+    path = artifact / "model.pte"
+    data = bytearray(path.read_bytes())
+    data[-64] ^= 1
+    path.write_bytes(data)
+    done = verify(artifact)
+    assert done.exit_code == 1
+    assert "damaged since it was exported: model.pte" in done.stderr

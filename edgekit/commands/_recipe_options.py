@@ -84,7 +84,7 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--scheme",
             metavar="SCHEME",
-            help="w8, w8gN, w4, w4gN or float for all linears; at 4 bits the embedding and the "
+            help="w8, w8gN, w4, w4gN, w4gNa or float for all linears; at 4 bits the embedding and the "
             "head stay int8.",
         ),
         click.option("--float", "float_", is_flag=True, help="Quantize nothing."),
