@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from command_line import assert_only_one_line
 from numpy.typing import NDArray
 from torch import nn
 from transformers import Lfm2ForCausalLM
@@ -31,14 +32,6 @@ CONTEXT = 64
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["eval", *map(str, arguments)])
-
-
-def assert_one_line(done: Result, *words: str) -> None:
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr.startswith("edgekit: ")
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert word in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +176,7 @@ def test_json_and_table(text_file: Path, tiny_artifact: Path) -> None:
 def test_a_text_that_cannot_be_scored(tmp_path: Path, content: bytes, words: list[str]) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(content)
-    assert_one_line(run("lfm2-tiny", "--text", path), *words)
+    assert_only_one_line(run("lfm2-tiny", "--text", path), *words)
 
 
 def test_a_text_without_end_is_refused() -> None:
@@ -205,12 +198,12 @@ def test_a_text_without_end_is_refused() -> None:
 def test_arguments_that_make_no_sense(
     text_file: Path, arguments: list[str], words: list[str]
 ) -> None:
-    assert_one_line(run("lfm2-tiny", "--text", text_file, *arguments), *words)
+    assert_only_one_line(run("lfm2-tiny", "--text", text_file, *arguments), *words)
 
 
 def test_more_context_than_the_file_has(tiny_artifact: Path, text_file: Path) -> None:
     done = run(tiny_artifact, "--text", text_file, "--context", 1024)
-    assert_one_line(done, "holds 512 positions", "1024", "smaller --context")
+    assert_only_one_line(done, "holds 512 positions", "1024", "smaller --context")
 
 
 def test_a_reference_that_reads_other_tokens(
@@ -222,7 +215,7 @@ def test_a_reference_that_reads_other_tokens(
     content["model"]["merges"] = content["model"]["merges"][:100]
     (other / "tokenizer.json").write_text(json.dumps(content))
     done = run(tiny_artifact, "--text", text_file, "--reference", other, "--context", 64)
-    assert_one_line(done, "read the text as different tokens")
+    assert_only_one_line(done, "read the text as different tokens")
 
 
 def test_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,17 @@
 """`edgekit export --target gguf` as a whole: verified in llama.cpp, complete or absent."""
 
 import json
-import os
-import pty
 import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from command_line import assert_one_line, edgekit, interrupted_when, killed_at
 from gguf_models import small_model
 
 from edgekit.artifact import Artifact
@@ -53,24 +50,6 @@ def arguments(model: Path | str, output: Path, *more: object) -> list[str]:
 
 def export(model: Path | str, output: Path, *more: object) -> Result:
     return CliRunner().invoke(main, arguments(model, output, *more))
-
-
-def edgekit(
-    *words: object, prepare: Callable[[], None] | None = None
-) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "edgekit", *map(str, words)]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, preexec_fn=prepare
-    )
-
-
-def assert_one_line(status: int, errors: str, *words: str) -> None:
-    assert "Traceback" not in errors
-    assert status == 2, errors
-    assert errors.startswith("edgekit: ")
-    assert errors.count("\n") == 1
-    for word in words:
-        assert word in errors
 
 
 @pytest.mark.parametrize(
@@ -221,7 +200,7 @@ def test_a_disk_that_is_full_leaves_nothing(model: Path, place: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_export_leaves_no_artifact(model: Path, place: Path, stage: str) -> None:
     words = arguments(model, place / "out", "--int8")
-    seen = killed_at(stage, [sys.executable, "-m", "edgekit", *words])
+    seen = killed_at(stage, STAGES, words)
     assert seen == STAGES[: STAGES.index(stage) + 1]
     assert not (place / "out").exists()
     left = [path.name for path in place.iterdir()]
@@ -232,31 +211,10 @@ def test_a_killed_export_leaves_no_artifact(model: Path, place: Path, stage: str
         assert [path.name for path in place.iterdir()] == ["out"]
 
 
-def killed_at(stage: str, command: list[str]) -> tuple[str, ...]:
-    """Run a command whose stderr is a terminal, kill it when it names the stage; stages named."""
-    keyboard, screen = pty.openpty()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=screen) as process:
-        os.close(screen)
-        named: list[str] = []
-        with os.fdopen(keyboard, errors="replace") as terminal:
-            for line in terminal:
-                named += [stage for stage in STAGES if line.rstrip().endswith(f"] {stage}")]
-                if stage in named:
-                    process.send_signal(signal.SIGKILL)
-                    break
-        assert process.wait(timeout=60) == -signal.SIGKILL
-    return tuple(named)
-
-
 @pytest.mark.slow
 def test_ctrl_c_leaves_nothing(model: Path, place: Path) -> None:
-    command = [sys.executable, "-m", "edgekit", *arguments(model, place / "out", "--int8")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
-        assert process.stderr is not None
-        while not any(place.iterdir()):
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        errors = process.stderr.read().decode()
-        assert process.wait(timeout=120) == 130
+    errors = interrupted_when(
+        lambda: any(place.iterdir()), arguments(model, place / "out", "--int8")
+    )
     assert errors == "edgekit: interrupted\n"
     assert list(place.iterdir()) == []

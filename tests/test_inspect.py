@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from command_line import assert_only_one_line
 
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
@@ -25,15 +26,6 @@ def run_json(*arguments: object) -> dict[str, Any]:
     assert (done.exit_code, done.stderr) == (0, "")
     facts: dict[str, Any] = json.loads(done.stdout)
     return facts
-
-
-def assert_one_line(done: Result, status: int, *words: str) -> None:
-    assert done.exit_code == status
-    assert done.stdout == ""
-    assert done.stderr.startswith("edgekit: ")
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert word in done.stderr
 
 
 @pytest.fixture
@@ -132,35 +124,37 @@ def test_check_names_every_damaged_file(copy: Path) -> None:
         content = bytearray((copy / name).read_bytes())
         content[len(content) // 2] ^= 1
         (copy / name).write_bytes(content)
-    assert_one_line(run(copy, "--check"), 1, "model.pte", "tokenizer.json", "export again")
+    assert_only_one_line(
+        run(copy, "--check"), "model.pte", "tokenizer.json", "export again", status=1
+    )
 
 
 def test_check_of_a_bare_file_is_refused(tiny_artifact: Path) -> None:
-    assert_one_line(run(tiny_artifact / "model.pte", "--check"), 2, "--check needs the artifact")
+    assert_only_one_line(run(tiny_artifact / "model.pte", "--check"), "--check needs the artifact")
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
-    assert_one_line(run(tmp_path / "none"), 2, "none: does not exist")
+    assert_only_one_line(run(tmp_path / "none"), "none: does not exist")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 40, 3000, 60_000])
 def test_a_cut_file(copy: Path, tmp_path: Path, keep: int) -> None:
     bare = tmp_path / "cut.pte"
     bare.write_bytes((copy / "model.pte").read_bytes()[:keep])
-    assert_one_line(run(bare), 2, "cut.pte")
+    assert_only_one_line(run(bare), "cut.pte")
     shutil.copyfile(bare, copy / "model.pte")
-    assert_one_line(run(copy), 2, "model.pte", "truncated")
+    assert_only_one_line(run(copy), "model.pte", "truncated")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"{}"])
 def test_a_corrupt_manifest(copy: Path, content: bytes) -> None:
     (copy / "edgekit.json").write_bytes(content)
-    assert_one_line(run(copy), 2, "edgekit.json")
+    assert_only_one_line(run(copy), "edgekit.json")
 
 
 def test_a_manifest_of_another_target(copy: Path) -> None:
     edit_manifest(copy, target="other")
-    assert_one_line(run(copy), 2, "'other' cannot be inspected, only executorch")
+    assert_only_one_line(run(copy), "'other' cannot be inspected, only executorch")
 
 
 @pytest.mark.parametrize("value", [None, 3, "yes", [1], {"a": {"b": []}}, {"a": None}])
@@ -176,7 +170,7 @@ def test_metadata_that_json_cannot_say(
 ) -> None:
     monkeypatch.setattr(Program, "constant_methods", {"get_scale": value})
     for options in ((), ("--json",)):
-        assert_one_line(run(tiny_artifact, *options), 2, "'get_scale' gives", "no finite number")
+        assert_only_one_line(run(tiny_artifact, *options), "'get_scale' gives", "no finite number")
 
 
 def test_a_name_in_a_file_cannot_steer_the_terminal(copy: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from command_line import assert_only_one_line
 from foreign_gguf import FOLDER, write_foreign_gguf
 from gguf import GGUFReader
 from onnx_decoders import CONTEXT, Form, save
@@ -35,14 +36,6 @@ def run_json(*arguments: object) -> dict[str, Any]:
     assert (done.exit_code, done.stderr) == (0, "")
     facts: dict[str, Any] = json.loads(done.stdout)
     return facts
-
-
-def assert_one_line(done: Result, *words: str) -> None:
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr.startswith("edgekit: ")
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert word in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +112,7 @@ def test_what_is_nothing_to_run_is_refused(tmp_path: Path, name: str, words: str
         (tmp_path / file).write_bytes(b"PK\3\4" * 40)
     (tmp_path / "folder").mkdir()
     for command in (("run", tmp_path / name, PROMPT), ("bench", tmp_path / name)):
-        assert_one_line(run(*command), words)
+        assert_only_one_line(run(*command), words)
 
 
 def test_a_stock_gguf_says_what_the_model_says(stock: Path) -> None:
@@ -146,7 +139,7 @@ def test_generation_ends_where_the_file_says(stock: Path) -> None:
 
 def test_a_bare_program_needs_a_tokenizer(program: Path) -> None:
     words = "bare.pte: has no tokenizer.json beside it; name the folder that holds its tokenizer: "
-    assert_one_line(run("run", program, PROMPT), words)
+    assert_only_one_line(run("run", program, PROMPT), words)
 
 
 def test_a_bare_program_is_its_artifact(program: Path, tiny_artifact: Path, tmp_path: Path) -> None:
@@ -160,7 +153,7 @@ def test_a_bare_program_is_its_artifact(program: Path, tiny_artifact: Path, tmp_
 
 def test_a_prompt_beyond_the_context_of_a_bare_program(program: Path) -> None:
     done = run("run", program, "zebra " * 600, "--tokenizer", FOLDER)
-    assert_one_line(done, "tokens does not fit the context of 512")
+    assert_only_one_line(done, "tokens does not fit the context of 512")
 
 
 def test_a_program_states_its_ends(program: Path) -> None:
@@ -245,7 +238,7 @@ def test_fit_of_an_artifact(tiny_artifact: Path) -> None:
 @pytest.mark.parametrize("option", [("--int4",), ("--context", "64")])
 def test_an_artifact_is_not_planned_anew(tiny_artifact: Path, option: tuple[str, ...]) -> None:
     words = "is an artifact, which has its recipe and --context already"
-    assert_one_line(run("fit", tiny_artifact, "--no-measure", *option), words)
+    assert_only_one_line(run("fit", tiny_artifact, "--no-measure", *option), words)
 
 
 def test_fit_of_a_gguf_artifact(tmp_path: Path) -> None:

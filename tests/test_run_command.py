@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from command_line import assert_only_one_line
 
 from edgekit.cli import main
 
@@ -49,15 +50,6 @@ def started(
         finally:
             watchdog.cancel()
             process.kill()
-
-
-def assert_one_line(done: Result, *words: str) -> None:
-    assert done.exit_code == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("edgekit: ")
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert word in done.stderr
 
 
 def test_text_on_stdout_and_figures_on_stderr(tiny_artifact: Path) -> None:
@@ -111,19 +103,21 @@ def test_the_prompt_comes_from_standard_input(tiny_artifact: Path, dash: tuple[s
 
 
 def test_standard_input_that_is_not_utf8(tiny_artifact: Path) -> None:
-    assert_one_line(
+    assert_only_one_line(
         run(tiny_artifact, stdin=b"Gr\xfc\xdfe"), "standard input is not UTF-8: byte 0xfc at offset"
     )
 
 
 def test_an_empty_prompt(tiny_artifact: Path) -> None:
-    assert_one_line(run(tiny_artifact, stdin=b"\n"), "the prompt is empty")
+    assert_only_one_line(run(tiny_artifact, stdin=b"\n"), "the prompt is empty")
 
 
 def test_a_prompt_longer_than_the_context(tiny_artifact: Path) -> None:
     context = json.loads((tiny_artifact / "edgekit.json").read_text())["context"]
     done = run(tiny_artifact, "-", stdin=b"zebra " * context)
-    assert_one_line(done, "edgekit: prompt of ", f" tokens does not fit the context of {context}")
+    assert_only_one_line(
+        done, "edgekit: prompt of ", f" tokens does not fit the context of {context}"
+    )
 
 
 @pytest.mark.parametrize("raw", [(), ("--raw",)])
@@ -138,7 +132,7 @@ def test_a_prompt_is_not_tokenized_that_cannot_fit(
         run(tiny_artifact, "x", "--system", text.decode()),
     ):
         words = "edgekit: a prompt of more than 131,072 bytes does not fit the context of 512"
-        assert_one_line(done, words)
+        assert_only_one_line(done, words)
 
 
 def test_standard_input_is_read_no_further_than_could_fit(tiny_artifact: Path) -> None:
@@ -178,11 +172,11 @@ def test_a_folder_whose_name_is_not_utf8(tiny_artifact: Path, tmp_path: Path) ->
     ],
 )
 def test_settings_out_of_range(tiny_artifact: Path, option: str, value: str, words: str) -> None:
-    assert_one_line(run(tiny_artifact, PROMPT, option, value), words)
+    assert_only_one_line(run(tiny_artifact, PROMPT, option, value), words)
 
 
 def test_an_artifact_that_is_not_there(tmp_path: Path) -> None:
-    assert_one_line(run(tmp_path / "none", PROMPT), "none")
+    assert_only_one_line(run(tmp_path / "none", PROMPT), "none")
 
 
 @pytest.mark.parametrize("name", ["model.pte", "edgekit.json", "tokenizer.json"])
@@ -193,7 +187,7 @@ def test_a_damaged_artifact_is_one_line(
     folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2] if damage == "cut" else b"PK\3\4" * 40)
-    assert_one_line(run(folder, PROMPT), name)
+    assert_only_one_line(run(folder, PROMPT), name)
 
 
 def test_a_closed_pipe_ends_in_silence(tiny_artifact: Path) -> None:
