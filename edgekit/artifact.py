@@ -13,6 +13,8 @@ from edgekit.errors import EdgekitError
 from edgekit.files import os_reason
 
 MANIFEST = "edgekit.json"
+TARGET_OF = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
+"""Whose a model file is that comes without a manifest, by the end of its name."""
 FORMAT_VERSION = 1
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_DEPTH = 32

@@ -24,6 +24,7 @@ from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import ReadWeight
 from edgekit.quantize.recipe import HEAD
+from edgekit.runtime.evaluate import cut, tokenize
 
 LEAST_CONTEXT = 2
 """With one token a chunk is bos alone, and the text has no part in it."""
@@ -70,20 +71,10 @@ def _pieces(
         raise EdgekitError(
             f"--context {context}: the model takes {LEAST_CONTEXT} to {config.max_context} tokens"
         )
-    tokens = tokenizer.encode_plain(text.removesuffix("\n"))
+    tokens = tokenize(tokenizer, text)
     if max(tokens, default=0) >= config.vocab_size:
         raise EdgekitError(f"the tokenizer's token {max(tokens)} lies outside the vocabulary")
-    if len(tokens) < context:
-        raise EdgekitError(
-            f"the text has {len(tokens)} tokens, but a chunk is {context}: give a longer text or "
-            "a smaller --context"
-        )
-    count = min(len(tokens) // context, limit or len(tokens))
-    pieces = [tokens[place * context : (place + 1) * context] for place in range(count)]
-    if tokenizer.adds_bos and tokenizer.bos_id is not None:
-        for piece in pieces:
-            piece[0] = tokenizer.bos_id
-    return pieces
+    return cut(tokens, context, limit, tokenizer.bos_id if tokenizer.adds_bos else None)
 
 
 def _finite(name: str, squares: Tensor) -> NDArray[np.float32]:

@@ -10,7 +10,9 @@ from torch import Tensor
 from edgekit.errors import EdgekitError
 from edgekit.exporters.weights import NamedTensors, TensorComparison, compare_weights, read_weights
 from edgekit.models.config import ModelConfig
+from edgekit.models.eager import float_reader
 from edgekit.models.source import ModelSource, resolve_model
+from edgekit.progress import Steps, no_steps
 from edgekit.quantize.recipe import tied_shapes
 from edgekit.runtime.bench import bench, check_contexts, plan
 from edgekit.runtime.engine import check_threads
@@ -25,8 +27,6 @@ from edgekit.runtime.record import ArtifactResult, Record, ShapeResult, spread
 from edgekit.tables import markdown_table
 
 _NOTHING = "-"
-Progress = Callable[[int, int, str], None]
-"""Called with (steps done, steps in all, what comes next) of each part of the work."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def compare(
     repetitions: int = 3,
     threads: int | None = None,
     tokenizer: Path | None = None,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> Comparison:
     """Measure artifacts and compare them, with each other and with a reference model.
 
@@ -182,7 +182,7 @@ def compare(
     for, `prompt`, `generate` and `repetitions` the benchmark's. Raises `EdgekitError` for what one
     of these refuses; what needs no weights is checked before any is read.
     """
-    show = progress or _silent
+    show = progress or no_steps
     check_threads(threads)
     check_chunk_length(context)
     check_contexts(artifacts, plan((prompt,), (generate,), (0,)))
@@ -236,7 +236,7 @@ class _Weights:
 
 
 def _compare_weights(
-    files: Sequence[ModelFile], source: ModelSource | None, progress: Progress
+    files: Sequence[ModelFile], source: ModelSource | None, progress: Steps
 ) -> _Weights:
     """Compare all files that can be read to their ends; begin again without one that cannot."""
     common = _common_config(files, source)
@@ -292,17 +292,13 @@ def _float_reader(source: ModelSource | None) -> Callable[[str], Tensor | None] 
     """Return a reader of the reference's tensors, None for a name that it has not."""
     if source is None:
         return None
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
-    checkpoint = source.checkpoint
-    return lambda name: checkpoint.tensor(tied.get(name, name)) if name in shapes else None
+    shapes, _ = tied_shapes(source.config.tensor_shapes())
+    read = float_reader(source.config, source.checkpoint)
+    return lambda name: read(name) if name in shapes else None
 
 
-def _prefixed(progress: Progress, prefix: str) -> Progress:
+def _prefixed(progress: Steps, prefix: str) -> Steps:
     return lambda done, total, label: progress(done, total, prefix + label)
-
-
-def _silent(done: int, total: int, label: str) -> None:
-    """Report nothing."""
 
 
 def _speed(test: ShapeResult | None) -> str:

@@ -1,10 +1,17 @@
-"""Progress of long work: one line a stage on stderr, and nothing where nobody is looking."""
+"""Progress of long work: how it is told, and one line a stage where somebody is looking."""
 
 import sys
 import time
 from collections.abc import Callable
 
 Progress = Callable[[str], None]
+"""Called with the stage that begins."""
+Steps = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what comes next or the figures so far)."""
+
+
+def no_steps(done: int, total: int, label: str) -> None:
+    """Tell nobody."""
 
 
 def stage_printer() -> Progress:

@@ -25,9 +25,10 @@ from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.lfm2 import LFM2
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
+from edgekit.progress import Steps, no_steps
 from edgekit.quantize.recipe import EMBEDDING, HEAD, tied_shapes
 from edgekit.quantize.scheme import FLOAT, Scheme
-from edgekit.runtime.divergence import score_rows
+from edgekit.runtime.divergence import mean, score_rows
 from edgekit.tables import markdown_table
 
 VERSION = 1
@@ -38,9 +39,6 @@ MAX_TOKENS = 256
 
 FIRST = 16
 """Positions before this one are not counted: with so little before them they say little."""
-
-Progress = Callable[[int, int, str], None]
-"""Called with (tensors done, tensors in all, the tensor that comes next)."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def sensitivity(
     name: str,
     scheme: Scheme,
     text: str = TEXT,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> Sensitivity:
     """Measure every matrix of a model, or of the model that an artifact was made of.
 
@@ -112,7 +110,7 @@ def sensitivity(
     """
     if scheme.is_float:
         raise EdgekitError("--scheme float costs nothing: give one that quantizes, such as w4g32")
-    show = progress or _silent
+    show = progress or no_steps
     source = _source(name)
     tokens = _tokens(source, text)
     tensors = _tensors(source, scheme)
@@ -206,8 +204,8 @@ class _FloatRun:
         targets = [*self.tokens[FIRST + 1 :], 0]  # the last has none; its KLD needs none
         scores = score_rows(logits[FIRST:].numpy(), targets, self.logits[FIRST:].numpy())
         assert scores.kld is not None
-        values = scores.kld
-        return float(values.mean()), float(values.std() / (len(values) - 1) ** 0.5)
+        kld = mean(scores.kld)
+        return kld.value, kld.error
 
     def _last_state(self, name: str) -> Tensor:
         if name == HEAD:
@@ -290,7 +288,3 @@ def _read_figures(path: Path, key: dict[str, Any]) -> dict[str, tuple[float, flo
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-
-
-def _silent(done: int, total: int, label: str) -> None:
-    """Report nothing."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.gguf_blocks import FLOAT_TYPES, block_pieces, block_type, float_pieces
+from edgekit.exporters.gguf_blocks import BLOCK, FLOAT_TYPES, block_pieces, block_type, float_pieces
 from edgekit.exporters.gguf_names import gguf_name
 from edgekit.exporters.gguf_tokenizer import STAND_IN, stand_in_metadata, tokenizer_metadata
 from edgekit.exporters.gguf_writer import PlannedTensor, Value, write_gguf, write_hollow_gguf
@@ -39,7 +39,6 @@ LONGEST_CHECK = 256  # the loops over positions are llama.cpp's
 
 _FLOAT_FILE = "float.gguf"
 _ARCHITECTURE = "lfm2"
-_BLOCK = 32
 _FIRST_QUERY = ".self_attn.q_proj.weight"
 # enum llama_ftype (include/llama.h): what most of the weights are stored as
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
@@ -50,10 +49,10 @@ def check_rows(rows: Sequence[Resolved]) -> None:
     """Refuse, before any work, what ggml's blocks or llama.cpp's LFM2 cannot hold."""
     width = next((row.shape[1] for row in rows if row.tensor == EMBEDDING), None)
     for row in rows:
-        if not row.scheme.is_float and row.shape[-1] % _BLOCK:
+        if not row.scheme.is_float and row.shape[-1] % BLOCK:
             raise EdgekitError(
                 f"{row.tensor}: target gguf cannot hold {row.scheme.name} in rows of "
-                f"{row.shape[-1]}: its blocks are of {_BLOCK} weights; float holds any"
+                f"{row.shape[-1]}: its blocks are of {BLOCK} weights; float holds any"
             )
         if row.tensor.endswith(_FIRST_QUERY) and row.shape[0] != width:
             raise EdgekitError(
@@ -69,7 +68,7 @@ def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
 
 def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:
     """Round the inputs of a linear as ggml does for all of its types used here (`block_q8_0`)."""
-    return per_block(x, _BLOCK, torch.float16)
+    return per_block(x, BLOCK, torch.float16)
 
 
 def model_file(rows: Sequence[Resolved], options: Options) -> str:

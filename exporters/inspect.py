@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from edgekit.artifact import MANIFEST, Artifact
+from edgekit.artifact import MANIFEST, TARGET_OF, Artifact
 from edgekit.errors import EdgekitError, VerificationError
 from edgekit.genai_config import GenaiConfig, is_genai_folder
 
@@ -14,8 +14,6 @@ INSPECTORS = {
     "gguf": "edgekit.exporters.inspect_gguf",
     "onnx": "edgekit.exporters.inspect_onnx",
 }
-SUFFIXES = {".pte": "executorch", ".gguf": "gguf", ".onnx": "onnx"}
-"""Whose a file is that comes without a manifest."""
 
 
 class Report(Protocol):
@@ -67,9 +65,9 @@ def inspect(path: Path, check: bool = False) -> Report:
 
 
 def _bare_file(path: Path) -> Report:
-    target = SUFFIXES.get(path.suffix.lower())
+    target = TARGET_OF.get(path.suffix.lower())
     if target is None:
-        raise EdgekitError(f"{path}: is no file of those that end in {', '.join(SUFFIXES)}")
+        raise EdgekitError(f"{path}: is no file of those that end in {', '.join(TARGET_OF)}")
     return _inspector(target).report(path, None, None)
 
 

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from edgekit.exporters.inspect_tables import (
     introduction,
     joined,
     name_shared,
+    report_json,
     value_table,
     weight_rows,
     weight_table,
-    weights_json,
 )
 from edgekit.exporters.pte import FORWARD, Method, Program, Span
 from edgekit.exporters.xnnpack_graph import BACKEND, GraphConstant, read_graph
@@ -64,9 +64,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for `--json`."""
-        facts = asdict(self) | {"path": str(self.path)}
-        facts["weights"] = weights_json(self.weights)
-        return facts
+        return report_json(self)
 
     def text(self) -> str:
         """Return the report as Markdown tables; what a file calls itself cannot steer a terminal."""

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from edgekit.exporters.inspect_tables import (
     count_table,
     introduction,
     joined,
+    report_json,
     value_table,
     weight_rows,
     weight_table,
-    weights_json,
 )
 from edgekit.gguf_file import STRING, GgufArray, GgufFile, GgufTensor
 
@@ -50,9 +50,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for `--json`."""
-        facts = asdict(self) | {"path": str(self.path)}
-        facts["weights"] = weights_json(self.weights)
-        return facts
+        return report_json(self)
 
     def text(self) -> str:
         """Return the report as Markdown tables; what a file calls itself cannot steer a terminal."""

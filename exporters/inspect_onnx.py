@@ -1,7 +1,7 @@
 """What an ONNX artifact, a folder of onnxruntime-genai or a bare `.onnx` is made of."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from edgekit.exporters.inspect_tables import (
     introduction,
     joined,
     name_shared,
+    report_json,
     value_table,
     weight_rows,
     weight_table,
-    weights_json,
 )
 from edgekit.exporters.onnx_names import SCALES, ZERO_POINTS
 from edgekit.onnx_file import Node, OnnxFile
@@ -52,9 +52,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for `--json`."""
-        facts = asdict(self) | {"path": str(self.path)}
-        facts["weights"] = weights_json(self.weights)
-        return facts
+        return report_json(self)
 
     def text(self) -> str:
         """Return the report as Markdown tables; what a file calls itself cannot steer a terminal."""

@@ -3,9 +3,9 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from edgekit.artifact import MODULE
 from edgekit.tables import markdown_table
@@ -69,10 +69,26 @@ def weight_rows(manifest: Mapping[str, Any] | None) -> WeightRows:
     return [(*key, counts[key], sizes[key]) for key in counts]
 
 
-def weights_json(weights: WeightRows) -> list[dict[str, Any]]:
-    """Return the rows as objects."""
+class Weighed(Protocol):
+    """A report, a dataclass, on a file whose manifest may have a table of weights."""
+
+    @property
+    def path(self) -> Path:
+        """The model file."""
+        ...
+
+    @property
+    def weights(self) -> WeightRows:
+        """The manifest's table, summed over the layers."""
+        ...
+
+
+def report_json(report: Weighed) -> dict[str, Any]:
+    """Return a report for `--json`: its path as text, the rows of its weights as objects."""
     names = ("kind", "scheme", "tensors", "bytes")
-    return [dict(zip(names, row, strict=True)) for row in weights]
+    rows = [dict(zip(names, row, strict=True)) for row in report.weights]
+    facts: dict[str, Any] = asdict(cast(Any, report))
+    return facts | {"path": str(report.path), "weights": rows}
 
 
 def introduction(path: Path, file_bytes: int, manifest: Mapping[str, Any] | None) -> list[str]:

@@ -91,7 +91,7 @@ def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
         graph = OnnxGraph(file, data.name, opsets)
         build(graph, _blocks(graph, job), job.config, NAMES[options.abi])
     job.weights.clear()
-    onnx.save_model(graph.model({}), path)
+    onnx.save_model(graph.model(), path)
     if not options.portable:
         from edgekit.exporters.onnx_optimised import check_fast
 

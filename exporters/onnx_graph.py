@@ -146,7 +146,7 @@ class OnnxGraph:
         inputs = [value, count, self.integers(self.LAST), self.integers(axis)]
         return self.node("Slice", inputs, name)
 
-    def model(self, metadata: dict[str, str]) -> onnx.ModelProto:
+    def model(self) -> onnx.ModelProto:
         """Return the whole model."""
         graph = helper.make_graph(
             self._nodes, "LFM2", self._inputs, self._outputs, list(self._constants.values())
@@ -154,7 +154,6 @@ class OnnxGraph:
         opsets = [helper.make_opsetid(name, version) for name, version in self._opsets.items()]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
         model.producer_name, model.producer_version = "edgekit", __version__
-        helper.set_model_props(model, metadata)
         return model
 
 

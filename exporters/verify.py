@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from edgekit.errors import EdgekitError, VerificationError
+from edgekit.logits import Logits, log_softmax, row_kld
 from edgekit.models.lfm2 import LFM2
 from edgekit.tables import markdown_table
 
@@ -32,8 +32,6 @@ MAX_FORMAT_COST = 2.0
 Such a file is held against its own weights, so nothing else would tell a quantizer's noise from
 them. Q4_0 moves a model of random weights by 0.5 nats, an unrelated one strays by 8 and more.
 """
-
-Logits = NDArray[np.float32]
 
 
 class Engine(Protocol):
@@ -170,23 +168,12 @@ def kld(reference_logits: Logits, logits: Logits) -> float:
     width = logits.shape[-1]
     rows = zip(reference_logits.reshape(-1, width), logits.reshape(-1, width), strict=True)
     # Row by row: float64 copies of all rows would be the peak of an export's memory.
-    return float(np.mean([_row_kld(expected, actual) for expected, actual in rows]))
-
-
-def _row_kld(expected: Logits, actual: Logits) -> float:
-    p, q = _log_softmax(expected), _log_softmax(actual)
-    return float(np.sum(np.exp(p) * (p - q)))
+    return float(np.mean([row_kld(log_softmax(p), log_softmax(q)) for p, q in rows]))
 
 
 def top1(reference_logits: Logits, logits: Logits) -> float:
     """Return the share of positions whose most likely token agrees."""
     return float(np.mean(reference_logits.argmax(-1) == logits.argmax(-1)))
-
-
-def _log_softmax(logits: Logits) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max()
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return result
 
 
 def _repeat(engine: Engine, tokens: list[int], first: Logits) -> tuple[float, bool]:

@@ -6,7 +6,7 @@ of the machine's state meets all of them and ratios hold where absolute figures 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from edgekit.devices.bandwidth import measure_read_bandwidth
 from edgekit.devices.conditions import Conditions, conditions
 from edgekit.devices.probe import Machine, probe
 from edgekit.errors import EdgekitError
+from edgekit.progress import Steps, no_steps
 from edgekit.runtime.engine import check_threads, physical_cores
 from edgekit.runtime.gates import check_gates
 from edgekit.runtime.model_files import ModelFile, find_model_file
@@ -36,9 +37,6 @@ from edgekit.runtime.worker_process import WorkerProcess, worker_processes
 
 DEFAULT_SEED = 0
 
-Progress = Callable[[int, int, str], None]
-"""Called with (steps done, steps in all, what comes next)."""
-
 
 def bench(
     artifacts: Sequence[Path],
@@ -49,7 +47,7 @@ def bench(
     threads: int | None = None,
     cooldown_s: float = 0.0,
     seed: int = DEFAULT_SEED,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> Record:
     """Measure every artifact at every test and return the record of raw samples.
 
@@ -73,7 +71,7 @@ def bench(
     shapes = plan(prompts, generates, depths)
     check_contexts(artifacts, shapes)
     subjects = _open(artifacts)
-    return _run(subjects, shapes, settings, machine, progress or _silent)
+    return _run(subjects, shapes, settings, machine, progress or no_steps)
 
 
 def plan(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]) -> list[Shape]:
@@ -165,7 +163,7 @@ def _run(
     shapes: Sequence[Shape],
     settings: Settings,
     machine: Machine,
-    progress: Progress,
+    progress: Steps,
 ) -> Record:
     started = datetime.now(UTC)
     before = conditions()
@@ -210,7 +208,7 @@ def _measure(
     workers: Sequence[WorkerProcess],
     shapes: Sequence[Shape],
     settings: Settings,
-    progress: Progress,
+    progress: Steps,
 ) -> list[list[ShapeResult]]:
     """Run all steps; returns per subject one result per test."""
     start = conditions()
@@ -277,7 +275,3 @@ def _artifact_result(
         traffic=subject.weights.traffic,
         tests=tuple(tests),
     )
-
-
-def _silent(done: int, total: int, label: str) -> None:
-    """Report nothing."""

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Logits = NDArray[np.float32]
+from edgekit.logits import Floats, Logits, log_softmax, row_kld
 
 FEWEST_FOR_AN_ERROR = 11
 """llama.cpp gives means of ten values and fewer no error."""
@@ -57,12 +56,12 @@ def score_rows(logits: Logits, targets: Sequence[int], reference: Logits | None 
     count = len(targets)
     nll, nll_reference, kld = np.empty(count), np.empty(count), np.empty(count)
     for i, target in enumerate(targets):
-        q = _log_softmax(logits[i])
+        q = log_softmax(logits[i])
         nll[i] = -q[target]
         if reference is not None:
-            p = _log_softmax(reference[i])
+            p = log_softmax(reference[i])
             nll_reference[i] = -p[target]
-            kld[i] = (np.exp(p) * (p - q)).sum()
+            kld[i] = row_kld(p, q)
     if reference is None:
         return Scores(nll)
     return Scores(
@@ -72,13 +71,6 @@ def score_rows(logits: Logits, targets: Sequence[int], reference: Logits | None 
         np.exp(-nll) - np.exp(-nll_reference),
         logits.argmax(-1) == reference.argmax(-1),
     )
-
-
-def _log_softmax(row: Logits) -> Floats:
-    shifted = row.astype(np.float64)
-    shifted -= shifted.max()
-    shifted -= math.log(float(np.exp(shifted).sum()))
-    return shifted
 
 
 def join(scores: Sequence[Scores]) -> Scores:

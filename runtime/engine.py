@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import EdgekitError
+from edgekit.logits import Logits
 
-Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
 
 # Each module offers `open_engine(model_path, threads, context) -> Engine`; only the one asked for is

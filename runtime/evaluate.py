@@ -8,7 +8,7 @@ the first are scored.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 
 from edgekit.errors import EdgekitError
 from edgekit.models.tokenizer import TextTokenizer
+from edgekit.progress import Steps, no_steps
 from edgekit.runtime.divergence import (
     Divergence,
     Estimate,
@@ -32,9 +33,6 @@ from edgekit.runtime.subjects import Subject, open_subject
 DEFAULT_CONTEXT = 512
 LEAST_CONTEXT = 4
 """With fewer tokens a chunk has none to score after its first half."""
-
-Progress = Callable[[int, int, str], None]
-"""Called with (chunks done, chunks in all, the figures so far)."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def evaluate(
     chunks: int | None = None,
     threads: int | None = None,
     tokenizer: Path | None = None,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> Evaluation:
     """Score an artifact on a text, and compare it with a reference where one is named.
 
@@ -115,7 +113,7 @@ def evaluate_each(
     chunks: int | None = None,
     threads: int | None = None,
     tokenizer: Path | None = None,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> list[Evaluation]:
     """Do what `evaluate` does for several artifacts, with one run of the reference for all."""
     check_chunk_length(context)
@@ -127,7 +125,7 @@ def evaluate_each(
         texts = [tokenize(subject.tokenizer, text) for subject in subjects]
         if base is not None:
             _check_comparable(subjects, texts, base, tokenize(base.tokenizer, text))
-        scores, sizes = _run(subjects, texts, base, context, chunks, progress or _silent)
+        scores, sizes = _run(subjects, texts, base, context, chunks, progress or no_steps)
         return [
             Evaluation(
                 name=subject.name,
@@ -213,7 +211,7 @@ def _run(
     base: Subject | None,
     context: int,
     limit: int | None,
-    progress: Progress,
+    progress: Steps,
 ) -> tuple[list[Scores], list[int]]:
     """Score chunk after chunk on every subject; returns per subject its scores and chunks."""
     cuts = [
@@ -259,7 +257,3 @@ def _so_far(subjects: Sequence[Subject], scores: Sequence[Sequence[Scores]]) -> 
         if known.kld is not None:
             figures += f" KLD {known.kld.mean():.5f}"
         yield figures if len(subjects) == 1 else f"{subject.name} {figures}"
-
-
-def _silent(done: int, total: int, label: str) -> None:
-    """Report nothing."""

@@ -13,7 +13,8 @@ from executorch.extension.pybindings import _C as binding
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.runtime.engine import Logits, OneSequenceEngine, TokenIds, physical_cores
+from edgekit.logits import Logits
+from edgekit.runtime.engine import OneSequenceEngine, TokenIds, physical_cores
 from edgekit.runtime.executorch_binding import (
     FORWARD,
     OPEN_ENGINES,

@@ -6,8 +6,9 @@ from time import perf_counter_ns
 from typing import Any, Literal
 
 from edgekit.errors import EdgekitError
+from edgekit.logits import Logits
 from edgekit.models.tokenizer import TextTokenizer
-from edgekit.runtime.engine import Engine, Logits, check_tokens
+from edgekit.runtime.engine import Engine, check_tokens
 from edgekit.runtime.sampling import Sampler, SamplingParams
 
 Reason = Literal["eos", "stop", "length", "context", "interrupted"]

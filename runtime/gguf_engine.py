@@ -28,10 +28,10 @@ import numpy as np
 
 from edgekit.errors import EdgekitError
 from edgekit.gguf_file import GgufFile
+from edgekit.logits import Logits
 from edgekit.runtime import llama_library
 from edgekit.runtime.engine import (
     DEFAULT_CONTEXT,
-    Logits,
     OneSequenceEngine,
     TokenIds,
     check_first,

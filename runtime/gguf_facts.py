@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from edgekit.errors import EdgekitError
-from edgekit.gguf_checks import check_model
 from edgekit.gguf_file import STRING, GgufArray, GgufFile
+from edgekit.runtime.gguf_checks import check_model
 from edgekit.runtime.record import Traffic
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"

@@ -5,15 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.artifact import MANIFEST, Artifact
+from edgekit.artifact import MANIFEST, TARGET_OF, Artifact
 from edgekit.errors import EdgekitError
 from edgekit.genai_config import GenaiConfig, is_genai_folder
 from edgekit.models.tokenizer import TOKENIZER_FILE, TextTokenizer, Tokenizer
 from edgekit.onnx_file import OnnxFile
 from edgekit.runtime.engine import DEFAULT_CONTEXT, Engine, load_engine
-
-ENGINE_OF = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
-"""The engine of a file that comes without a manifest."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +115,11 @@ def _genai_folder(place: Path) -> ModelFile:
 
 
 def _bare_file(place: Path) -> ModelFile:
-    engine = ENGINE_OF.get(place.suffix.lower())
+    engine = TARGET_OF.get(place.suffix.lower())
     if engine is None:
         raise EdgekitError(
             f"{place}: is no artifact folder and no file of those that end in "
-            f"{', '.join(ENGINE_OF)}"
+            f"{', '.join(TARGET_OF)}"
         )
     if engine != "gguf":
         return ModelFile(place, place, engine)

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import EdgekitError
-
-Logits = NDArray[np.float32]
+from edgekit.logits import Logits
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.errors import EdgekitError
+from edgekit.logits import Logits
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
 from edgekit.runtime.engine import (
-    Logits,
     OneSequenceEngine,
     TokenIds,
     check_first,

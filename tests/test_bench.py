@@ -16,9 +16,10 @@ from click.testing import CliRunner, Result
 
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
+from edgekit.logits import Logits
 from edgekit.runtime.accounting import memory_bytes, peak_bytes
 from edgekit.runtime.bench import bench, plan
-from edgekit.runtime.engine import Logits, OneSequenceEngine, TokenIds
+from edgekit.runtime.engine import OneSequenceEngine, TokenIds
 from edgekit.runtime.record import Record, Shape
 from edgekit.runtime.table import render
 from edgekit.runtime.worker import measure, random_tokens

@@ -14,8 +14,8 @@ import pytest
 from gguf_models import small_model_file
 
 from edgekit.errors import EdgekitError
-from edgekit.gguf_checks import check_model
 from edgekit.gguf_file import TYPES, GgufArray, GgufFile
+from edgekit.runtime.gguf_checks import check_model
 
 KEYS = [
     make.key("general.architecture", make.STRING, make.text("lfm2")),

@@ -11,7 +11,6 @@ import pytest
 from edgekit.errors import VerificationError
 from edgekit.exporters.verify import (
     MAX_KLD,
-    Logits,
     Reference,
     check_format_cost,
     kld,
@@ -19,6 +18,7 @@ from edgekit.exporters.verify import (
     top1,
     verify,
 )
+from edgekit.logits import Logits
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
 from edgekit.models.tokenizer import Tokenizer

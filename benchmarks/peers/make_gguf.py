@@ -10,7 +10,6 @@ and never uses it.
 
 import argparse
 import json
-import re
 import subprocess
 from pathlib import Path
 
@@ -32,40 +31,13 @@ from benchmarks.peers.shapes import (
     Shape,
     random_weight,
 )
-
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.embedding_norm": "token_embd_norm",  # the final norm, in spite of its name
-    "operator_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
-    "conv.in_proj": "shortconv.in_proj",
-    "conv.conv": "shortconv.conv",
-    "conv.out_proj": "shortconv.out_proj",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.out_proj": "attn_output",
-    "self_attn.q_layernorm": "attn_q_norm",
-    "self_attn.k_layernorm": "attn_k_norm",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w3": "ffn_up",
-    "feed_forward.w2": "ffn_down",
-}
+from edgekit.exporters.gguf_names import gguf_name
 
 QUANTIZED = {
     "q8_0": ["Q8_0"],
     "q4_0": ["Q4_0"],
     "q4_0-pure": ["--pure", "--token-embedding-type", "q4_0", "Q4_0"],
 }
-
-
-def gguf_name(name: str) -> str:
-    """Return llama.cpp's name of a checkpoint tensor."""
-    stem = name.removesuffix(".weight")
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
-    if match:
-        return f"blk.{match[1]}.{NAMES[match[2]]}.weight"
-    return f"{NAMES[stem]}.weight"
 
 
 def stored_type(name: str) -> GGMLQuantizationType:

@@ -1,17 +1,18 @@
 """The line of progress of long commands, where somebody is looking at a terminal."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
-Show = Callable[[int, int, str], None]
-"""Called with (steps done, steps in all, what comes next)."""
+if TYPE_CHECKING:
+    from edgekit.progress import Steps
 
 
 @contextmanager
-def progress_line() -> Iterator[Show | None]:
+def progress_line() -> "Iterator[Steps | None]":
     """Give what rewrites one line of stderr, cleared at the end however the work ends.
 
     None where stderr is no terminal, or was closed by the caller: Python has None for it then.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from edgekit.commands._engine_options import threads_option
 from edgekit.commands._progress import progress_line
 
 
@@ -62,9 +63,7 @@ def _rest(ctx: click.Context, param: click.Parameter, value: float) -> float:
     show_default=True,
     help="Timed repetitions of each test, after one warm-up.",
 )
-@click.option(
-    "-t", "--threads", type=int, help="CPU threads, 4 per CPU at most  [default: physical cores]"
-)
+@threads_option
 @click.option(
     "--cooldown",
     "cooldown_s",

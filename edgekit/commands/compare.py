@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from edgekit.commands._engine_options import threads_option
 from edgekit.commands._json import print_json
 from edgekit.commands._progress import progress_line
 from edgekit.errors import EdgekitError
@@ -52,9 +53,7 @@ from edgekit.errors import EdgekitError
     show_default=True,
     help="Timed repetitions, after one warm-up.",
 )
-@click.option(
-    "-t", "--threads", type=int, help="CPU threads, 4 per CPU at most  [default: physical cores]"
-)
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @click.option(
     "-o",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from edgekit.commands._engine_options import threads_option
 from edgekit.commands._json import print_json
 from edgekit.commands._progress import progress_line
 
@@ -30,9 +31,7 @@ from edgekit.commands._progress import progress_line
     type=click.Path(path_type=Path),
     help="Folder with the tokenizer.json to use for files  [default: their own]",
 )
-@click.option(
-    "-t", "--threads", type=int, help="CPU threads, 4 per CPU at most  [default: physical cores]"
-)
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def command(
     artifact: str,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgekit.commands._engine_options import threads_option
 from edgekit.commands._json import print_json
 from edgekit.errors import EdgekitError
 
@@ -47,9 +48,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder with the tokenizer.json to use  [default: the artifact's own]",
 )
-@click.option(
-    "-t", "--threads", type=int, help="CPU threads, 4 per CPU at most  [default: physical cores]"
-)
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Text and figures as JSON, at the end.")
 def command(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Generate text from ARTIFACT, a folder that `edgekit export` wrote.
