@@ -6,7 +6,7 @@ each chunk starts from a fresh state, its first token replaced by bos where the 
 squares are summed over every position.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -23,6 +23,7 @@ from edgekit.models.lfm2 import LFM2
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import ReadWeight
+from edgekit.progress import Steps
 from edgekit.quantize.recipe import HEAD
 from edgekit.runtime.evaluate import cut, tokenize
 
@@ -37,13 +38,13 @@ def imatrix_of_text(
     *,
     context: int = 512,
     chunks: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Steps | None = None,
 ) -> Imatrix:
     """Run the float model over a text and return the squares of what its linears were given.
 
     `dataset` is what the file calls the text; `chunks` bounds how many chunks of `context` tokens
-    are run; `progress` is called with (chunks done, chunks in all). EdgekitError for a text that
-    is too short, a context that does not fit, and activations that are not finite.
+    are run. EdgekitError for a text that is too short, a context that does not fit, and
+    activations that are not finite.
     """
     if source.folder is None:
         raise EdgekitError(f"{source.id}: random weights have no tokenizer to read a text with")
@@ -55,7 +56,7 @@ def imatrix_of_text(
         for done, piece in enumerate(pieces, start=1):
             model.all_logits(torch.tensor([piece]), start)
             if progress is not None:
-                progress(done, len(pieces))
+                progress(done, len(pieces), "chunks")
     count = len(pieces) * context
     entries = {
         gguf_name(name): Statistics(_finite(name, squares), count)

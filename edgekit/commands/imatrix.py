@@ -93,7 +93,4 @@ def _measure(
         from edgekit.calibration import imatrix_of_text
 
     with progress_line() as show:
-        chunk_done = None if show is None else lambda done, total: show(done, total, "chunks")
-        return imatrix_of_text(
-            source, text, dataset, context=context, chunks=chunks, progress=chunk_done
-        )
+        return imatrix_of_text(source, text, dataset, context=context, chunks=chunks, progress=show)
