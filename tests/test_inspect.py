@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
-from edgekit.exporters.inspect import TABLES, inspect
+from edgekit.exporters.inspect import inspect
+from edgekit.exporters.inspect_executorch import TABLES
 from edgekit.exporters.pte import Program
 
 
@@ -158,8 +159,8 @@ def test_a_corrupt_manifest(copy: Path, content: bytes) -> None:
 
 
 def test_a_manifest_of_another_target(copy: Path) -> None:
-    edit_manifest(copy, target="gguf")
-    assert_one_line(run(copy), 2, "'gguf' cannot be inspected, only executorch")
+    edit_manifest(copy, target="other")
+    assert_one_line(run(copy), 2, "'other' cannot be inspected, only executorch")
 
 
 @pytest.mark.parametrize("value", [None, 3, "yes", [1], {"a": {"b": []}}, {"a": None}])
