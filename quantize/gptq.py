@@ -21,54 +21,72 @@ _DAMPING = 0.01
 _BLOCK = 128
 """Columns whose updates reach the rest of the matrix in one product (section 3.3, step 2)."""
 # How far the range of the largest value is shrunk in the search for a scale.
-_FACTORS = tuple(1 - 0.025 * step for step in range(0, 17))
+_FACTORS = tuple(1 - 0.025 * step for step in range(17))
 
 
-class Hessian:
-    """`X X^T / samples` of the inputs `[n, columns]` of a linear layer, summed in float32."""
+class Inputs:
+    """What a linear layer sees in calibration, as two matrices `[columns, columns]`.
+
+    With X the inputs that the quantized part of the model gives it and Y those that the float
+    model gives it: the Hessian `X X^T / n` and `Y X^T / n`, summed in float32.
+    """
 
     def __init__(self, columns: int) -> None:
         """Start without samples."""
-        self.samples = 0
-        self._sum = torch.zeros(columns, columns)
+        self._samples = 0
+        self._hessian = torch.zeros(columns, columns)
+        self._cross = torch.zeros(columns, columns)
 
-    def add(self, inputs: Tensor) -> None:
-        """Add inputs `[..., columns]`."""
-        rows = inputs.detach().reshape(-1, self._sum.shape[0]).to(torch.float32)
-        self._sum.addmm_(rows.t(), rows)
-        self.samples += len(rows)
+    def add(self, quantized: Tensor, exact: Tensor) -> None:
+        """Add inputs `[n, columns]` of the same tokens in both models."""
+        self._hessian.addmm_(quantized.t(), quantized)
+        self._cross.addmm_(exact.t(), quantized)
+        self._samples += len(quantized)
 
-    def mean(self) -> Tensor:
-        """Return the matrix `[columns, columns]`; ValueError without samples or with NaN."""
-        if not self.samples:
+    @property
+    def hessian(self) -> Tensor:
+        """`X X^T / n`; ValueError without samples or with ones that are not finite."""
+        return self._mean(self._hessian)
+
+    @property
+    def cross(self) -> Tensor:
+        """`Y X^T / n`; ValueError as `hessian`."""
+        return self._mean(self._cross)
+
+    def _mean(self, total: Tensor) -> Tensor:
+        if not self._samples:
             raise ValueError("calibration saw no inputs of this layer")
-        if not bool(self._sum.diagonal().isfinite().all()):
+        if not bool(total.sum().isfinite()):
             raise ValueError("calibration saw inputs that are not finite")
-        return self._sum / self.samples
+        return total / self._samples
 
 
-def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme) -> QuantizedTensor:
+def gptq(weight: Tensor, inputs: Inputs, scheme: Scheme) -> QuantizedTensor:
     """Return the codes of a float weight `[rows, columns]` that GPTQ chooses for a scheme.
 
-    `hessian` is that of the layer's inputs, `[columns, columns]`. Scales minimise the error
-    weighted by its diagonal. Columns that calibration never used are rounded to nearest. Raises
-    ValueError for the float scheme, shapes that do not fit, and values that are not finite.
+    What is approximated is the float layer's output on the float model's inputs, so a layer makes
+    up for what the layers before it lost. Scales minimise the error weighted by the Hessian's
+    diagonal. Raises ValueError for the float scheme, for shapes that do not fit and for values
+    that are not finite.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
+    hessian = inputs.hessian
     if hessian.shape != (columns, columns):
-        raise ValueError(f"expected a Hessian of {columns} columns, got {tuple(hessian.shape)}")
+        raise ValueError(f"expected inputs of {columns} columns, got {len(hessian)}")
     exact = weight.detach().to(torch.float32)
     if not bool(exact.isfinite().all()):
         raise ValueError("the weight holds infinities or NaN")
+    damped = _damped(hessian)
+    target = exact + _correction(exact, inputs.cross - hessian, damped)
+    importance = hessian.diagonal()
     size = scheme.group_size or columns
-    scales = _scales(exact, hessian.diagonal(), size, scheme.grid)
-    order = hessian.diagonal().argsort(descending=True)
+    scales = _scales(target, importance, size, scheme.grid)
+    order = importance.argsort(descending=True)
     spread = scales.repeat_interleave(size, dim=1)[:, order]
-    rounded = _round(exact[:, order], spread, _factor(hessian, order), scheme.grid)
-    restored = torch.empty_like(exact)
-    restored[:, order] = rounded
-    # The values lie on the grid already, so this only turns them into codes.
+    restored = torch.empty_like(target)
+    restored[:, order] = _round(target[:, order], spread, _factor(damped, order), scheme.grid)
     per_channel = scheme.granularity == "channel"
+    # The values lie on the grid already, so this only turns them into codes.
     return quantize_with(
         restored,
         scheme.grid,
@@ -76,6 +94,21 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme) -> QuantizedTensor:
         axis=0 if per_channel else None,
         group_size=scheme.group_size,
     )
+
+
+def _damped(hessian: Tensor) -> Tensor:
+    """Return a copy whose diagonal is larger, and 1 where no input was ever seen."""
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    unused = diagonal <= 0
+    diagonal.add_(_DAMPING * diagonal.mean()).masked_fill_(unused, 1.0)
+    return damped
+
+
+def _correction(weight: Tensor, difference: Tensor, damped: Tensor) -> Tensor:
+    """Return what to add to W so that `(W + D) X` is closest to `W Y`: `W (Y - X) X^T H^-1`."""
+    factor = torch.linalg.cholesky(damped)
+    return torch.cholesky_solve((weight @ difference).t(), factor).t()
 
 
 def _scales(weight: Tensor, importance: Tensor, size: int, grid: Grid) -> Tensor:
@@ -95,19 +128,15 @@ def _scales(weight: Tensor, importance: Tensor, size: int, grid: Grid) -> Tensor
     return best
 
 
-def _factor(hessian: Tensor, order: Tensor) -> Tensor:
+def _factor(damped: Tensor, order: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse of the damped Hessian, in that order."""
-    matrix = hessian[order][:, order].clone()
-    diagonal = matrix.diagonal()
-    unused = diagonal <= 0
-    damping = _DAMPING * diagonal.mean().clamp(min=1e-12)
-    diagonal.add_(damping).masked_fill_(unused, 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    return torch.linalg.cholesky(inverse, upper=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 def _round(weight: Tensor, scales: Tensor, factor: Tensor, grid: Grid) -> Tensor:
-    """Round the columns of a weight, which is used up, in turn; return the rounded values."""
+    """Round the columns of a weight in turn; return the rounded values."""
     weight = weight.clone()
     columns = weight.shape[1]
     result = torch.empty_like(weight)

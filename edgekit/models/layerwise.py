@@ -1,8 +1,8 @@
 """Quantizing a model layer by layer with calibration: each layer sees what those before give it.
 
-The hidden states of a few texts pass through the eager model one layer at a time, so that never
-more than one layer's weights are in memory as floats. A layer's linears are quantized in the order
-in which data reaches them, and what they are calibrated on comes from the quantized part.
+The hidden states of a few texts pass through the float and the quantized model side by side, one
+layer at a time, so that never more than one matrix is in memory as floats. A layer's linears are
+quantized in the order in which data reaches them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +11,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from edgekit.errors import EdgekitError
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import EagerBlocks
 from edgekit.models.lfm2 import LFM2, Layer
 from edgekit.models.weights import ReadWeight, Weight
-from edgekit.quantize.gptq import Hessian, gptq
+from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.tensor import QuantizedTensor
 
-# The linears of a layer in the order in which data reaches them; those of one stage have the same
+# The linears of a layer in the order in which data reaches them; those of a stage have the same
 # inputs.
 STAGES = (
     ("conv.in_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -32,58 +33,70 @@ STAGES = (
 def gptq_model(
     config: ModelConfig,
     rows: Sequence[Resolved],
-    read: ReadWeight,
+    read: Callable[[str], Tensor],
+    codes: ReadWeight,
     texts: Sequence[Sequence[int]],
-    progress: Callable[[int], None] = lambda layer: None,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, QuantizedTensor]:
-    """Return the codes of the layers' linears; what is outside the layers is not among them.
+    """Return the codes that GPTQ chooses for the linears of all layers, by name.
 
-    `read` gives the float weights, `texts` are runs of token ids, each at most as long as the
-    model's context. `progress` hears each layer's number when it is done.
+    `read` gives the float weights; `codes` what is outside the layers, the embedding, as it will
+    be exported; `texts` are runs of token ids, each at most as long as the model's context.
+    Raises EdgekitError naming the tensor that calibration cannot quantize.
     """
-    run = _Layerwise(config, read, texts)
     schemes = {row.tensor: row.scheme for row in rows if not row.scheme.is_float}
+    found: dict[str, QuantizedTensor] = {}
+
+    def so_far(name: str) -> Weight:
+        return (
+            found[name] if name in found else codes(name) if ".layers." not in name else read(name)
+        )
+
+    exact, quantized = _Stream(config, read, texts), _Stream(config, so_far, texts)
     for index in range(config.num_layers):
-        prefix = f"model.layers.{index}."
+        progress(f"calibrating layer {index + 1} of {config.num_layers}")
         for stage in STAGES:
-            names = [f"{prefix}{part}.weight" for part in stage]
-            wanted = [name for name in names if name in schemes]
-            if not wanted:
+            names = [f"model.layers.{index}.{part}.weight" for part in stage]
+            names = [name for name in names if name in schemes]
+            if not names:
                 continue
-            hessian = run.inputs_of(index, wanted[0]).mean()
-            for name in wanted:
-                weight = cast(Tensor, read(name))
-                run.codes[name] = gptq(weight, hessian, schemes[name])
-        run.advance(index)
-        progress(index)
-    return run.codes
+            inputs = Inputs(read(names[0]).shape[1])
+            both = zip(
+                quantized.inputs(index, names[0]), exact.inputs(index, names[0]), strict=True
+            )
+            for seen, meant in both:
+                inputs.add(seen, meant)
+            for name in names:
+                try:
+                    found[name] = gptq(read(name), inputs, schemes[name])
+                except ValueError as error:
+                    raise EdgekitError(f"{name}: cannot be calibrated: {error}") from error
+        exact.advance(index)
+        quantized.advance(index)
+    return found
 
 
-class _Layerwise:
-    """The hidden states of all texts before some layer, and the codes found so far."""
+class _Stream:
+    """The hidden states of all texts before some layer of one model."""
 
     def __init__(
         self, config: ModelConfig, read: ReadWeight, texts: Sequence[Sequence[int]]
     ) -> None:
-        self.codes: dict[str, QuantizedTensor] = {}
-        self._read = read
-        blocks = _NamedLinears(self._weight)
+        blocks = _NamedLinears(read)
         self._model = LFM2(blocks, config, max(map(len, texts))).eval()
         self._linears = blocks.linears
         with torch.inference_mode():
             self._states = [self._model.embed_tokens(torch.tensor(list(text))) for text in texts]
 
-    def _weight(self, name: str) -> Weight:
-        return self.codes[name] if name in self.codes else self._read(name)
-
-    def inputs_of(self, index: int, name: str) -> Hessian:
-        """Run the layer over all texts and sum what the linear of that name sees."""
-        hessian = Hessian(self._read(name).shape[1])
-        hook = self._linears[name].register_forward_pre_hook(lambda _, x: hessian.add(x[0]))
-        for _ in self._outputs(index):
-            pass
-        hook.remove()
-        return hessian
+    def inputs(self, index: int, name: str) -> Iterator[Tensor]:
+        """Run the layer over all texts; yield what the linear of that name sees, text by text."""
+        seen: list[Tensor] = []
+        hook = self._linears[name].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        try:
+            for _ in self._outputs(index):
+                yield seen.pop()
+        finally:
+            hook.remove()
 
     def advance(self, index: int) -> None:
         """Replace the hidden states by the layer's outputs."""
@@ -92,10 +105,11 @@ class _Layerwise:
     def _outputs(self, index: int) -> Iterator[Tensor]:
         layer = cast(Layer, self._model.layers[index])
         new = torch.zeros(1)  # keeps nothing of the convolution's state
-        with torch.inference_mode():
-            for x in self._states:
+        for x in self._states:
+            with torch.inference_mode():
                 cos, sin = self._model.rope(0, len(x))
-                yield layer(x, 0, cos, sin, new, False)
+                result = layer(x, 0, cos, sin, new, False)
+            yield result
 
 
 class _NamedLinears(EagerBlocks):
