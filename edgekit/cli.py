@@ -21,7 +21,18 @@ import click
 from edgekit import __version__
 from edgekit.errors import EdgekitError
 
-COMMANDS = ("export", "verify", "run", "bench", "inspect", "quantize", "fit", "models", "devices")
+COMMANDS = (
+    "export",
+    "verify",
+    "run",
+    "bench",
+    "inspect",
+    "quantize",
+    "imatrix",
+    "fit",
+    "models",
+    "devices",
+)
 
 MISTAKE = 2
 DEFECT = 70  # EX_SOFTWARE of sysexits.h

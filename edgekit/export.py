@@ -8,6 +8,8 @@ from typing import Any
 from edgekit import __version__
 from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import copy_tokenizer, new_artifact, write_manifest
+from edgekit.exporters.gguf_weights import StoredWeights
+from edgekit.exporters.llama_formats import FORMATS
 from edgekit.exporters.target import Job, Options, Target, Weights, find_target
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.progress import Progress
@@ -25,12 +27,17 @@ One has no length to trace, and at two ExecuTorch decodes the second wrong (caus
 
 @dataclass(frozen=True)
 class Plan:
-    """What an export will write, known before any weight is read."""
+    """What an export will write, known before any weight is read.
+
+    `rows` say what edgekit quantizes, `table` what the file will hold (`table_json`): one of
+    llama.cpp's formats is made of float rows.
+    """
 
     source: ModelSource
     recipe: Recipe
     rows: list[Resolved]
     tied: dict[str, str]
+    table: list[dict[str, Any]]
     context: int
     target: str
     options: Options
@@ -50,7 +57,10 @@ def plan_export(
     random_weights: bool = False,
     options: Options | None = None,
 ) -> Plan:
-    """Resolve names, schemes and limits; every refusal that needs no weights happens here."""
+    """Resolve names, schemes and limits; every refusal that needs no weights happens here.
+
+    `recipe` is `format_recipe`'s where the options name one of llama.cpp's formats.
+    """
     options = options or Options()
     writer = find_target(target, options)
     source = resolve_model(model, revision=revision, random_weights=random_weights)
@@ -62,7 +72,19 @@ def plan_export(
     least = min(MIN_CONTEXT, limit)
     if not least <= context <= limit:
         raise EdgekitError(f"--context {context}: {source.id} takes {least} to {limit} tokens")
-    return Plan(source, recipe, rows, tied, context, target, options)
+    table = _table(source, rows, tied, options)
+    return Plan(source, recipe, rows, tied, table, context, target, options)
+
+
+def _table(
+    source: ModelSource, rows: list[Resolved], tied: dict[str, str], options: Options
+) -> list[dict[str, Any]]:
+    if options.llama_format is None:
+        return table_json(rows, tied)
+    from edgekit.exporters.gguf import planned_table
+
+    form = FORMATS[options.llama_format]
+    return planned_table(source.config, rows, tied, form, options.imatrix)
 
 
 def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[str, Any]:
@@ -80,7 +102,7 @@ def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[st
     with new_artifact(output, force) as folder:
         progress("quantizing")
         weights = Weights(plan.rows, plan.tied, checkpoint)
-        if missing is None:
+        if missing is None and plan.options.llama_format is None:
             progress("computing the reference")
             expected = expected_logits(source, weights, tokens)
         job = Job(
@@ -95,10 +117,13 @@ def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[st
         )
         writer.write(job, folder, progress)
         weights.clear()
+        path = folder / writer.MODEL_FILE
+        if missing is None and plan.options.llama_format is not None:
+            progress("computing the reference")
+            expected = expected_logits(source, StoredWeights(path, source.config), tokens)
         if missing is None:
             progress(f"verifying in {writer.ENGINE}")
-            path = folder / writer.MODEL_FILE
-            figures = verify_file(plan.target, path, plan.context, expected).to_dict()
+            figures = verify_file(plan.target, path, plan.context, expected, source)
         else:
             figures = {"verified": False, "reason": missing}
         progress("finishing")
@@ -136,7 +161,7 @@ def _manifest(plan: Plan, verification: dict[str, Any]) -> dict[str, Any]:
         "target": plan.target,
         "file": plan.writer.MODEL_FILE,
         "recipe": plan.recipe.name,
-        "tensors": table_json(plan.rows, plan.tied),
+        "tensors": plan.table,
         "versions": {"edgekit": __version__, **plan.writer.versions()},
         "context": plan.context,
         "bos_id": source.config.bos_id,

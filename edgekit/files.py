@@ -16,6 +16,28 @@ def os_reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+LONGEST_TEXT_BYTES = 16 << 20
+"""A tokenizer takes some 40 bytes of memory for each byte of a text."""
+
+
+def read_text(path: Path) -> str:
+    """Return a UTF-8 file as it is, line ends included; EdgekitError names what is wrong."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(LONGEST_TEXT_BYTES + 1)  # a device has no end
+    except OSError as error:
+        raise EdgekitError(f"{path}: cannot be read: {os_reason(error)}") from error
+    if len(data) > LONGEST_TEXT_BYTES:
+        raise EdgekitError(f"{path}: is longer than {LONGEST_TEXT_BYTES >> 20} MiB; give a part")
+    if not data:
+        raise EdgekitError(f"{path}: is empty")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        at = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise EdgekitError(f"{path}: is not UTF-8: {at}") from error
+
+
 def check_output_file(path: Path, force: bool) -> None:
     """Raise EdgekitError where `path` cannot become a file, before any work is done for it."""
     if path.is_dir():

@@ -8,9 +8,11 @@ from typing import Any
 from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import update_manifest
+from edgekit.exporters.gguf_weights import StoredWeights
+from edgekit.exporters.llama_formats import find_format
 from edgekit.exporters.reference_text import TEXT
-from edgekit.exporters.target import Weights
-from edgekit.exporters.verify import Reference, Verification, reference, verify
+from edgekit.exporters.target import Options, Weights, find_target
+from edgekit.exporters.verify import Reference, reference, verify
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -37,14 +39,11 @@ def verify_artifact(path: Path, model: str | None, progress: Progress) -> dict[s
     progress("reading the model")
     if source.checkpoint.sha256() != artifact.manifest["model"].get("sha256"):
         raise EdgekitError(f"{path}: was made of other weights than those of {model or source.id}")
-    _, tied = tied_shapes(source.config.tensor_shapes())
-    weights = Weights(_rows(artifact), tied, source.checkpoint)
     progress("computing the reference")
-    expected = expected_logits(source, weights, tokens)
-    weights.clear()
+    expected = expected_logits(source, _weights(artifact, source), tokens)
     progress("verifying")
-    found = verify_file(artifact.target, artifact.model_path, artifact.context, expected)
-    return update_manifest(artifact, {"verification": found.to_dict()})
+    found = verify_file(artifact.target, artifact.model_path, artifact.context, expected, source)
+    return update_manifest(artifact, {"verification": found})
 
 
 def expected_logits(
@@ -59,10 +58,20 @@ def expected_logits(
     )
 
 
-def verify_file(target: str, path: Path, context: int, expected: Reference) -> Verification:
-    """Open the file in its engine and compare; VerificationError where it differs."""
+def verify_file(
+    target: str, path: Path, context: int, expected: Reference, source: ModelSource
+) -> dict[str, Any]:
+    """Open the file in its engine and compare; return the figures for the manifest.
+
+    VerificationError where the logits differ, or the ids of the tokenizer that the file holds.
+    """
+    figures: dict[str, Any] = {}
+    if source.folder is not None and (source.folder / TOKENIZER_FILE).is_file():
+        compared = find_target(target, Options()).check_tokenizer(path, source.folder)
+        if compared:
+            figures["tokenizer"] = compared
     with load_engine(target, path, context=context) as engine:
-        return verify(engine, expected)
+        return verify(engine, expected).to_dict() | figures
 
 
 def verification_tokens(source: ModelSource, context: int) -> list[int]:
@@ -94,6 +103,14 @@ def _source(artifact: Artifact, model: str | None) -> ModelSource:
         if model is not None:
             raise
         raise EdgekitError(f"{error}; say with --model where the weights are") from error
+
+
+def _weights(artifact: Artifact, source: ModelSource) -> Mapping[str, Weight]:
+    """Return what the file must compute: the codes anew, or what it holds in a foreign format."""
+    if find_format(str(artifact.manifest.get("recipe"))) is not None:
+        return StoredWeights(artifact.model_path, source.config)
+    _, tied = tied_shapes(source.config.tensor_shapes())
+    return Weights(_rows(artifact), tied, source.checkpoint)
 
 
 def _rows(artifact: Artifact) -> list[Resolved]:

@@ -21,6 +21,11 @@ PACKAGES = ("executorch", "torch")
 def check_rows(rows: Sequence[Resolved]) -> None:
     """Refuse, before any work, a scheme that XNNPACK cannot hold."""
     for row in rows:
+        if not row.scheme.symmetric:
+            raise EdgekitError(
+                f"{row.tensor}: target executorch cannot hold {row.scheme.name}: XNNPACK takes no "
+                f"zero points for weights; it holds {LINEAR_SCHEMES}, and w8gN for the embedding"
+            )
         grouped_int8 = row.scheme.bits == 8 and row.scheme.granularity == "group"
         if grouped_int8 and row.tensor != EMBEDDING:
             raise EdgekitError(
@@ -102,6 +107,11 @@ def runner_metadata(config: ModelConfig, context: int) -> dict[str, Any]:
         "get_bos_id": config.bos_id,
         "get_eos_ids": list(config.eos_ids),
     }
+
+
+def check_tokenizer(path: Path, folder: Path) -> dict[str, int]:
+    """Return nothing: a `.pte` holds no tokenizer, its runners read tokenizer.json."""
+    return {}
 
 
 def versions() -> dict[str, str]:

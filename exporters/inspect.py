@@ -10,8 +10,9 @@ from edgekit.errors import EdgekitError, VerificationError
 # Each module is an `Inspector`; only the one asked for is imported.
 INSPECTORS = {
     "executorch": "edgekit.exporters.inspect_executorch",
+    "gguf": "edgekit.exporters.inspect_gguf",
 }
-SUFFIXES = {".pte": "executorch"}
+SUFFIXES = {".pte": "executorch", ".gguf": "gguf"}
 """Whose a file is that comes without a manifest."""
 
 

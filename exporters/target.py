@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
@@ -14,17 +15,33 @@ from edgekit.models.config import ModelConfig
 from edgekit.models.weights import Weight
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.scheme import FORMS
 from edgekit.quantize.tensor import QuantizedTensor
 
 # Each module is a `Target`; only the one asked for is imported, with its libraries.
 TARGETS = {
     "executorch": "edgekit.exporters.executorch",
+    "gguf": "edgekit.exporters.gguf",
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """Choices that only some targets have; a target refuses those that are not its own."""
+    """Choices that only some targets have; a target refuses those that are not its own.
+
+    `llama_format` is one of llama.cpp's own (`llama_formats.FORMATS`), `imatrix` the file of an
+    importance matrix for it.
+    """
+
+    llama_format: str | None = None
+    imatrix: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse choices that only others give a meaning."""
+        if self.imatrix is not None and self.llama_format is None:
+            raise EdgekitError(
+                "--imatrix is for llama.cpp's own formats: give one with --scheme, such as Q4_K_M"
+            )
 
 
 class Weights(Mapping[str, Weight]):
@@ -48,6 +65,10 @@ class Weights(Mapping[str, Weight]):
     def __getitem__(self, name: str) -> QuantizedTensor | Tensor:
         """Return the codes, or the float tensor as the checkpoint stores it."""
         return self._codes[name] if name in self._codes else self._source.tensor(self._places[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which the checkpoint stores a tensor."""
+        return self._source.dtype(self._places[name])
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names in model order."""
@@ -108,6 +129,15 @@ class Target(Protocol):
         """
         ...
 
+    def check_tokenizer(self, path: Path, folder: Path) -> dict[str, int]:
+        """Compare the tokenizer inside a written file with that of the model's folder.
+
+        Returns how many texts were compared, and how many tokens they have; nothing where the
+        file holds no tokenizer. VerificationError names the first text whose ids differ. Called
+        where the target's engine is installed.
+        """
+        ...
+
     def versions(self) -> dict[str, str]:
         """Return the versions that decided the file's bytes."""
         ...
@@ -118,10 +148,19 @@ def find_target(name: str, options: Options) -> Target:
     if name not in TARGETS:
         raise EdgekitError(f"unknown target {name!r}: allowed are {', '.join(TARGETS)}")
     target = cast(Target, importlib.import_module(TARGETS[name]))
-    for option in _given(options):
+    for option, value in _given(options).items():
         if option not in target.OPTIONS:
-            raise EdgekitError(f"--{option} has no meaning for target {name}: leave it out")
+            raise EdgekitError(_refusal(option, value, name))
     return target
+
+
+def _refusal(option: str, value: object, target: str) -> str:
+    if option == "llama_format":
+        return (
+            f"--scheme {value} is one of llama.cpp's own formats, which target {target} cannot "
+            f"hold, only gguf; schemes are {FORMS}"
+        )
+    return f"--{option} has no meaning for target {target}: leave it out"
 
 
 def _given(options: Options) -> dict[str, Any]:

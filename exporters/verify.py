@@ -144,7 +144,11 @@ def figures_text(found: Mapping[str, Any]) -> str:
         for name, key in (("quantized model", "quantized"), ("float model", "float"))
     ]
     table = markdown_table(["", "mean KLD", "same top-1"], rows)
-    return f"verified over {found['positions']} positions of {found['tokens']} tokens\n{table}"
+    text = f"verified over {found['positions']} positions of {found['tokens']} tokens\n{table}"
+    if "tokenizer" in found:
+        texts, tokens = found["tokenizer"]["texts"], found["tokenizer"]["tokens"]
+        text += f"\ntokenizer: the model's own ids in {texts:,} texts of {tokens:,} tokens"
+    return text
 
 
 def kld(reference_logits: Logits, logits: Logits) -> float:

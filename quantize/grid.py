@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from edgekit.quantize.packing import PACKABLE_BITS
+from edgekit.quantize.scales import SCALES, SCALES_OF_Q4_1, ScaleGrid
 from edgekit.quantize.tensor import code_range
 
 
@@ -38,6 +39,11 @@ class Grid:
     def high(self) -> int:
         """The highest code."""
         return code_range(self.bits, self.symmetric)[1]
+
+    @property
+    def scales(self) -> ScaleGrid:
+        """The scales that every target can store for such codes."""
+        return SCALES if self.symmetric or self.bits != 4 else SCALES_OF_Q4_1
 
     @property
     def dtype(self) -> torch.dtype:

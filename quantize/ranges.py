@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from edgekit.quantize.grid import Grid
-from edgekit.quantize.scales import round_scale
 from edgekit.quantize.tensor import CHUNK_ELEMENTS
 
 RangeMethod = Literal["minmax", "mse"]
@@ -39,9 +38,9 @@ def from_range(least: Tensor, most: Tensor, grid: Grid) -> Parameters:
     # Widened to contain 0: padding and pruned weights must stay exactly 0.
     least, most = least.clamp(max=0), most.clamp(min=0)
     if grid.symmetric:
-        return round_scale(torch.maximum(most / grid.high, least / grid.low)), None
+        return grid.scales.round(torch.maximum(most / grid.high, least / grid.low)), None
     # Divided before the subtraction, which could overflow.
-    scales = round_scale(most / grid.high - least / grid.high, up=True)
+    scales = grid.scales.round(most / grid.high - least / grid.high, up=True)
     return scales, (-least / scales).round().clamp(grid.low, grid.high).to(torch.int32)
 
 

@@ -2,7 +2,12 @@
 
 XNNPACK's 4-bit kernels store bfloat16, GGUF float16 and ONNX float32. A bfloat16 value has 8
 significant bits and float16 has 11, so it is exact in all three where float16 is normal.
+
+GGUF's Q4_1 stores the product of scale and zero point as a float16, too. A zero point of 4 bits
+leaves the scale 7 of the 11, and 65504 for 15 times the scale.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,26 +17,43 @@ SMALLEST_SCALE = 2.0**-14
 LARGEST_SCALE = 65280.0
 """The largest bfloat16 that float16 (at most 65504) holds."""
 
+_FLOAT32_BITS = 24
 
-def round_scale(scales: Tensor, up: bool = False) -> Tensor:
-    """Round positive float32 scales to the storable grid: to nearest (ties to even), or up.
 
-    To nearest moves a scale by at most 1 part in 256. A symmetric grid has at most 128 steps on
-    one side, so an element that lay at its end moves by at most half a step and is never clipped
-    by more than rounding costs anyway; an affine grid is twice as long and needs `up`.
-    Below 2**-14 the result is 2**-14 (an all-zero range is scale 0 here: any scale serves it).
-    Raises ValueError where a scale exceeds 65280 or is not a number.
-    """
-    rounded = scales.to(torch.bfloat16)
-    if up:
-        short = rounded.to(torch.float32) < scales
-        # The bit patterns of positive floats are ordered: the next pattern is the next value.
-        rounded = (rounded.view(torch.int16) + short.to(torch.int16)).view(torch.bfloat16)
-    result = rounded.to(torch.float32).clamp(min=SMALLEST_SCALE)
-    # Written so that NaN, which compares false, is refused as well.
-    if not bool((result <= LARGEST_SCALE).all()):
-        raise ValueError(
-            f"values up to {float(scales.max()) / LARGEST_SCALE:.3g} times the largest that can "
-            f"be stored: scales end at {LARGEST_SCALE:.0f}"
-        )
-    return result
+@dataclass(frozen=True)
+class ScaleGrid:
+    """Storable scales: so many significant bits, at most `largest`, at least 2**-14."""
+
+    significant_bits: int
+    largest: float
+
+    def round(self, scales: Tensor, up: bool = False) -> Tensor:
+        """Round positive float32 scales to the grid: to nearest (ties to even), or up.
+
+        To nearest moves a scale of 8 bits by at most 1 part in 256. A symmetric grid has at most
+        128 steps on one side, so an element that lay at its end moves by at most half a step and
+        is never clipped by more than rounding costs anyway; an affine grid is twice as long and
+        needs `up`.
+        Below 2**-14 the result is 2**-14 (an all-zero range is scale 0 here: any scale serves it).
+        Raises ValueError where a scale exceeds the largest or is not a number.
+        """
+        dropped = _FLOAT32_BITS - self.significant_bits
+        # The bit patterns of positive floats are ordered: a carry gives the next larger value.
+        pattern = scales.contiguous().view(torch.int32)
+        rest = (1 << dropped) - 1
+        half = rest if up else (rest >> 1) + (pattern >> dropped & 1)
+        rounded = (pattern + half & ~rest).view(torch.float32)
+        result = torch.where(scales.isnan(), scales, rounded).clamp(min=SMALLEST_SCALE)
+        # Written so that NaN, which compares false, is refused as well.
+        if not bool((result <= self.largest).all()):
+            raise ValueError(
+                f"values up to {float(scales.max()) / self.largest:.3g} times the largest that "
+                f"can be stored: scales end at {self.largest:.0f}"
+            )
+        return result
+
+
+SCALES = ScaleGrid(8, LARGEST_SCALE)
+"""For every grid but the affine one of 4 bits."""
+SCALES_OF_Q4_1 = ScaleGrid(7, 4352.0)
+"""For the affine grid of 4 bits; 4352 is the largest of 7 bits that fits 15 times in a float16."""

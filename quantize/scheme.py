@@ -13,8 +13,8 @@ from edgekit.quantize.grid import Grid
 from edgekit.quantize.ranges import RangeMethod
 from edgekit.quantize.tensor import QuantizedTensor, scales_shape, stored_bytes
 
-FORMS = "float, w8, w4, w8gN, w4gN (N weights share a scale, a multiple of 32)"
-_NAME = re.compile(r"w([48])(?:g([1-9][0-9]{0,5}))?")
+FORMS = "float, w8, w4, w8gN, w4gN, w4gNa (N weights share a scale, a multiple of 32; a: and a zero point)"
+_NAME = re.compile(r"w([48])(?:g([1-9][0-9]{0,5})(a?))?")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Scheme:
     bits         4 or 8, or None for a float that is left as it is
     granularity  "channel": one scale per row; "group": one per run of `group_size` columns
     group_size   32, 64, 128, ...: what ExecuTorch and GGUF can hold; None unless "group"
-    symmetric    always true for weights: no target's kernels take zero points for them
+    symmetric    False: codes 0 to 15 and a zero point for each group, for 4-bit groups alone,
+                 which GGUF (Q4_1) and ONNX hold; XNNPACK's kernels take none for weights
     """
 
     bits: Literal[4, 8] | None
@@ -45,8 +46,8 @@ class Scheme:
         size = self.group_size
         if size is not None and (size < 32 or size % 32):
             raise ValueError(f"group_size must be a multiple of 32, got {size}")
-        if not self.symmetric:
-            raise ValueError("schemes of weights are symmetric")
+        if not self.symmetric and (self.bits, self.granularity) != (4, "group"):
+            raise ValueError("only 4-bit groups can be asymmetric")
 
     @classmethod
     def parse(cls, name: str) -> "Scheme":
@@ -60,7 +61,7 @@ class Scheme:
         if match[2] is None:
             return cls(bits, "channel")
         try:
-            return cls(bits, "group", int(match[2]))
+            return cls(bits, "group", int(match[2]), symmetric=not match[3])
         except ValueError as error:
             raise EdgekitError(f"unknown scheme {name!r}: {error}; allowed are {FORMS}") from error
 
@@ -69,7 +70,9 @@ class Scheme:
         """The name that `parse` reads."""
         if self.bits is None:
             return "float"
-        return f"w{self.bits}" + ("" if self.group_size is None else f"g{self.group_size}")
+        if self.group_size is None:
+            return f"w{self.bits}"
+        return f"w{self.bits}g{self.group_size}" + ("" if self.symmetric else "a")
 
     @property
     def is_float(self) -> bool:
@@ -86,7 +89,7 @@ class Scheme:
 
     @property
     def grid(self) -> Grid:
-        """The codes of the scheme: [-127, 127] at 8 bits, [-8, 7] at 4 bits.
+        """The codes of the scheme: [-127, 127] at 8 bits, [-8, 7] or [0, 15] at 4 bits.
 
         XNNPACK, GGUF and ONNX all take -8; at 8 bits the code -128 gains nothing and the
         whitepaper's restricted range (section 2.2) keeps products in 16 bits.
@@ -116,13 +119,14 @@ class Scheme:
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the exact bytes of a weight of this shape: packed codes and scales.
 
-        A channel's scale counts 4 bytes (float32), a group's 2 (bfloat16) and a float element 4
-        (float32, what the engines compute in). Equals `QuantizedTensor.nbytes`.
+        A channel's scale counts 4 bytes (float32), a group's 2 (bfloat16), a zero point 1 and a
+        float element 4 (float32, what the engines compute in). Equals `QuantizedTensor.nbytes`.
         """
         if self.bits is None or self.granularity is None:
             return 4 * torch.Size(shape).numel()
         count = torch.Size(scales_shape(shape, self._axis, self.group_size)).numel()
-        return stored_bytes(shape, self.bits, self.granularity, count)
+        zero_points = 0 if self.symmetric else count
+        return stored_bytes(shape, self.bits, self.granularity, count) + zero_points
 
     @property
     def _axis(self) -> int | None:

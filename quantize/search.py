@@ -5,7 +5,6 @@ from torch import Tensor
 
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.ranges import Parameters, from_range, slab_width, slabs
-from edgekit.quantize.scales import LARGEST_SCALE, round_scale
 
 # How far the range of minimum and maximum is shrunk, chosen against an exhaustive search over all
 # storable scales: 4 bits come within 0.1 dB of it on Gaussian and heavy-tailed weights. A group
@@ -77,7 +76,8 @@ class _Search:
             squares += codes.square_().sum(dim=1)
         # Where every code is 0 there is nothing to fit.
         ratio = torch.where(squares > 0, products / squares.clamp(min=1), 1.0)
-        return round_scale((ratio * parameters[0]).clamp(max=LARGEST_SCALE))
+        scales = self.grid.scales
+        return scales.round((ratio * parameters[0]).clamp(max=scales.largest))
 
     def steps(self, part: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor, Tensor]:
         """Return part / D, the nearest allowed x_Q - z, and a buffer of the same shape."""

@@ -39,20 +39,31 @@ def format_table(
     rows: Sequence[Resolved], tied: Mapping[str, str], sqnr: Mapping[str, float] | None = None
 ) -> str:
     """Return the table as aligned text with a last line of totals (no newline at the end)."""
-    header = ["tensor", "scheme", "range", "shape", "bytes"]
-    lines = [header if sqnr is None else [*header, "SQNR dB"]]
-    for entry in table_json(rows, tied, sqnr):
+    return format_json(table_json(rows, tied, sqnr))
+
+
+def format_json(table: Sequence[Mapping[str, Any]]) -> str:
+    """Return what `table_json` gave as `format_table` does."""
+    has_sqnr = any("sqnr_db" in entry for entry in table)
+    lines = [["tensor", "scheme", "range", "shape", "bytes", *["SQNR dB"] * has_sqnr]]
+    for entry in table:
+        instead = f" instead of {entry['instead_of']}" if "instead_of" in entry else ""
         cells = [
             entry["tensor"],
-            entry["scheme"],
+            entry["scheme"] + instead,
             entry["range"] or "-",
             "x".join(map(str, entry["shape"])),
             "shared" if "same_as" in entry else f"{entry['bytes']:,}",
         ]
-        if sqnr is not None:
+        if has_sqnr:
             ratio = entry["sqnr_db"]
             cells.append("-" if ratio is None else f"{ratio:.1f}")
         lines.append(cells)
-    total = total_bytes(rows, tied)
-    table = plain_table(lines, "llllrr"[: len(lines[0])])
-    return f"{table}\n{len(rows)} tensors, {total:,} bytes ({total / 1e6:,.1f} MB)"
+    total = json_bytes(table)
+    text = plain_table(lines, "llllrr"[: len(lines[0])])
+    return f"{text}\n{len(table)} tensors, {total:,} bytes ({total / 1e6:,.1f} MB)"
+
+
+def json_bytes(table: Sequence[Mapping[str, Any]]) -> int:
+    """Return the bytes of what `table_json` gave; codes that two names share count once."""
+    return sum(entry["bytes"] for entry in table if "same_as" not in entry)

@@ -10,7 +10,7 @@ from edgekit.quantize.apply import sqnr_db
 from edgekit.quantize.scheme import FLOAT, Scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
-NAMES = ["w8", "w8g32", "w4", "w4g32", "w4g64", "w4g128", "w4g96"]
+NAMES = ["w8", "w8g32", "w4", "w4g32", "w4g64", "w4g128", "w4g96", "w4g32a", "w4g64a"]
 
 
 def weight_of(rows: int, columns: int) -> torch.Tensor:
@@ -25,13 +25,13 @@ def test_names_are_read_back(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["", "w", "w5", "w16", "W8", "w8 ", "w4g", "w4g0", "w4g16", "w4g33", "w4g-32", "w4g032", "int8"]
-    + ["w8a8", "w4g99999999", "float32", "w٤"],
+    + ["w8a8", "w4g99999999", "float32", "w٤", "w4a", "w8g32a", "w8a", "w4g32A", "w4g32aa"],
 )
 def test_other_names_are_refused_with_what_is_allowed(name: str) -> None:
     with pytest.raises(EdgekitError) as refusal:
         Scheme.parse(name)
     assert f"unknown scheme {name!r}" in str(refusal.value)
-    assert "float, w8, w4, w8gN, w4gN" in str(refusal.value)
+    assert "float, w8, w4, w8gN, w4gN, w4gNa" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -47,6 +47,7 @@ def test_nbytes_by_hand() -> None:
     assert Scheme.parse("w4").nbytes((10, 64)) == 320 + 40
     assert Scheme.parse("w4g32").nbytes((10, 64)) == 320 + 40
     assert Scheme.parse("w4g64").nbytes((10, 64)) == 320 + 20
+    assert Scheme.parse("w4g64a").nbytes((10, 64)) == 320 + 20 + 10
     assert FLOAT.nbytes((10, 1, 3)) == 120
 
 
@@ -61,6 +62,18 @@ def test_quantized_layout() -> None:
         assert tensor.zero_points is None
         assert tensor.codes.dtype == torch.int8
         assert tensor.codes.is_contiguous()
+
+
+def test_asymmetric_groups_use_all_codes_of_a_shifted_weight() -> None:
+    weight = weight_of(16, 256) + 3
+    result = Scheme.parse("w4g32a").quantize(weight)
+    assert result.codes.dtype == torch.uint8
+    assert result.zero_points is not None
+    assert result.zero_points.shape == result.scales.shape == (16, 8)
+    products = result.zero_points * result.scales  # GGUF stores them, as float16
+    assert torch.equal(products.half().float(), products)
+    symmetric = Scheme.parse("w4g32").quantize(weight)
+    assert sqnr_db(weight, result) > sqnr_db(weight, symmetric) + 3
 
 
 def test_four_bits_search_and_eight_bits_cover_by_default() -> None:

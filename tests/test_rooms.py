@@ -22,12 +22,12 @@ ROOMS = {
         r"edgekit\.(errors|limits|quantize)|torch|numpy|safetensors|tokenizers|jinja2|huggingface_hub"
     ),
     "exporters": (
-        r"edgekit|edgekit\.(artifact|errors|files|models|progress|pte_header|quantize|quiet|tables)"
+        r"edgekit|edgekit\.(artifact|errors|files|gguf_file|models|progress|pte_header|quantize|quiet|tables)"
         r"|torch|torchao|numpy|executorch|gguf|onnx|onnxruntime|llama_cpp"
     ),
     "devices": r"edgekit\.(errors|tables)|numpy",
     "runtime": (
-        r"edgekit|edgekit\.(artifact|devices|errors|files|models|pte_header|quantize|tables)"
+        r"edgekit|edgekit\.(artifact|devices|errors|files|gguf_checks|gguf_file|models|pte_header|quantize|tables)"
         r"|torch|numpy|executorch|onnxruntime|llama_cpp"
     ),
     "edgekit/commands": r"edgekit\..+|click",

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds llama-bench and llama-quantize for this very machine.
+# Builds llama-bench, llama-quantize and llama-imatrix for this very machine.
 #
 #   benchmarks/peers/build_llamacpp.sh FOLDER
 #
@@ -29,8 +29,10 @@ cmake -S "$source" -B "$folder/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_
     -DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAMA_OPENSSL=OFF \
     -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
     -DLLAMA_BUILD_APP=OFF
-cmake --build "$folder/build" --parallel "$jobs" --target llama-bench llama-quantize
+cmake --build "$folder/build" --parallel "$jobs" --target llama-bench llama-quantize llama-imatrix
 
 mkdir -p "$folder/bin"
-cp "$folder/build/bin/llama-bench" "$folder/build/bin/llama-quantize" "$folder/bin/"
+for tool in llama-bench llama-quantize llama-imatrix; do
+    cp "$folder/build/bin/$tool" "$folder/bin/"
+done
 echo "llama-cpp-python $version" > "$folder/version.txt"

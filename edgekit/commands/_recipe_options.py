@@ -11,6 +11,7 @@ import click
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
+    from edgekit.exporters.llama_formats import LlamaFormat
     from edgekit.quantize.recipe import Recipe
 
 
@@ -25,13 +26,30 @@ class RecipeChoice:
     @property
     def label(self) -> str:
         """A short name for files: the preset, the scheme or the stem of the recipe's file."""
+        if self.llama_format is not None:
+            return self.llama_format.name
         return self.preset or self.scheme or (self.file.stem if self.file else "int8")
 
+    @property
+    def llama_format(self) -> "LlamaFormat | None":
+        """Which of llama.cpp's own formats was asked for, if one was."""
+        from edgekit.exporters.llama_formats import find_format
+
+        return None if self.scheme is None else find_format(self.scheme)
+
     def recipe(self) -> "Recipe":
-        """Return the recipe; int8 where nothing was asked for."""
+        """Return the recipe; int8 where nothing was asked for.
+
+        EdgekitError for one of llama.cpp's own formats, which edgekit does not quantize to.
+        """
         from edgekit.quantize.recipe import Recipe, preset, uniform
         from edgekit.quantize.scheme import Scheme
 
+        if self.llama_format is not None:
+            raise EdgekitError(
+                f"--scheme {self.label} is one of llama.cpp's own formats: only "
+                "`edgekit export --target gguf` makes it"
+            )
         if self.file is not None:
             return Recipe.load(self.file)
         if self.scheme is not None:

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder to make  [default: MODEL-TARGET-RECIPE]",
 )
+@click.option(
+    "--imatrix",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="What `edgekit imatrix` or llama-imatrix measured, for llama.cpp's own formats.",
+)
 @click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
 @click.option("--random-weights", is_flag=True, help="The model's shapes with random weights.")
 @click.option("--dry-run", is_flag=True, help="Print what each tensor would be stored as; stop.")
@@ -37,6 +43,7 @@ def command(
     choice: RecipeChoice,
     context: int | None,
     output: Path | None,
+    imatrix: Path | None,
     revision: str | None,
     random_weights: bool,
     dry_run: bool,
@@ -47,6 +54,9 @@ def command(
 
     Quantizes once, writes the engine's file, runs it in the engine and compares its logits with
     the model's. The folder appears only when all of that has succeeded.
+
+    For target gguf --scheme also takes llama.cpp's own formats, which llama.cpp quantizes: Q4_0,
+    Q8_0, Q4_K_M, Q5_K_M, Q6_K, IQ4_NL.
     """
     from edgekit.interrupts import interrupts_end_the_process
     from edgekit.quiet import quiet_imports
@@ -54,11 +64,20 @@ def command(
     with interrupts_end_the_process(), quiet_imports():
         from edgekit.export import export, plan_export
         from edgekit.exporters.artifact import check_output
+        from edgekit.exporters.llama_formats import format_recipe
+        from edgekit.exporters.target import Options
         from edgekit.progress import stage_printer
         from edgekit.quantize.recipe import warnings
 
+    form = choice.llama_format
     plan = plan_export(
-        model, target, choice.recipe(), context, revision, random_weights=random_weights or dry_run
+        model,
+        target,
+        choice.recipe() if form is None else format_recipe(form),
+        context,
+        revision,
+        random_weights=random_weights or dry_run,
+        options=Options(llama_format=None if form is None else form.name, imatrix=imatrix),
     )
     folder = output or Path(f"{Path(plan.source.id).name.lower()}-{target}-{choice.label}")
     if not dry_run:
@@ -84,14 +103,13 @@ def command(
 
 
 def _show_plan(plan: "Plan", as_json: bool) -> None:
-    from edgekit.quantize.table import format_table, table_json, total_bytes
+    from edgekit.quantize.table import format_json, json_bytes
 
     if as_json:
-        tensors = table_json(plan.rows, plan.tied)
-        total = total_bytes(plan.rows, plan.tied)
+        tensors, total = plan.table, json_bytes(plan.table)
         print_json({"model": plan.source.id, "tensors": tensors, "bytes": total})
     else:
-        click.echo(format_table(plan.rows, plan.tied))
+        click.echo(format_json(plan.table))
 
 
 def _show_result(folder: Path, found: dict[str, Any]) -> None:

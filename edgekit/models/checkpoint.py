@@ -39,6 +39,10 @@ class WeightSource(Protocol):
         """Return one tensor, in a memory of its own, in the dtype it is stored in."""
         ...
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor without reading it."""
+        ...
+
     def sha256(self) -> str:
         """Return a hexadecimal digest that identifies the weights."""
         ...
@@ -86,6 +90,10 @@ class Checkpoint:
         if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
             raise EdgekitError(f"{entry.path}: tensor {name} holds NaN or infinite values")
         return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a tensor is stored in."""
+        return self._entry(name).dtype
 
     def validate(self, config: ModelConfig) -> None:
         """Refuse missing, extra and mis-shaped tensors in one line that names them.

@@ -105,6 +105,7 @@ class _Embedding(nn.Module):
         rows = QuantizedTensor(
             weight.codes[tokens],
             weight.scales[tokens],
+            None if weight.zero_points is None else weight.zero_points[tokens],
             bits=weight.bits,
             group_size=weight.group_size,
             axis=weight.axis,

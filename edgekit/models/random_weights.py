@@ -41,6 +41,10 @@ class RandomCheckpoint:
         fan_in = math.prod(shape[1:])
         return _repeat(self._block(name, math.prod(shape)) / math.sqrt(fan_in), shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return bfloat16: what checkpoints of LFM2 are stored in."""
+        return torch.bfloat16
+
     def sha256(self) -> str:
         """Digest of the seed and the configuration, which determine every weight."""
         text = json.dumps(["random weights 1", self.seed, self.config.to_dict()], sort_keys=True)

@@ -58,6 +58,22 @@ class Tokenizer:
             raise EdgekitError("the text is not valid UTF-8 (it holds a lone surrogate)") from error
         return list(self.backend.encode(text, add_special_tokens=add_special).ids)
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of a text in which the spelling of a special token is only letters.
+
+        So llama.cpp's tools read files. The tokenizer still adds its bos token.
+        """
+        self.backend.encode_special_tokens = True
+        try:
+            return self.encode(text)
+        finally:
+            self.backend.encode_special_tokens = False
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a text begins with the bos token."""
+        return self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids, without special tokens; U+FFFD for broken UTF-8."""
         return self.backend.decode(list(ids), skip_special_tokens=True)

@@ -24,6 +24,7 @@ def row_block(weight: Weight, part: int, parts: int) -> Weight:
     block = slice(part * rows, (part + 1) * rows)
     if isinstance(weight, Tensor):
         return weight[block]
-    # A scale per tensor has no rows to take.
-    scales = weight.scales if weight.scales.ndim == 0 else weight.scales[block]
-    return replace(weight, codes=weight.codes[block], scales=scales)
+    scales, zeros = weight.scales, weight.zero_points
+    if scales.ndim:  # a scale per tensor has no rows to take
+        scales, zeros = scales[block], None if zeros is None else zeros[block]
+    return replace(weight, codes=weight.codes[block], scales=scales, zero_points=zeros)

@@ -1,0 +1,104 @@
+"""`edgekit imatrix`: which inputs of a model's linears matter on a text, for llama.cpp's formats."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgekit.commands._json import print_json
+
+if TYPE_CHECKING:
+    from edgekit.exporters.imatrix import Imatrix
+    from edgekit.models.source import ModelSource
+
+
+@click.command("imatrix", short_help="Measure on a text what llama.cpp's formats should spare.")
+@click.argument("model")
+@click.option(
+    "--text",
+    "text_file",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="UTF-8 file like what the model will be used on.",
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Where to write  [default: MODEL-imatrix.gguf]",
+)
+@click.option(
+    "--context", type=int, default=512, show_default=True, help="Tokens in a chunk of the text."
+)
+@click.option("--chunks", type=click.IntRange(min=1), help="Most chunks to run  [default: all]")
+@click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a sentence.")
+def command(
+    model: str,
+    text_file: Path,
+    output: Path | None,
+    context: int,
+    chunks: int | None,
+    revision: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Run MODEL (a name of `edgekit models`, a hub id or a local folder), float, over a text.
+
+    Writes the mean square of every linear's inputs as llama-imatrix does; then
+    `edgekit export MODEL --target gguf --scheme Q4_K_M --imatrix FILE`, or llama-quantize, gives
+    the columns that see large inputs the smaller errors.
+    """
+    from edgekit.files import check_output_file, read_text
+    from edgekit.interrupts import interrupts_end_the_process
+
+    text = read_text(text_file)
+    with interrupts_end_the_process():
+        from edgekit.models.source import resolve_model
+
+    source = resolve_model(model, revision=revision)
+    path = output or Path(f"{source.id.rsplit('/', 1)[-1].lower()}-imatrix.gguf")
+    check_output_file(path, force)
+    found = _measure(source, text, text_file.name, context, chunks)
+    found.save(path)
+    if as_json:
+        print_json(
+            {
+                "file": str(path),
+                "model": {"id": source.id, "revision": source.revision},
+                "text": text_file.name,
+                "matrices": len(found.entries),
+                "chunks": found.chunk_count,
+                "context": found.chunk_size,
+            }
+        )
+    else:
+        click.echo(
+            f"wrote {path}: {len(found.entries)} matrices over "
+            f"{found.chunk_count * found.chunk_size:,} tokens in chunks of {found.chunk_size}"
+        )
+
+
+def _measure(
+    source: "ModelSource", text: str, dataset: str, context: int, chunks: int | None
+) -> "Imatrix":
+    """Run the model, with a line of progress on a terminal."""
+    from edgekit.interrupts import interrupts_end_the_process
+
+    with interrupts_end_the_process():
+        from edgekit.calibration import imatrix_of_text
+
+    show = _show if sys.stderr.isatty() else None
+    found = imatrix_of_text(source, text, dataset, context=context, chunks=chunks, progress=show)
+    if show is not None:
+        click.echo("\r\x1b[K", nl=False, err=True)
+    return found
+
+
+def _show(done: int, total: int) -> None:
+    """Rewrite one line of the terminal."""
+    click.echo(f"\r\x1b[K[{done}/{total}] chunks", nl=False, err=True)

@@ -1,0 +1,100 @@
+"""Does llama.cpp make the same token ids of a text as the model's own tokenizer?"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import EdgekitError, VerificationError
+from edgekit.exporters.tokenizer_corpus import TEXTS, texts_with
+from edgekit.models.tokenizer import Tokenizer
+
+_SHOWN = 8  # ids of each side, and characters of a text, in a message
+_TEXT_SHOWN = 40
+
+
+def check_tokenizer(path: Path, folder: Path, texts: Sequence[str] = TEXTS) -> dict[str, int]:
+    """Compare the tokenizer of a GGUF with that of a model folder; return what was compared.
+
+    Over `texts`, texts with the added tokens, and each token's own text. VerificationError names
+    the first text whose ids differ.
+    """
+    tokenizer = Tokenizer.load(folder)
+    added = tuple(token.content for token in tokenizer.backend.get_added_tokens_decoder().values())
+    corpus = [*texts, *texts_with(added), *_token_texts(tokenizer)]
+    expected = tokenizer.backend.encode_batch(corpus)
+    total = 0
+    with _vocabulary(path) as vocabulary:
+        for text, encoding in zip(corpus, expected, strict=True):
+            found = vocabulary.encode(text)
+            if found != encoding.ids:
+                raise VerificationError(f"tokenizer: {_difference(text, encoding.ids, found)}")
+            total += len(found)
+    return {"texts": len(corpus), "tokens": total}
+
+
+def _token_texts(tokenizer: Tokenizer) -> list[str]:
+    """Return the text of every token that is whole characters."""
+    ids = sorted(tokenizer.backend.get_vocab().values())
+    texts = tokenizer.backend.decode_batch([[i] for i in ids], skip_special_tokens=False)
+    return [text for text in texts if "\ufffd" not in text]
+
+
+def _difference(text: str, expected: Sequence[int], found: Sequence[int]) -> str:
+    """Show the first place where the ids differ."""
+    pairs = zip(expected, found, strict=False)
+    same = next((i for i, (left, right) in enumerate(pairs) if left != right), None)
+    begin = min(len(expected), len(found)) if same is None else same
+    shown = repr(text) if len(text) <= _TEXT_SHOWN else f"{text[:_TEXT_SHOWN]!r}..."
+    sides = [list(ids[begin : begin + _SHOWN]) for ids in (expected, found)]
+    return (
+        f"the ids of {shown} differ from token {begin} on: the model's are {sides[0]}, "
+        f"llama.cpp's {sides[1]}"
+    )
+
+
+class _Vocabulary:
+    def __init__(self, vocab: Any) -> None:  # noqa: ANN401 - a pointer of llama.cpp's
+        self._vocab = vocab
+        self._ids = (ctypes.c_int32 * 256)()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids, special tokens in the text and around it included."""
+        import llama_cpp
+
+        raw = text.encode()
+        arguments = (self._vocab, raw, len(raw))
+        count = llama_cpp.llama_tokenize(*arguments, self._ids, len(self._ids), True, True)
+        if count < 0:
+            self._ids = (ctypes.c_int32 * -count)()
+            count = llama_cpp.llama_tokenize(*arguments, self._ids, len(self._ids), True, True)
+        return self._ids[:count]
+
+
+@contextmanager
+def _vocabulary(path: Path) -> Iterator[_Vocabulary]:
+    """Load a file's tokenizer and nothing else of it."""
+    import llama_cpp
+
+    llama_cpp.llama_log_set(_hear_nothing(), ctypes.c_void_p(0))
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.vocab_only = True
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    if model is None:
+        raise EdgekitError(f"{path}: llama.cpp cannot read its tokenizer")
+    try:
+        yield _Vocabulary(llama_cpp.llama_model_get_vocab(model))
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+_callbacks: list[Any] = []  # llama.cpp keeps the pointer, so the function must live as long
+
+
+def _hear_nothing() -> Any:  # noqa: ANN401 - a ctypes function
+    import llama_cpp
+
+    if not _callbacks:
+        _callbacks.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
+    return _callbacks[0]
