@@ -146,9 +146,12 @@ def prepared(
         return
     with workspace_of(output) as workspace:
         path = workspace / "codes.safetensors"
-        made = write_codes(plan.source, plan.recipe, plan.quality, path, workspace, steps)
-        codes = CodesFile.open(path, plan.source.config)
-        yield replace(plan, codes=codes, rows=codes.rows, tied=codes.tied), made
+        try:
+            made = write_codes(plan.source, plan.recipe, plan.quality, path, workspace, steps)
+            codes = CodesFile.open(path, plan.source.config)
+            yield replace(plan, codes=codes, rows=codes.rows, tied=codes.tied), made
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _table(
