@@ -9,7 +9,7 @@ from edgekit.commands._json import print_json
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
 
 if TYPE_CHECKING:
-    from edgekit.export import Plan
+    from edgekit.model_export import Plan
 
 
 @click.command("export", short_help="Export a model for an engine and verify the file.")
@@ -71,10 +71,10 @@ def command(
     from edgekit.quiet import quiet_imports
 
     with interrupts_end_the_process(), quiet_imports():
-        from edgekit.export import export, plan_export
         from edgekit.exporters.artifact import check_output
         from edgekit.exporters.llama_formats import format_recipe
         from edgekit.exporters.target import Options
+        from edgekit.model_export import export_plan, plan_export
         from edgekit.progress import stage_printer
         from edgekit.quantize.recipe import warnings
 
@@ -102,7 +102,7 @@ def command(
         _show_plan(plan, as_json)
     if dry_run:
         return
-    manifest = export(plan, folder, force, stage_printer())
+    manifest = export_plan(plan, folder, force, stage_printer())
     found = manifest["verification"]
     if not found["verified"]:
         click.echo(
