@@ -247,7 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stories", type=Path, default=Path("../shared/data/stories"))
     parser.add_argument("--qat", type=Path)
-    parser.add_argument("--chunks", type=int, default=80)
+    parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--work", type=Path, help="Folder for the artifacts, kept and reused")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()

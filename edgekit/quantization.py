@@ -22,6 +22,10 @@ from edgekit.runtime.divergence import Estimate
 from edgekit.sensitivity import divergence_of
 
 
+_END = 1000
+"""Characters at the end of a calibration text: in most languages no more than a chunk's tokens."""
+
+
 @dataclass(frozen=True)
 class Made:
     """What a file of codes was found to be: each tensor's SQNR in dB, and what was asked for.
@@ -117,5 +121,5 @@ def _write_rounded(
 
 
 def _text(quality: Quality) -> str:
-    """Return the text that tensors' costs are measured on."""
-    return TEXT if quality.calibrate is None else read_text(quality.calibrate)
+    """Return the text that tensors' costs are measured on: the end, which calibrates nothing."""
+    return TEXT if quality.calibrate is None else read_text(quality.calibrate)[-_END:]
