@@ -21,7 +21,6 @@ from edgekit.quantize.write import quantize_to_file
 from edgekit.runtime.divergence import Estimate
 from edgekit.sensitivity import divergence_of
 
-
 _END = 1000
 """Characters at the end of a calibration text: in most languages no more than a chunk's tokens."""
 
