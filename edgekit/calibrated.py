@@ -112,21 +112,19 @@ def quantize_calibrated(
         found = resolve(with_ranges(recipe, ranges), shapes)
         return dict(quantize_tensors(found, checkpoint.tensor, tied))
 
-    contents = {
+    # GPTQ chooses the codes of the layers' linears, so those are not rounded first.
+    simple = [row for row in rows if not (method == "gptq" and _is_linear(row))]
+    contents: dict[str, Stored] = {
         name: value.float() if isinstance(value, Tensor) else value
-        for name, value in rounded("rtn" if method == "rtn" else "mse").items()
+        for name, value in quantize_tensors(simple, checkpoint.tensor, tied)
     }
     if method == "gptq":
         kept = _Layers(workspace / _key(digest, rows, texts))
+        outside = contents.__getitem__
         contents |= gptq_model(
-            source.config,
-            rows,
-            read,
-            contents.__getitem__,
-            texts.calibration,
-            progress,
-            kept,
+            source.config, rows, read, outside, texts.calibration, progress, kept
         )
+        contents = {row.tensor: contents[row.tensor] for row in rows}  # in the model's order
     steps = {
         "rtn": lambda: rounded("rtn"),
         "mse": lambda: rounded("mse"),
@@ -165,6 +163,11 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EdgekitError(f"{folder}: cannot be made: {os_reason(error)}") from error
+
+
+def _is_linear(row: Resolved) -> bool:
+    """Return whether the row is of a layer's linear and quantized."""
+    return ".layers." in row.tensor and not row.scheme.is_float
 
 
 def _key(digest: str, rows: Sequence[Resolved], texts: Texts) -> str:
