@@ -3,8 +3,9 @@
     python -m benchmarks.lfm2_tiny_int4 --stories ../shared/data/stories [--qat FILE]
         [-o benchmarks/results/lfm2-tiny-int4.json]
 
-Every row is a GGUF, run in llama.cpp and scored by `edgekit eval` against the float model; bits per
-weight are those of all tensors in the file over the model's parameters. What calibrates sees the
+Every row is a file, run in its engine (a GGUF in llama.cpp, the last a .pte in ExecuTorch) and scored
+by `edgekit eval` against the float model; bits per weight are those of all tensors in the file over
+the model's parameters. What calibrates sees the
 start of train.txt, what is scored is valid.txt. --qat takes a file of codes that
 examples/qat_lfm2_tiny.py wrote. The last table is of weights alone, in torch: torchao has no GGUF.
 """
@@ -24,6 +25,7 @@ import torch
 
 from benchmarks.machine import facts
 from benchmarks.report import table
+from edgekit.artifact import Artifact
 from edgekit.gains import measure
 from edgekit.gguf_file import GgufFile
 from edgekit.models.codes import CodesFile
@@ -31,6 +33,7 @@ from edgekit.models.eager import float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import Weight
+from edgekit.quantize.table import json_bytes
 from edgekit.runtime.divergence import divergence, join, perplexity, score_rows
 from edgekit.runtime.evaluate import cut, evaluate_each, tokenize
 
@@ -53,13 +56,20 @@ def export(folder: Path, name: str, *arguments: object) -> Path:
     out = folder / name
     if not out.exists():
         start = time.monotonic()
-        edgekit("export", MODEL, "--target", "gguf", "--context", 512, *arguments, "-o", out)
+        target = () if "--target" in arguments else ("--target", "gguf")
+        edgekit("export", MODEL, *target, "--context", 512, *arguments, "-o", out)
         print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     return out
 
 
 def bits_per_weight(artifact: Path, parameters: int) -> float:
-    """Return the bits of all tensors in a GGUF over the model's parameters."""
+    """Return the bits of all tensors in a file over the model's parameters.
+
+    A .pte holds what its manifest's table counts: bfloat16 scales of groups, one scale per row.
+    """
+    found = Artifact.open(artifact)
+    if found.target == "executorch":
+        return 8 * json_bytes(found.manifest["tensors"]) / parameters
     tensors = GgufFile.open(artifact / "model.gguf").tensors.values()
     return 8 * sum(tensor.nbytes for tensor in tensors) / parameters
 
@@ -88,6 +98,9 @@ def artifacts(folder: Path, text: Path, qat: Path | None) -> dict[str, Path]:
         "llama.cpp Q4_K_M, imatrix": q4_k_m,
         "mixed, minimum error": export(folder, f"mixed-mse-{bits:.4f}", *budget),
         "mixed, GPTQ": export(folder, f"mixed-gptq-{bits:.4f}", *budget, *calibrated),
+        "mixed, GPTQ, as a .pte": export(
+            folder, f"mixed-gptq-pte-{bits:.4f}", *budget, *calibrated, "--target", "executorch"
+        ),
     }
 
 

@@ -22,9 +22,9 @@ from edgekit.quantize.table import total_bytes
 from edgekit.sensitivity import sensitivity_of
 from edgekit.tables import markdown_table
 
-CANDIDATES = ("w4g32", "w4g32a", "w8g32", "w8")
-"""The schemes that are tried, those that a target can hold; without a target w4g32 and w8."""
-EVERYWHERE = ("w4g32", "w8")
+CANDIDATES = ("w4g64", "w4g32", "w4g32a", "w8g32", "w8")
+"""The schemes that are tried, those that a target can hold; without a target `EVERYWHERE`."""
+EVERYWHERE = ("w4g64", "w4g32", "w8")
 
 CountBytes = Callable[[Sequence[Resolved], Mapping[str, str]], int]
 
@@ -77,6 +77,12 @@ class _Item:
     costs: Mapping[str, float]
 
 
+def _holds(scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether every matrix can have the scheme's groups."""
+    size = scheme.group_size or 1
+    return all(shape[1] % size == 0 for shape in shapes.values() if len(shape) == 2)
+
+
 def mixed_recipe(
     source: ModelSource,
     budget: Budget,
@@ -91,6 +97,7 @@ def mixed_recipe(
     can do, naming the least and the most.
     """
     shapes, tied = tied_shapes(source.config.tensor_shapes())
+    schemes = [scheme for scheme in schemes if _holds(scheme, shapes)]
     items = _items(source, schemes, tied, text, progress or no_steps)
     parameters = source.config.parameter_count
 
