@@ -17,7 +17,7 @@ from edgekit.quantize.recipe import tied_shapes
 from edgekit.runtime.bench import bench, check_contexts, plan
 from edgekit.runtime.engine import check_threads
 from edgekit.runtime.evaluate import (
-    DEFAULT_CONTEXT,
+    DEFAULT_CHUNK,
     Evaluation,
     check_chunk_length,
     evaluate_each,
@@ -166,7 +166,7 @@ def compare(
     text: str | None = None,
     reference: str | None = None,
     *,
-    context: int = DEFAULT_CONTEXT,
+    context: int = DEFAULT_CHUNK,
     chunks: int | None = None,
     prompt: int = 512,
     generate: int = 128,

@@ -24,7 +24,8 @@ from edgekit.exporters.inspect_tables import (
     weight_table,
 )
 from edgekit.exporters.onnx_names import SCALES, ZERO_POINTS
-from edgekit.onnx_file import Node, OnnxFile
+from edgekit.onnx_file import OnnxFile
+from edgekit.onnx_model import Node
 
 _TOKENS = "input_ids"
 

@@ -47,7 +47,7 @@ _ARITHMETIC = (aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.m
 """Of the operators that keep their operand's range, those that compute new values."""
 
 
-class OnnxGraph:
+class ModuleGraph:
     """A graph under construction: each value is a float tensor, or codes, by name."""
 
     def __init__(self, network: QuantizedNetwork) -> None:

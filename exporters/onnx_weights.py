@@ -13,7 +13,7 @@ from edgekit.exporters.onnx_names import SCALES, WEIGHT, ZERO_POINTS, parts
 from edgekit.exporters.onnx_packing import Packed, unpack_matrix
 from edgekit.models.config import ModelConfig
 from edgekit.onnx_file import OnnxFile
-from edgekit.onnx_file import Tensor as Constant
+from edgekit.onnx_model import Tensor as Constant
 from edgekit.quantize.packing import unpack
 from edgekit.quantize.recipe import EMBEDDING, HEAD, tied_shapes
 from edgekit.quantize.tensor import QuantizedTensor

@@ -32,7 +32,7 @@ from edgekit.runtime.record import (
     Shape,
     ShapeResult,
 )
-from edgekit.runtime.traffic import Weights, weights_of
+from edgekit.runtime.traffic import Holdings, holdings_of
 from edgekit.runtime.worker_process import WorkerProcess, worker_processes
 
 DEFAULT_SEED = 0
@@ -105,7 +105,7 @@ class _Subject:
 
     name: str
     file: ModelFile
-    weights: Weights
+    holdings: Holdings
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _open(paths: Sequence[Path]) -> list[_Subject]:
         raise EdgekitError("bench needs at least one artifact folder")
     files = [find_model_file(path) for path in paths]
     return [
-        _Subject(name, file, weights_of(file))
+        _Subject(name, file, holdings_of(file))
         for name, file in zip(_distinct_names(paths), files, strict=True)
     ]
 
@@ -262,8 +262,8 @@ def _artifact_result(
         name=subject.name,
         path=str(file.place),
         target=file.engine,
-        model=subject.weights.model,
-        schemes=subject.weights.schemes,
+        model=subject.holdings.model,
+        schemes=subject.holdings.schemes,
         file_bytes=file.file_bytes,
         context=load["context"],
         engine=load["engine"],
@@ -272,6 +272,6 @@ def _artifact_result(
         import_ns=load["import_ns"],
         load_ns=load["load_ns"],
         memory=Memory(peak=peak, before_load=load["before_load_bytes"]),
-        traffic=subject.weights.traffic,
+        traffic=subject.holdings.traffic,
         tests=tuple(tests),
     )

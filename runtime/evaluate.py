@@ -30,8 +30,8 @@ from edgekit.runtime.divergence import (
 )
 from edgekit.runtime.subjects import Subject, open_subject
 
-DEFAULT_CONTEXT = 512
-LEAST_CONTEXT = 4
+DEFAULT_CHUNK = 512
+LEAST_CHUNK = 4
 """With fewer tokens a chunk has none to score after its first half."""
 
 
@@ -78,7 +78,7 @@ def evaluate(
     text: str,
     reference: str | None = None,
     *,
-    context: int = DEFAULT_CONTEXT,
+    context: int = DEFAULT_CHUNK,
     chunks: int | None = None,
     threads: int | None = None,
     tokenizer: Path | None = None,
@@ -109,7 +109,7 @@ def evaluate_each(
     text: str,
     reference: str | None = None,
     *,
-    context: int = DEFAULT_CONTEXT,
+    context: int = DEFAULT_CHUNK,
     chunks: int | None = None,
     threads: int | None = None,
     tokenizer: Path | None = None,
@@ -170,8 +170,8 @@ def cut(tokens: Sequence[int], context: int, limit: int | None, bos: int | None)
 
 def check_chunk_length(context: int) -> None:
     """Raise `EdgekitError` for chunks of so few tokens that none is left to score."""
-    if context < LEAST_CONTEXT:
-        raise EdgekitError(f"--context must be at least {LEAST_CONTEXT}, not {context}")
+    if context < LEAST_CHUNK:
+        raise EdgekitError(f"--context must be at least {LEAST_CHUNK}, not {context}")
 
 
 def _enter(

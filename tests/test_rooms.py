@@ -22,14 +22,14 @@ ROOMS = {
         r"edgekit\.(errors|limits|quantize)|torch|numpy|safetensors|tokenizers|jinja2|huggingface_hub"
     ),
     "exporters": (
-        r"edgekit|edgekit\.(artifact|errors|files|genai_config|gguf_file|logits|models|onnx_file"
+        r"edgekit|edgekit\.(artifact|errors|files|genai_config|gguf_file|logits|models|onnx_(file|model)"
         r"|progress|pte_header|quantize|quiet|tables)"
         r"|torch|torchao|numpy|executorch|gguf|onnx|onnxruntime|llama_cpp"
     ),
     "devices": r"edgekit\.(errors|tables)|numpy",
     "runtime": (
         r"edgekit|edgekit\.(artifact|devices|errors|files|genai_config|gguf_file|logits|models"
-        r"|onnx_file|progress|pte_header|quantize|tables)"
+        r"|onnx_(file|model)|progress|pte_header|quantize|tables)"
         r"|torch|numpy|executorch|onnxruntime|llama_cpp"
     ),
     "edgekit/commands": r"edgekit\..+|click",

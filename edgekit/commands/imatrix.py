@@ -90,7 +90,7 @@ def _measure(
     from edgekit.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.calibration import imatrix_of_text
+        from edgekit.importance import imatrix_of_text
 
     with progress_line() as show:
         return imatrix_of_text(source, text, dataset, context=context, chunks=chunks, progress=show)
