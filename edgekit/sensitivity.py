@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from edgekit.artifact import MANIFEST, Artifact
+from edgekit.artifact_model import model_of
 from edgekit.errors import EdgekitError
 from edgekit.exporters.reference_text import TEXT
 from edgekit.files import new_file, os_reason
@@ -131,17 +132,9 @@ def sensitivity(
 def _source(name: str) -> ModelSource:
     if not (Path(name) / MANIFEST).is_file():
         return resolve_model(name)
-    model = Artifact.open(name).manifest["model"]
-    try:
-        source = resolve_model(model["id"], model.get("revision"))
-    except EdgekitError as error:
-        raise EdgekitError(
-            f"{name}: the model it was made of is not to be had: {error}; give the model itself"
-        ) from error
-    if source.checkpoint.sha256() != model.get("sha256"):
-        raise EdgekitError(
-            f"{name}: was made of other weights than those of {source.id}: give the model itself"
-        )
+    source = model_of(Artifact.open(name), None, "give the model itself")
+    if source.folder is None:
+        raise EdgekitError(f"{name}: random weights have no tokenizer to read a text with")
     return source
 
 

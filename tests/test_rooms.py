@@ -19,16 +19,17 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "quantize": r"edgekit\.(errors|files|limits|tables)|torch|numpy|safetensors",
     "edgekit/models": (
-        r"edgekit\.(errors|limits|quantize)|torch|numpy|safetensors|tokenizers|jinja2|huggingface_hub"
+        r"edgekit\.(errors|limits|progress|quantize)|torch|numpy|safetensors|tokenizers|jinja2"
+        r"|huggingface_hub"
     ),
     "exporters": (
-        r"edgekit|edgekit\.(artifact|errors|files|genai_config|gguf_file|logits|models|onnx_(file|model)"
+        r"edgekit|edgekit\.(artifact|errors|files|genai_config|gguf_file|llama_vocabulary|logits|models|onnx_(file|model)"
         r"|progress|pte_header|quantize|quiet|tables)"
         r"|torch|torchao|numpy|executorch|gguf|onnx|onnxruntime|llama_cpp"
     ),
     "devices": r"edgekit\.(errors|tables)|numpy",
     "runtime": (
-        r"edgekit|edgekit\.(artifact|devices|errors|files|genai_config|gguf_file|logits|models"
+        r"edgekit|edgekit\.(artifact|devices|errors|files|genai_config|gguf_file|llama_vocabulary|logits|models"
         r"|onnx_(file|model)|progress|pte_header|quantize|tables)"
         r"|torch|numpy|executorch|onnxruntime|llama_cpp"
     ),

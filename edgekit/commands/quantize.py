@@ -73,10 +73,11 @@ def _write(
     path: Path,
 ) -> dict[str, float]:
     """Quantize into `path`, with progress on a terminal; return each tensor's SQNR."""
+    from edgekit.progress import somebody_looks
     from edgekit.quantize.write import quantize_to_file
 
     get = source.checkpoint.tensor
-    if not sys.stderr.isatty():
+    if not somebody_looks():
         return quantize_to_file(rows, get, path, tied)
     with click.progressbar(length=len(rows), label="quantizing", file=sys.stderr) as bar:
         return quantize_to_file(rows, get, path, tied, on_tensor=lambda _: bar.update(1))
