@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 import stat
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from typing import Any
 
 from edgekit.errors import EdgekitError
 from edgekit.files import os_reason
+from edgekit.models.config import load_json_object
 
 MANIFEST = "edgekit.json"
+_CONFIG = "config.json"
 TARGET_OF = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
 """Whose a model file is that comes without a manifest, by the end of its name."""
 FORMAT_VERSION = 1
+_TRANSFORMERS_JS = "onnx"
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_DEPTH = 32
 _MAX_DIMS = 8
@@ -36,6 +40,10 @@ MODULE = "module"
 """The `kind` of an artifact that takes tensors rather than tokens; others do not state one."""
 
 
+class DamagedArtifact(EdgekitError):
+    """A file of an artifact is missing or has another length than its manifest says."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """An opened artifact folder: its manifest is well-formed and its files have their sizes."""
@@ -48,8 +56,11 @@ class Artifact:
         """Read and check the manifest; EdgekitError where the folder is no whole artifact."""
         folder = Path(path)
         if not folder.is_dir():
-            what = "is a file, not an artifact folder" if folder.exists() else "does not exist"
-            raise EdgekitError(f"{folder}: {what}; make one with `edgekit export`")
+            raise EdgekitError(f"{folder}: {_no_folder(folder)}")
+        if not os.path.lexists(folder / MANIFEST):
+            raise EdgekitError(
+                f"{folder}: holds no {MANIFEST}, so it is no artifact; {_hint(folder)}"
+            )
         manifest = _read_manifest(folder / MANIFEST)
         for name, facts in manifest["files"].items():
             _check_file(folder, name, facts)
@@ -57,6 +68,8 @@ class Artifact:
             raise EdgekitError(
                 f"{folder / MANIFEST}: file {manifest['file']!r:.60} is not in files"
             )
+        if manifest.get("kind") != MODULE:
+            _check_ids(folder, manifest)
         return cls(folder, manifest)
 
     @property
@@ -107,6 +120,25 @@ def sha256_of(path: Path) -> str:
     """Return the hexadecimal sha256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _no_folder(path: Path) -> str:
+    if not path.exists():
+        return "does not exist; make one with `edgekit export`"
+    if not path.is_file():
+        return "is no regular file: neither an artifact folder nor a model file"
+    return "is a file, not an artifact folder; make one with `edgekit export`"
+
+
+def _hint(folder: Path) -> str:
+    """Say what to do with a folder without a manifest; Transformers.js keeps models in `onnx/`."""
+    places = (folder, folder / _TRANSFORMERS_JS)
+    files = [
+        file for place in places for end in TARGET_OF for file in sorted(place.glob(f"*{end}"))
+    ]
+    if files:
+        return f"name a model file in it, such as {files[0]}"
+    return "make one with `edgekit export`"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -177,6 +209,19 @@ def _check_language_model(path: Path, manifest: dict[str, Any]) -> None:
             raise EdgekitError(f"{path}: bos_id and eos_ids must be token ids, got {token!r:.60}")
 
 
+def _check_ids(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse ids that are no tokens of the model, as far as `config.json` tells their number."""
+    if _CONFIG not in manifest["files"]:
+        return
+    size = load_json_object(folder / _CONFIG).get("vocab_size")
+    for token in (manifest["bos_id"], *manifest["eos_ids"]):
+        if type(size) is int and token >= size:
+            raise EdgekitError(
+                f"{folder / MANIFEST}: bos_id and eos_ids must be token ids below {size}, the "
+                f"vocabulary of {_CONFIG}, got {token}"
+            )
+
+
 def _check_row(path: Path, row: object) -> None:
     if (
         not isinstance(row, dict)
@@ -210,9 +255,9 @@ def _check_file(folder: Path, name: str, facts: object) -> None:
         raise EdgekitError(f"{manifest}: files[{name!r:.60}] must hold bytes and sha256")
     path = folder / name
     if not path.is_file():
-        raise EdgekitError(f"{path}: is missing, though {MANIFEST} lists it")
+        raise DamagedArtifact(f"{path}: is missing, though {MANIFEST} lists it")
     if path.stat().st_size != facts["bytes"]:
-        raise EdgekitError(
+        raise DamagedArtifact(
             f"{path}: has {path.stat().st_size} bytes, {MANIFEST} says {facts['bytes']}: "
             "it is truncated or was replaced; export again"
         )

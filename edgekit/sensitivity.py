@@ -31,6 +31,7 @@ from edgekit.quantize.recipe import EMBEDDING, HEAD, tied_shapes
 from edgekit.quantize.scheme import FLOAT, Scheme
 from edgekit.runtime.divergence import mean, score_rows
 from edgekit.tables import markdown_table
+from edgekit.words import counted
 
 VERSION = 1
 """Of the computation: another one does not read these figures from the cache."""
@@ -93,7 +94,7 @@ class Sensitivity:
         headers = ["tensor", "mean KLD", "error", "bytes saved", "KLD per MB saved"]
         return (
             f"{self.model}: divergence from the float model with one tensor at {self.scheme}, "
-            f"{self.positions} positions of {self.tokens} tokens\n\n"
+            f"{counted(self.positions, 'position')} of {counted(self.tokens, 'token')}\n\n"
             f"{markdown_table(headers, rows, align='lrrrr')}"
         )
 
@@ -143,7 +144,9 @@ def _tokens(source: ModelSource, text: str) -> list[int]:
     most = min(MAX_TOKENS, source.config.max_context)
     tokens = Tokenizer.load(source.folder).encode_plain(text)[:most]
     if len(tokens) < 2 * FIRST:
-        raise EdgekitError(f"the text has {len(tokens)} tokens; at least {2 * FIRST} are needed")
+        raise EdgekitError(
+            f"the text has {counted(len(tokens), 'token')}; at least {2 * FIRST} are needed"
+        )
     return tokens
 
 

@@ -146,7 +146,8 @@ def checks(manifest: Mapping[str, Any] | None, checked: int | None) -> list[str]
     verification = (manifest or {}).get("verification")
     parts = [value_table("verification", verification)] if isinstance(verification, dict) else []
     if checked is not None:
-        parts.append(f"All {checked} files have the content that was exported.")
+        whole = "The file has" if checked == 1 else f"All {checked} files have"
+        parts.append(f"{whole} the content that was exported.")
     return parts
 
 

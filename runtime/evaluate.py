@@ -29,6 +29,7 @@ from edgekit.runtime.divergence import (
     score_rows,
 )
 from edgekit.runtime.subjects import Subject, open_subject
+from edgekit.words import counted
 
 DEFAULT_CHUNK = 512
 LEAST_CHUNK = 4
@@ -88,8 +89,8 @@ def evaluate(
 
     Both are a folder that `edgekit export` wrote, what `find_model_file` takes besides, or a model
     (a name of `edgekit models`, a hub id or a folder), which runs in torch as the float model it
-    is. `chunks` bounds how many chunks of `context` tokens are scored; `tokenizer` is the folder of
-    a tokenizer to use for files instead of their own. Raises `EdgekitError` for a text that is too short, a context that
+    is. `chunks` bounds how many chunks of `context` tokens are scored; `tokenizer` is a
+    tokenizer.json, or the folder of one, to use for files instead of their own. Raises `EdgekitError` for a text that is too short, a context that
     does not fit, a reference with other tokens, and logits that are not finite.
     """
     return evaluate_each(
@@ -155,7 +156,7 @@ def cut(tokens: Sequence[int], context: int, limit: int | None, bos: int | None)
     count = len(tokens) // context
     if count == 0:
         raise EdgekitError(
-            f"the text has {len(tokens)} tokens, but a chunk is {context}: give a longer text or "
+            f"the text has {counted(len(tokens), 'token')}, but a chunk is {context}: give a longer text or "
             "a smaller --context"
         )
     chunks = [

@@ -36,7 +36,7 @@ class GgufTokenizer:
         self._vocab = llama.llama_model_get_vocab(model)
         if llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_NONE:
             raise EdgekitError(
-                f"{path}: holds no tokenizer; name a folder with one: --tokenizer DIR"
+                f"{path}: holds no tokenizer; name a tokenizer.json: --tokenizer PATH"
             )
         self._size = llama.llama_vocab_n_tokens(self._vocab)
         self.bos_id = _known(llama.llama_vocab_bos(self._vocab))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from edgekit.runtime.record import ArtifactResult, Record, Sample, ShapeResult
 from edgekit.tables import markdown_table
+from edgekit.words import counted
 
 _NOTHING = "-"
 
@@ -20,11 +21,11 @@ def render(record: Record) -> str:
 def _machine_line(record: Record) -> str:
     machine, settings, bandwidth = record.machine, record.settings, record.bandwidth
     isa = ", ".join(machine["isa"] or ()) or "ISA features unreadable"
-    threads = _count(settings.threads, "thread")
+    threads = counted(settings.threads, "thread")
     order = ", interleaved" if len(record.artifacts) > 1 else ""
     return (
         f"{machine['cpu'] or 'unknown CPU'} ({isa}); {threads}; "
-        f"{_count(settings.repetitions, 'repetition')}{order}; edgekit {record.edgekit_version}; "
+        f"{counted(settings.repetitions, 'repetition')}{order}; edgekit {record.edgekit_version}; "
         f"{record.timestamp_utc}\n"
         f"read bandwidth {bandwidth.before.gb_per_s:.1f} GB/s before, "
         f"{bandwidth.after.gb_per_s:.1f} after ({threads})"
@@ -136,7 +137,7 @@ def _load_note(samples: Sequence[Sample]) -> list[str]:
     other = max(one.other or 0.0 for one in seen)
     waited = max(one.waited or 0.0 for one in seen)
     return [
-        f"! other load was visible in {len(seen)} of {len(samples)} repetitions: up to "
+        f"! other load was visible in {len(seen)} of {counted(len(samples), 'repetition')}: up to "
         + f"{other:.0%} of the CPUs, and threads waited up to {waited:.0%} of their time"
     ]
 
@@ -148,7 +149,7 @@ def _gate_notes(samples: Sequence[Sample]) -> list[str]:
             if gate.passed is False:
                 failed.setdefault((gate.name, gate.limit), []).append(gate.value or 0.0)
     return [
-        f"{name} was not {limit} before {len(values)} of {len(samples)} repetitions "
+        f"{name} was not {limit} before {len(values)} of {counted(len(samples), 'repetition')} "
         + f"(up to {max(values):,.0f})"
         for (name, limit), values in failed.items()
     ]
@@ -176,10 +177,6 @@ def _mean_and_spread(speed: Mapping[str, float]) -> str:
 
 def _decimals(rate: float) -> int:
     return 0 if rate >= 1000 else 2
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
 def _megabytes(size: int | None) -> str:
