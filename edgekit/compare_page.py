@@ -8,6 +8,7 @@ from edgekit.exporters.weights import TensorComparison, sqnr_db
 from edgekit.plots import Axis, Point, bars, lines, marker, scatter
 from edgekit.quantize.recipe import EMBEDDING, HEAD
 from edgekit.runtime.record import spread
+from edgekit.runtime.table import disturbances
 from edgekit.words import counted
 
 # Okabe and Ito's colours, which the colour-blind tell apart, a little deeper in light and lighter
@@ -93,18 +94,20 @@ def _series(index: int) -> int:
 def _introduction(comparison: Comparison) -> Iterator[str]:
     record = comparison.record
     threads = record.settings.threads
+    repeated = record.settings.repetitions
+    timed = f"{counted(repeated, 'repetition')}, interleaved" if repeated else "speed not measured"
     yield (
-        f"{record.machine['cpu'] or 'unknown CPU'}, {counted(threads, 'thread')}, "
-        f"{counted(record.settings.repetitions, 'repetition')}, interleaved; read bandwidth "
-        f"{record.bandwidth.limit:.1f} GB/s; edgekit {record.edgekit_version}, "
+        f"{record.machine['cpu'] or 'unknown CPU'}, {counted(threads, 'thread')}, {timed}; "
+        f"read bandwidth {record.bandwidth.limit:.1f} GB/s; edgekit {record.edgekit_version}, "
         f"{record.timestamp_utc}"
     )
+    yield from disturbances(record)
     found = comparison.artifacts[0].evaluation
     if found is not None:
         against = "" if found.reference is None else f", against {found.reference} in float"
         yield (
-            f"Quality on {counted(found.tokens, 'token')}, second half of {counted(found.chunks, 'chunk')} of "
-            f"{found.context}{against}."
+            f"Quality on {counted(found.tokens, 'token')}, second half of "
+            f"{counted(found.chunks, 'chunk')} of {found.context}{against}."
         )
 
 

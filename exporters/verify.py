@@ -158,12 +158,13 @@ def figures_text(found: Mapping[str, Any]) -> str:
     ]
     table = markdown_table(["", "mean KLD", "same top-1"], rows)
     text = (
-        f"verified over {counted(found['positions'], 'position')} of {counted(found['tokens'], 'token')}"
-        f"\n{table}"
+        f"verified over {counted(found['positions'], 'position')} of "
+        f"{counted(found['tokens'], 'token')}\n{table}"
     )
     if "tokenizer" in found:
         texts, tokens = found["tokenizer"]["texts"], found["tokenizer"]["tokens"]
-        text += f"\ntokenizer: the model's own ids in {counted(texts, 'text')} of {counted(tokens, 'token')}"
+        corpus = f"{counted(texts, 'text')} of {counted(tokens, 'token')}"
+        text += f"\ntokenizer: the model's own ids in {corpus}"
     return text
 
 

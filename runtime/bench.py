@@ -74,6 +74,13 @@ def bench(
     return _run(subjects, shapes, settings, machine, progress or no_steps)
 
 
+def load_each(artifacts: Sequence[Path], threads: int | None = None) -> Record:
+    """Load every artifact and run none: a record of what is known of them without a test."""
+    check_threads(threads)
+    settings = Settings((), (), (), 0, physical_cores() if threads is None else threads, 0.0, 0)
+    return _run(_open(artifacts), [], settings, probe(), no_steps)
+
+
 def plan(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]) -> list[Shape]:
     """Return the tests in llama-bench's order; raises `EdgekitError` when none is left."""
     tests = [("pp", n) for n in prompts] + [("tg", n) for n in generates]
@@ -197,7 +204,7 @@ def _load(
 ) -> dict[str, Any]:
     """Load with room for the longest test, where the file's own number is less and leaves it."""
     file = subject.file
-    context = file.room(max(shape.positions for shape in shapes))
+    context = file.room(max((shape.positions for shape in shapes), default=0))
     reply = worker.load(file.engine, str(file.path.resolve()), threads, context)
     _check_context(subject.name, file, shapes, reply["context"])
     return reply

@@ -248,7 +248,8 @@ def check_first(first: int, count: int) -> None:
 def _does_not_fit(count: int, position: int, context: int) -> str:
     if position == 0:
         return f"prompt of {counted(count, 'token')} does not fit the context of {context}"
-    return f"{counted(count, 'token')} after the {position} processed do not fit the context of {context}"
+    tokens = counted(count, "token")
+    return f"{tokens} after the {position} processed do not fit the context of {context}"
 
 
 def physical_cores() -> int:

@@ -23,8 +23,8 @@ def _introduction(result: Evaluation) -> str:
         against = f" against {result.reference} in {result.reference_engine}"
     return (
         f"{result.name} in {result.engine} {result.engine_version}{against}\n"
-        f"{counted(result.tokens, 'token')} scored: second half of {counted(result.chunks, 'chunk')} of "
-        f"{result.context} from a text of {counted(result.text_tokens, 'token')}"
+        f"{counted(result.tokens, 'token')} scored: second half of "
+        f"{counted(result.chunks, 'chunk')} of {result.context} from a text of {counted(result.text_tokens, 'token')}"
     )
 
 

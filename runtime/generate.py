@@ -51,7 +51,8 @@ class GenerationResult:
         return (
             f"prompt {counted(self.prompt_tokens, 'token')}{cached} at {_shown(self.prefill_rate)}, "
             f"first token after {self.ttft_ns / 1e6:.0f} ms; "
-            f"{counted(self.generated_tokens, 'token')} at {_shown(self.decode_rate)}; {_ENDS[self.reason]}"
+            f"{counted(self.generated_tokens, 'token')} at {_shown(self.decode_rate)}; "
+            f"{_ENDS[self.reason]}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def render(record: Record) -> str:
     parts = [_machine_line(record), _artifact_table(record), _speed_table(record)]
     if len(record.artifacts) > 1:
         parts.append(_ratio_table(record))
-    parts += ["\n".join(_notes(record))]
+    parts += ["\n".join([*disturbances(record), *_cache_notes(record)])]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -119,15 +119,15 @@ def _ratio_table(record: Record) -> str:
     )
 
 
-def _notes(record: Record) -> list[str]:
-    """Say what disturbed the run: load beside it, gates that did not pass, weights in cache."""
+def disturbances(record: Record) -> list[str]:
+    """Say what disturbed the run: load beside it, which `!` marks, and gates that did not pass."""
     samples = [
         sample
         for artifact in record.artifacts
         for test in artifact.tests
         for sample in test.samples
     ]
-    return [*_load_note(samples), *_gate_notes(samples), *_cache_notes(record)]
+    return [*_load_note(samples), *_gate_notes(samples)]
 
 
 def _load_note(samples: Sequence[Sample]) -> list[str]:
