@@ -116,7 +116,7 @@ def _memory_table(fit: Fit) -> str:
     rows = {
         "file": fit.file_bytes,
         "packed copy of the linears": fit.packed_bytes,
-        f"KV cache, {counted(fit.context, 'position')}": fit.kv_cache_bytes,
+        f"KV cache, {fit.context} positions": fit.kv_cache_bytes,
         "conv state": fit.conv_state_bytes,
         "activations (estimate)": fit.activation_bytes,
         "total while loading": fit.peak_bytes,

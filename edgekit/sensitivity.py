@@ -6,10 +6,12 @@ stay float: what is measured is the weight's own scheme. Figures are kept in the
 they are computed, so that an interrupted run goes on where it stopped.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -260,9 +262,18 @@ class _Cache:
         return cls(path, key, _read_figures(path, key))
 
     def keep(self, tensor: str, figures: tuple[float, float]) -> None:
-        self.figures[tensor] = figures
-        with new_file(self.path) as scratch:
+        """Add to what is kept, which another process may have added to meanwhile."""
+        with _locked(self.path.with_suffix(".lock")), new_file(self.path) as scratch:
+            self.figures = _read_figures(self.path, self.key) | self.figures | {tensor: figures}
             scratch.write_text(json.dumps({**self.key, "figures": self.figures}, indent=1) + "\n")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes and threads out that lock the same file."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cache_folder() -> Path:

@@ -40,7 +40,12 @@ def weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 
 def stored_size(path: Path, config: ModelConfig | None = None) -> StoredSize:
     """Return the bytes of all tensors and the weights in them; `config` is not needed."""
-    tensors = GgufFile.open(path).tensors.values()
+    return size_of(GgufFile.open(path))
+
+
+def size_of(file: GgufFile) -> StoredSize:
+    """Return the same of an open file."""
+    tensors = file.tensors.values()
     return StoredSize(
         sum(tensor.nbytes for tensor in tensors), sum(prod(tensor.shape) for tensor in tensors)
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.gguf_weights import stored_size
+from edgekit.exporters.gguf_weights import size_of
 from edgekit.exporters.inspect_tables import (
     Component,
     WeightRows,
@@ -73,7 +73,7 @@ def report(path: Path, manifest: dict[str, Any] | None, checked: int | None) -> 
     """Report on a GGUF; EdgekitError where it is foreign or corrupt."""
     file = GgufFile.open(path)
     tensors = list(file.tensors.values())
-    size = stored_size(path)
+    size = size_of(file)
     return Report(
         path=path,
         file_bytes=file.file_bytes,
