@@ -18,6 +18,7 @@ from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgekit.models.weights import Weight
+from edgekit.module_verification import verify_module_artifact
 from edgekit.progress import Progress
 from edgekit.quantize.recipe import Resolved, tied_shapes
 from edgekit.quantize.scheme import Scheme
@@ -35,6 +36,10 @@ def verify_artifact(path: Path, model: str | None, progress: Progress) -> dict[s
     """
     # A few wrong bytes among the weights move no logit enough to be seen.
     artifact = open_unchanged(path)
+    if artifact.is_module:
+        if model is not None:
+            raise EdgekitError(f"{path}: is a module, which is verified without --model")
+        return verify_module_artifact(artifact, progress)
     target = find_target(artifact.target, Options())
     import_engine(target.NAME)
     progress("reading the model")
