@@ -92,8 +92,8 @@ class Artifact:
         """Positions the model file has room for; EdgekitError for a module."""
         if self.is_module:
             raise EdgekitError(
-                f"{self.folder}: is a module, not a language model: run it with "
-                "edgekit.load_module, from Python"
+                f"{self.folder}: is a module, not a language model: `edgekit bench` measures it, "
+                "`edgekit inspect` and `verify` take it, and edgekit.load_module runs it from Python"
             )
         return int(self.manifest["context"])
 
