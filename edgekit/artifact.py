@@ -35,9 +35,14 @@ _TYPES: dict[str, type] = {
     "versions": dict,
     "files": dict,
 }
+_MODULE_TYPES: dict[str, type] = {"inputs": list}
 _LANGUAGE_MODEL_TYPES: dict[str, type] = {"context": int, "bos_id": int, "eos_ids": list}
 MODULE = "module"
 """The `kind` of an artifact that takes tensors rather than tokens; others do not state one."""
+
+MODULE_DTYPES = ("float32", "int64")
+"""What the inputs of a module may be."""
+_MAX_ELEMENTS = 1 << 28
 
 
 class DamagedArtifact(EdgekitError):
@@ -184,7 +189,7 @@ def _finite(text: str) -> float:
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     is_module = manifest.get("kind") == MODULE
-    for key, kind in (_TYPES if is_module else _TYPES | _LANGUAGE_MODEL_TYPES).items():
+    for key, kind in (_TYPES | (_MODULE_TYPES if is_module else _LANGUAGE_MODEL_TYPES)).items():
         value = manifest.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise EdgekitError(f"{path}: {key} must be {_json_name(kind)}, got {value!r:.60}")
@@ -195,7 +200,9 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         )
     if not isinstance(manifest["model"].get("id"), str):
         raise EdgekitError(f"{path}: model.id must be a string")
-    if not is_module:
+    if is_module:
+        _check_module(path, manifest)
+    else:
         _check_language_model(path, manifest)
     for row in manifest["tensors"]:
         _check_row(path, row)
@@ -220,6 +227,25 @@ def _check_ids(folder: Path, manifest: dict[str, Any]) -> None:
                 f"{folder / MANIFEST}: bos_id and eos_ids must be token ids below {size}, the "
                 f"vocabulary of {_CONFIG}, got {token}"
             )
+
+
+def _check_module(path: Path, manifest: dict[str, Any]) -> None:
+    largest = manifest.get("max_batch")
+    if largest is not None and not _is_count(largest):
+        raise EdgekitError(f"{path}: max_batch must be a size or null, got {largest!r:.60}")
+    inputs = manifest["inputs"]
+    for item in inputs:
+        shape = item.get("shape") if isinstance(item, dict) else None
+        if (
+            not isinstance(shape, list)
+            or not 1 <= len(shape) <= _MAX_DIMS
+            or not all(_is_count(size) for size in shape)
+            or math.prod(shape) > _MAX_ELEMENTS
+            or item.get("dtype") not in MODULE_DTYPES
+        ):
+            raise EdgekitError(f"{path}: inputs must hold dtype and shape: {item!r:.80}")
+    if not inputs:
+        raise EdgekitError(f"{path}: inputs must not be empty")
 
 
 def _check_row(path: Path, row: object) -> None:

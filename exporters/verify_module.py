@@ -145,16 +145,18 @@ def verify_module(
     Every batch size that a caller may rely on runs: the rows given, one alone, and the largest.
     """
     largest = network.traced.max_batch
-    sizes = [len(inputs[0])] if largest is None else sorted({1, len(inputs[0]), largest})
+    if largest is None:
+        return compare(engine, [Case.of(network, inputs)])
+    sizes = sorted({1, len(inputs[0]), largest})
     return compare(engine, (Case.of(network, _rows(inputs, size)) for size in sizes))
 
 
 def reference_case(network: QuantizedNetwork, inputs: tuple[Tensor, ...]) -> Case:
     """Return the case that an artifact keeps: some of the inputs, all where the batch is fixed."""
-    rows = len(inputs[0])
-    if network.traced.max_batch is not None:
-        size = sum(item[0].numel() * item.element_size() for item in inputs)
-        rows = max(1, min(rows, _REFERENCE_BYTES // size))
+    if network.traced.max_batch is None:
+        return Case.of(network, inputs)
+    size = sum(item[0].numel() * item.element_size() for item in inputs)
+    rows = max(1, min(len(inputs[0]), _REFERENCE_BYTES // size))
     return Case.of(network, _rows(inputs, rows))
 
 

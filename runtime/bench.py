@@ -100,7 +100,7 @@ def check_contexts(artifacts: Sequence[Path], shapes: Sequence[Shape]) -> None:
 
     Raises `EdgekitError` for what is no model file, too.
     """
-    for name, path in zip(_distinct_names(artifacts), artifacts, strict=True):
+    for name, path in zip(distinct_names(artifacts), artifacts, strict=True):
         file = find_model_file(path)
         if file.longest is not None:
             _check_context(name, file, shapes, file.longest)
@@ -130,11 +130,11 @@ def _open(paths: Sequence[Path]) -> list[_Subject]:
     files = [find_model_file(path) for path in paths]
     return [
         _Subject(name, file, holdings_of(file))
-        for name, file in zip(_distinct_names(paths), files, strict=True)
+        for name, file in zip(distinct_names(paths), files, strict=True)
     ]
 
 
-def _distinct_names(paths: Sequence[Path]) -> list[str]:
+def distinct_names(paths: Sequence[Path]) -> list[str]:
     """Name artifacts by folder; by path where folders share a name; numbered where paths do."""
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
