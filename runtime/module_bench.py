@@ -244,7 +244,7 @@ class _Subject:
     @property
     def batch(self) -> int:
         """Inputs of a run; EdgekitError where the module does not take so many."""
-        largest = self.artifact.manifest["max_batch"]
+        largest = self.artifact.manifest.get("max_batch")
         only = self.artifact.manifest["inputs"][0]["shape"][0]
         if largest is None:
             if self.asked not in (None, only):
@@ -261,7 +261,7 @@ class _Subject:
 
     def inputs(self) -> list[dict[str, Any]]:
         """Return type and shape of each input of a run."""
-        batch, varies = self.batch, self.artifact.manifest["max_batch"] is not None
+        batch, varies = self.batch, self.artifact.manifest.get("max_batch") is not None
         return [
             item | {"shape": [batch, *item["shape"][1:]] if varies else item["shape"]}
             for item in self.artifact.manifest["inputs"]
