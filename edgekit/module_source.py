@@ -92,9 +92,11 @@ def load_weights(module: nn.Module, path: Path) -> None:
     foreign = [name for name in held if name not in state]
     name = type(module).__name__
     if lacking or foreign:
-        said = [f"lacks {_some(lacking)}"] * bool(lacking) + [f"has {_some(foreign)}"] * bool(
-            foreign
-        )
+        said = [
+            f"{verb} {_some(names)}"
+            for verb, names in (("lacks", lacking), ("has", foreign))
+            if names
+        ]
         raise EdgekitError(f"{path}: is no state dict of {name}: it {' and '.join(said)}")
     for key, value in held.items():
         if value.shape != state[key].shape:

@@ -50,6 +50,8 @@ class ModuleChoice:
         from edgekit.module_data import open_data
 
         if self.calibrate is not None:
+            if self.method is not None and self.calibrate.endswith(".json"):
+                raise EdgekitError(f"--method means nothing to {self.calibrate}, which has ranges")
             return open_data(self.calibrate, placement.traced)
         if placement.edges:
             raise EdgekitError(

@@ -2,13 +2,15 @@
 
 import copy
 import linecache
+import logging
 import operator
 import re
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +171,26 @@ def _export(
         batch = Dim("batch", min=1, max=max_batch)
         shapes = tuple({0: batch} for _ in example)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _silence():
             program = export(module, example, dynamic_shapes=shapes, strict=False)
             # No decomposition: this makes in-place operators functional.
             functional: ExportedProgram = program.run_decompositions({})
             return functional
     except Exception as error:  # whatever the module's own code or a tracer raises
         raise EdgekitError(_why(module, error)) from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep away what torch warns, logs and, of a graph that it cannot make, prints."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _why(module: nn.Module, error: Exception) -> str:
