@@ -189,8 +189,8 @@ def test_commands_for_language_models_say_what_to_use(
     code: Path, place: Path, command: str
 ) -> None:
     assert export(code, place / "net", "--float").exit_code == 0
-    more = {"run": ["hello"], "eval": ["--text", code]}.get(command, [])
-    done = run(command, place / "net", *more)
+    more: dict[str, list[object]] = {"run": ["hello"], "eval": ["--text", code]}
+    done = run(command, place / "net", *more.get(command, []))
     assert_only_one_line(done, "is a module, not a language model", "edgekit bench")
 
 
@@ -225,11 +225,9 @@ def test_quantize_writes_codes_and_a_calibration_that_export_takes(code: Path, p
 
 def test_several_inputs_of_both_types(code: Path, place: Path) -> None:
     generator = np.random.default_rng(1)
-    data = {
-        "tokens": generator.integers(0, 9, (7, 5)),
-        "x": generator.standard_normal((7, 5, 4), dtype=np.float32),
-    }
-    np.savez(place / "data.npz", **data)
+    tokens = generator.integers(0, 9, (7, 5))
+    x = generator.standard_normal((7, 5, 4), dtype=np.float32)
+    np.savez(place / "data.npz", tokens=tokens, x=x)
     words = [
         *("export", f"{code}:two", "--target", "onnx", "-o", place / "two", "--max-batch", 3),
         *("--example-shape", "1x5", "--example-dtype", "int64"),
@@ -242,7 +240,7 @@ def test_several_inputs_of_both_types(code: Path, place: Path) -> None:
         ("tokens", "int64"),
         ("x", "float32"),
     ]
-    np.savez(place / "short.npz", tokens=data["tokens"])
+    np.savez(place / "short.npz", tokens=tokens)
     done = run(*words, "--force", "--calibrate", place / "short.npz")
     assert_only_one_line(done, "must hold one array for each input, tokens, x; it holds tokens")
     assert_only_one_line(run(*words[:-2], "--force"), "--example-dtype is given 1 times")

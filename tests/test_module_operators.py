@@ -53,7 +53,8 @@ class _Product(nn.Module):
         self.mix = nn.Parameter(torch.randn(6, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.first(x) @ self.mix.T
+        result: Tensor = self.first(x) @ self.mix.T
+        return result
 
 
 def test_a_weight_is_never_left_float_in_silence() -> None:

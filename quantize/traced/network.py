@@ -167,6 +167,7 @@ class _Simulation(Interpreter):
         (values, *args), kwargs = self.fetch_args_kwargs_from_env(node)
         codes = (values / parameters.scale).round_().double()
         mean = self.call_function(node.target, (codes, *args), kwargs)
+        assert isinstance(mean, Tensor)
         # No code leaves the range: an average lies between its operands, padding is 0.
         rounded = (mean + parameters.zero_point).round_() - parameters.zero_point
         return rounded.float() * parameters.scale

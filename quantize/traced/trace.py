@@ -27,7 +27,7 @@ _TORCH = Path(torch.__file__).parent
 _OPERATOR = re.compile(r"\b(?:aten|prims|torchvision|torch\.ops\.\w+)[.:]+\w+(?:\.\w+)?")
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 _LEAF = "torch.nn.modules."
-POOLS_1D = {
+POOLS_1D: dict[Any, OpOverload] = {
     aten.max_pool1d.default: aten.max_pool2d.default,
     aten.avg_pool1d.default: aten.avg_pool2d.default,
     aten.adaptive_avg_pool1d.default: aten.adaptive_avg_pool2d.default,
@@ -297,7 +297,7 @@ def _pool_over_two_axes(node: Node) -> None:
     """Pool `[..., 1, length]`, which engines have kernels for, then drop the axis."""
     found = arguments(node)
     wide = _insert(node, aten.unsqueeze.default, found.pop("self"), (-2,))
-    rest = []
+    rest: list[bool | list[int]] = []
     for name, value in found.items():
         if isinstance(value, bool):
             rest.append(value)
