@@ -75,7 +75,7 @@ def _split(x: Tensor) -> Tensor:
     return torch.cat([right, left], 1)
 
 
-def _first_row(x: Tensor) -> Tensor:
+def _last_row(x: Tensor) -> Tensor:
     return x[:, :, -1].unsqueeze(2) + x
 
 
@@ -158,7 +158,7 @@ CASES = {
         lambda x: torch.cat([x, torch.relu(x), functional.max_pool2d(x, 3, 1, 1)], 1), 18
     ),
     "split": _images(_split, executorch={"aten::slice_copy.Tensor_out": 2}),
-    "select": _images(_first_row),
+    "select": _images(_last_row, executorch={"aten::slice_copy.Tensor_out": 1, **_SHAPED}),
 }
 
 
