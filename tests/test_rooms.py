@@ -25,7 +25,7 @@ ROOMS = {
     "exporters": (
         r"edgekit|edgekit\.(artifact|errors|files|genai_config|gguf_file|llama_vocabulary|logits|models|onnx_(file|model)"
         r"|progress|pte_header|quantize|quiet|tables|words)"
-        r"|torch|torchao|numpy|executorch|gguf|onnx|onnxruntime|llama_cpp"
+        r"|torch|torchao|numpy|safetensors|executorch|gguf|onnx|onnxruntime|llama_cpp"
     ),
     "devices": r"edgekit\.(errors|tables|words)|numpy",
     "runtime": (
