@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from edgekit.errors import EdgekitError
 
 Method = Literal["rtn", "mse", "gptq"]
 """How codes are chosen: rounded to nearest with ranges of minimum and maximum, with ranges of least
 squared error, or by GPTQ on a text."""
+
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
