@@ -26,14 +26,14 @@ import torch
 from benchmarks.machine import facts
 from benchmarks.report import table
 from edgekit.artifact import Artifact
+from edgekit.exporters.weights import stored_size
 from edgekit.gains import measure
-from edgekit.gguf_file import GgufFile
 from edgekit.models.codes import CodesFile
+from edgekit.models.config import ModelConfig
 from edgekit.models.eager import float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import Weight
-from edgekit.quantize.table import json_bytes
 from edgekit.runtime.divergence import divergence, join, perplexity, score_rows
 from edgekit.runtime.evaluate import cut, evaluate_each, tokenize
 
@@ -62,26 +62,20 @@ def export(folder: Path, name: str, *arguments: object) -> Path:
     return out
 
 
-def bits_per_weight(artifact: Path, parameters: int) -> float:
-    """Return the bits of all tensors in a file over the model's parameters.
-
-    A .pte holds what its manifest's table counts: bfloat16 scales of groups, one scale per row.
-    """
-    found = Artifact.open(artifact)
-    if found.target == "executorch":
-        return 8 * json_bytes(found.manifest["tensors"]) / parameters
-    tensors = GgufFile.open(artifact / "model.gguf").tensors.values()
-    return 8 * sum(tensor.nbytes for tensor in tensors) / parameters
+def bits_per_weight(folder: Path) -> float:
+    """Return the bits of all tensors in an artifact's file over the model's parameters."""
+    found = Artifact.open(folder)
+    config = ModelConfig.load(folder)
+    return stored_size(found.target, found.model_path, config).bits_per_weight
 
 
 def artifacts(folder: Path, text: Path, qat: Path | None) -> dict[str, Path]:
     """Export every row; names in the order of the table."""
-    source = resolve_model(MODEL)
     imatrix = folder / "imatrix.gguf"
     if not imatrix.exists():
         edgekit("imatrix", MODEL, "--text", text, "--chunks", 64, "-o", imatrix)
     q4_k_m = export(folder, "Q4_K_M", "--scheme", "Q4_K_M", "--imatrix", imatrix)
-    bits = bits_per_weight(q4_k_m, source.config.parameter_count)
+    bits = bits_per_weight(q4_k_m)
     budget = ("--bits", f"{bits:.4f}")
     calibrated = ("--calibrate", text)
     rows = {
@@ -106,7 +100,6 @@ def artifacts(folder: Path, text: Path, qat: Path | None) -> dict[str, Path]:
 
 def scored(rows: Mapping[str, Path], text: str, chunks: int | None) -> list[dict[str, Any]]:
     """Evaluate every artifact in its engine, with one run of the float model for all."""
-    parameters = resolve_model(MODEL).config.parameter_count
 
     def show(done: int, total: int, _label: str) -> None:
         print(f"scored {done} of {total} chunks", file=sys.stderr, flush=True)
@@ -122,7 +115,7 @@ def scored(rows: Mapping[str, Path], text: str, chunks: int | None) -> list[dict
     return [
         {
             "row": name,
-            "bits_per_weight": bits_per_weight(path, parameters),
+            "bits_per_weight": bits_per_weight(path),
             **one.to_dict(),
             "name": name,
         }
