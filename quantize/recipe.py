@@ -51,6 +51,10 @@ class Rule:
     def __post_init__(self) -> None:
         """Refuse expressions that do not compile and ranges that do not exist."""
         check_rule(self.pattern, self.range, self.scheme.is_float)
+        if self.range is not None and self.scheme.books:
+            raise EdgekitError(
+                f"range has no meaning for the codebooks of {self.scheme.name}: leave it out"
+            )
 
     def matches(self, tensor: str) -> bool:
         """Return whether the whole name matches."""
@@ -144,11 +148,11 @@ def preset(name: str) -> Recipe:
 def uniform(scheme: Scheme) -> Recipe:
     """Return the recipe that gives every linear layer one scheme.
 
-    The embedding and the head take it too, except at 4 bits, where they stay int8 per channel:
+    The embedding and the head take it too, except below 8 bits, where they stay int8 per channel:
     every token passes through both, and they cost more accuracy than they save bytes.
     """
     rules = [Rule(".*", scheme)]
-    if scheme.bits == 4:
+    if scheme.bits is not None and scheme.bits < 8:
         rules.insert(0, Rule(_VOCABULARY, Scheme.parse("w8")))
     return Recipe(tuple(rules), name=scheme.name)
 
@@ -219,7 +223,8 @@ def shared_rows(rows: Iterable[Resolved], tied: Mapping[str, str]) -> dict[str, 
 
 def warnings(rows: Iterable[Resolved]) -> list[str]:
     """Return what a user should know about a table before waiting for it."""
-    if not any(row.scheme.bits == 4 and row.scheme.granularity == "channel" for row in rows):
+    w4 = Scheme.parse("w4")
+    if not any(row.scheme == w4 for row in rows):
         return []
     return [_W4_WARNING]
 
