@@ -15,7 +15,7 @@ import json
 import re
 import tomllib
 import warnings as python_warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -221,8 +221,10 @@ def shared_rows(rows: Iterable[Resolved], tied: Mapping[str, str]) -> dict[str, 
     }
 
 
-def method_of(rows: Iterable[Resolved]) -> str:
+def method_of(rows: Sequence[Resolved]) -> str:
     """Return the method of rows that are rounded to nearest (`edgekit.quantize.storage.METHODS`)."""
+    if any(row.scheme.books for row in rows):
+        return "kmeans"
     return "mse" if any(row.range == "mse" for row in rows) else "rtn"
 
 

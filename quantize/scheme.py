@@ -198,12 +198,20 @@ FLOAT = Scheme(bits=None, granularity=None)
 
 
 def scheme_of(
-    bits: int, axis: int | None, group_size: int | None, *, zero_points: bool, signed: bool
+    bits: int,
+    axis: int | None,
+    group_size: int | None,
+    *,
+    zero_points: bool,
+    signed: bool,
+    codebook: Tensor | None = None,
 ) -> Scheme:
     """Return the scheme of codes that were made elsewhere; ValueError where there is none.
 
-    The fields are those of `QuantizedTensor`, for a tensor without a codebook.
+    The fields are those of `QuantizedTensor`.
     """
+    if codebook is not None:
+        return _scheme_of_codebook(bits, axis, group_size, codebook)
     if bits not in (4, 8):
         raise ValueError(f"codes of {bits} bits")
     if axis not in (0, None) or (axis is None and group_size is None):
@@ -212,3 +220,21 @@ def scheme_of(
         raise ValueError("signed codes with zero points" if signed else "indices of a codebook")
     granularity: Literal["channel", "group"] = "channel" if group_size is None else "group"
     return Scheme(4 if bits == 4 else 8, granularity, group_size, symmetric=not zero_points)
+
+
+def _scheme_of_codebook(
+    bits: int, axis: int | None, group_size: int | None, codebook: Tensor
+) -> Scheme:
+    if bits not in (2, 3, 4):
+        raise ValueError(f"codebooks of {bits} bits")
+    if (axis, group_size) == (None, None) or axis not in (0, None):
+        raise ValueError("scales that are neither per row nor per group")
+    books = len(codebook) if codebook.ndim == 2 else 1
+    is_table = group_size == 32 and codebook.ndim == 1 and codebook.tolist() == list(IQ4_NL)
+    return Scheme(
+        bits,  # type: ignore[arg-type]  # one of the three
+        "channel" if group_size is None else "group",
+        group_size,
+        books=books,
+        table="iq4nl" if is_table else None,
+    )
