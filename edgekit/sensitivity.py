@@ -21,14 +21,16 @@ from edgekit.artifact import MANIFEST, Artifact
 from edgekit.errors import EdgekitError
 from edgekit.exporters.reference_text import TEXT
 from edgekit.files import new_file, os_reason
+from edgekit.models.activations import unrounded
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.lfm2 import LFM2
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
+from edgekit.models.weights import ReadWeight
 from edgekit.progress import Steps, no_steps
 from edgekit.quantize.recipe import EMBEDDING, HEAD, tied_shapes
 from edgekit.quantize.scheme import FLOAT, Scheme
-from edgekit.runtime.divergence import mean, score_rows
+from edgekit.runtime.divergence import Estimate, mean, score_rows
 from edgekit.tables import markdown_table
 
 VERSION = 1
@@ -110,8 +112,14 @@ def sensitivity(
     """
     if scheme.is_float:
         raise EdgekitError("--scheme float costs nothing: give one that quantizes, such as w4g32")
+    return sensitivity_of(_source(name), scheme, text, progress)
+
+
+def sensitivity_of(
+    source: ModelSource, scheme: Scheme, text: str, progress: Steps | None = None
+) -> Sensitivity:
+    """Do what `sensitivity` does for a model that is found already."""
     show = progress or no_steps
-    source = _source(name)
     tokens = _tokens(source, text)
     tensors = _tensors(source, scheme)
     cache = _Cache.open(source, scheme, tokens)
@@ -126,6 +134,16 @@ def sensitivity(
     costs.sort(key=lambda cost: cost.kld, reverse=True)
     positions = len(tokens) - FIRST
     return Sensitivity(source.id, scheme.name, len(tokens), positions, tuple(costs), cache.path)
+
+
+def divergence_of(source: ModelSource, weights: ReadWeight, text: str) -> Estimate:
+    """Return the divergence with all tensors quantized, over the positions of `sensitivity`."""
+    tokens = _tokens(source, text)
+    run = _FloatRun.of(source, tokens)
+    model = build_eager(source.config, weights, len(tokens), unrounded)
+    with torch.inference_mode():
+        logits = model.all_logits(torch.tensor([tokens]), torch.zeros(1, dtype=torch.long))
+    return run.divergence(logits)
 
 
 def _source(name: str) -> ModelSource:
@@ -146,7 +164,8 @@ def _source(name: str) -> ModelSource:
 
 
 def _tokens(source: ModelSource, text: str) -> list[int]:
-    assert source.folder is not None  # without random weights there is one
+    if source.folder is None:
+        raise EdgekitError(f"{source.id}: random weights have no tokenizer to read a text with")
     most = min(MAX_TOKENS, source.config.max_context)
     tokens = Tokenizer.load(source.folder).encode_plain(text)[:most]
     if len(tokens) < 2 * FIRST:
@@ -201,11 +220,15 @@ class _FloatRun:
             logits = self._logits(self._last_state(name))
         finally:
             self.override.clear()
+        kld = self.divergence(logits)
+        return kld.value, kld.error
+
+    def divergence(self, logits: Tensor) -> Estimate:
+        """Return the mean divergence of logits `[tokens, vocab]` from the float model's."""
         targets = [*self.tokens[FIRST + 1 :], 0]  # the last has none; its KLD needs none
         scores = score_rows(logits[FIRST:].numpy(), targets, self.logits[FIRST:].numpy())
         assert scores.kld is not None
-        kld = mean(scores.kld)
-        return kld.value, kld.error
+        return mean(scores.kld)
 
     def _last_state(self, name: str) -> Tensor:
         if name == HEAD:

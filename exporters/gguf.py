@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.gguf_blocks import BLOCK, FLOAT_TYPES, block_pieces, block_type, float_pieces
+from edgekit.exporters.gguf_blocks import (
+    BLOCK,
+    BLOCK_BYTES,
+    FLOAT_TYPES,
+    block_pieces,
+    block_type,
+    float_pieces,
+)
 from edgekit.exporters.gguf_names import gguf_name
 from edgekit.exporters.gguf_tokenizer import STAND_IN, stand_in_metadata, tokenizer_metadata
 from edgekit.exporters.gguf_writer import PlannedTensor, Value, write_gguf, write_hollow_gguf
@@ -65,6 +72,13 @@ def check_rows(rows: Sequence[Resolved]) -> None:
 def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
     """Return the tensors whose bytes the file holds under another's name: a tied head."""
     return list(shared_rows(rows, tied))
+
+
+def stored_bytes(row: Resolved) -> int:
+    """Return the bytes of a tensor in the file: a block of 32 has its own scale always."""
+    if row.scheme.is_float:
+        return row.nbytes
+    return math.prod(row.shape) // BLOCK * BLOCK_BYTES[block_type(row.scheme)]
 
 
 def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:

@@ -16,9 +16,9 @@ import re
 import tomllib
 import warnings as python_warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from edgekit.errors import EdgekitError
 from edgekit.limits import TooCostly, bounded
@@ -226,6 +226,21 @@ def method_of(rows: Sequence[Resolved]) -> str:
     if any(row.scheme.books for row in rows):
         return "kmeans"
     return "mse" if any(row.range == "mse" for row in rows) else "rtn"
+
+
+def with_ranges(recipe: Recipe, method: Literal["rtn", "mse"]) -> Recipe:
+    """Return the recipe with one way to find ranges: minimum and maximum, or least squared error.
+
+    The latter at 4 bits; at 8 it gains next to nothing, so ranges there are what they were.
+    """
+
+    def changed(rule: Rule) -> Rule:
+        scheme = rule.scheme
+        if scheme.is_float or scheme.books or (method == "mse" and scheme.bits == 8):
+            return rule
+        return replace(rule, range="mse" if method == "mse" else "minmax")
+
+    return replace(recipe, rules=tuple(map(changed, recipe.rules)))
 
 
 def warnings(rows: Iterable[Resolved]) -> list[str]:

@@ -82,9 +82,7 @@ def floats(value: object) -> torch.Tensor:
     return value.dequantize() if isinstance(value, QuantizedTensor) else value
 
 
-@pytest.mark.parametrize(
-    "target", ["gguf", "onnx", pytest.param("executorch", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
 def test_the_codes_of_a_recipe_give_the_files_of_the_recipe(
     model: Path, quantized: Path, tmp_path: Path, target: str
 ) -> None:
