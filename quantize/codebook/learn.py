@@ -10,32 +10,36 @@ entry of the greatest logit; gradients pass straight through to the soft choice
     proximal    dw^/dI_j = p_j sign(C_j - w^) / (|C_j - w^| + eps)
 
 The ordinary gradient is the derivative of the softmax and grows with the distance of an entry; the
-proximal one, the method's, decreases with it. Entries and scales have their true gradients.
+proximal one, the method's, decreases with it. Entries and scales have their true gradients. The
+loss is the error of the layer's output (`edgekit.quantize.codebook.output`), which is quadratic in
+the weight: its gradient is exact over the whole calibration, in one product with the Hessian.
 """
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from edgekit.quantize.codebook.fit import nearest
-from edgekit.quantize.codebook.snap import snap
+from edgekit.quantize.codebook.output import OutputError
+from edgekit.quantize.codebook.snap import LARGEST, snap
 from edgekit.quantize.scales import SCALES, SMALLEST_SCALE
 from edgekit.quantize.tensor import QuantizedTensor, as_rows
 
 Gradient = Literal["ordinary", "proximal"]
 
+_BETAS = (0.9, 0.999)
+_TINY = 1e-12
+
 
 @dataclass(frozen=True)
 class Learning:
-    """How codebooks are learned; the defaults were found on lfm2-tiny (benchmarks/jlcm.py).
+    """How codebooks are learned; the defaults were found on lfm2-tiny.
 
     steps        of Adam, whose step sizes fall to 0 along half a cosine
     logits       step size of the logits
-    codebook     step size of entries, in units of the largest
+    codebook     step size of entries, in units of the largest that can be stored
     scales       step size of scales' logarithms
     temperature  of the softmax at the first step and the last, along a geometric series
     sharpness    how much likelier at first is the nearest entry than one a codebook's step further
@@ -43,8 +47,8 @@ class Learning:
     """
 
     gradient: Gradient = "proximal"
-    steps: int = 400
-    logits: float = 0.05
+    steps: int = 60
+    logits: float = 0.02
     codebook: float = 1e-3
     scales: float = 1e-3
     temperature: tuple[float, float] = (1.0, 0.2)
@@ -52,118 +56,119 @@ class Learning:
     eps: float = 0.1
 
 
-class LearnedWeight:
-    """One weight while it is learned: `weight()` is differentiable, `quantized()` is the result.
+def learn(
+    weight: Tensor, start: QuantizedTensor, error: OutputError, learning: Learning
+) -> QuantizedTensor:
+    """Return codebooks, scales and indices learned from those of `start`, made of `weight`.
 
-    Parameters: logits `[3, rows, columns]`, codebooks `[books, levels]` whose largest entry begins
-    as 1, logarithms of the scales.
+    The result is on the grids that are stored. Deterministic: nothing is drawn.
     """
-
-    def __init__(self, weight: Tensor, start: QuantizedTensor, learning: Learning) -> None:
-        """Begin with the codebooks, scales and indices of `start`, made of the float `weight`."""
-        assert start.codebook is not None
-        books, factors = snap(as_rows(start.codebook))
-        run = start.shape[0] // len(books)
-        self._start, self._learning = start, learning
-        self._size = start.group_size or start.shape[1]
-        self._top = books.abs().amax(-1, keepdim=True)
-        self.books = (books / self._top).requires_grad_()
-        scales = start.scales.reshape(start.shape[0], -1)
-        spread = (factors * self._top[:, 0]).repeat_interleave(run)[:, None]
-        self.log_scales = (scales * spread).log().requires_grad_()
-        levels = books.shape[1]
-        self._middle = start.codes.to(torch.int32).clamp(1, levels - 2)
-        self._middle += (torch.arange(start.shape[0]) // run * levels).to(torch.int32)[:, None]
-        self.logits = self._first_logits(weight).requires_grad_()
-
-    def _first_logits(self, weight: Tensor) -> Tensor:
-        """The nearer an entry, the likelier; distances are in units of the local step."""
-        with torch.no_grad():
-            below, at, above = self._neighbours()
-            step = ((above - below) / 2).clamp(min=1e-6)
-            exact = weight.float() / self._spread_scales()
-            return torch.stack(
-                [-self._learning.sharpness * ((c - exact) / step).square() for c in (below, at, above)]
-            )
-
-    def parameters(self) -> Iterator[dict[str, Any]]:
-        """Yield the parameter groups for torch.optim.Adam."""
-        yield {"params": [self.logits], "lr": self._learning.logits}
-        yield {"params": [self.books], "lr": self._learning.codebook}
-        yield {"params": [self.log_scales], "lr": self._learning.scales}
-
-    def weight(self, temperature: float) -> Tensor:
-        """Return the weight of the greatest logits, float32 `[rows, columns]`."""
-        chosen: Tensor = _Choose.apply(
-            self.logits, self.books, self._middle, temperature, self._learning
-        )
-        return chosen * self._spread_scales()
-
-    def quantized(self) -> QuantizedTensor:
-        """Return what was learned, on the grids that are stored."""
-        with torch.no_grad():
-            books, order = self.books.sort(-1)
-            places = order.argsort(-1)  # entries that passed each other change their index
-            index = (self._middle + self.logits.argmax(0).to(torch.int32) - 1).long()
-            codes = places.flatten()[index]
-            entries, factors = snap(books)
-            run = len(codes) // len(books)
-            scales = self.log_scales.exp() * factors.repeat_interleave(run)[:, None]
-            scales = SCALES.round(scales.clamp(min=SMALLEST_SCALE)).reshape(self._start.scales.shape)
-            assert self._start.codebook is not None
-            return replace(
-                self._start,
-                codes=codes.to(torch.uint8),
-                scales=scales,
-                codebook=entries.reshape(self._start.codebook.shape),
-            )
-
-    def _neighbours(self) -> tuple[Tensor, Tensor, Tensor]:
-        return _neighbours(self.books, self._middle)
-
-    def _spread_scales(self) -> Tensor:
-        scales = self.log_scales.exp()
-        return scales if scales.shape[1] == 1 else scales.repeat_interleave(self._size, 1)
-
-
-def _neighbours(books: Tensor, middle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    flat = books.flatten()
-    return flat[middle - 1], flat[middle], flat[middle + 1]
-
-
-class _Choose(torch.autograd.Function):
-    """The entry of the greatest logit, with the gradients that the module describes."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        logits: Tensor,
-        books: Tensor,
-        middle: Tensor,
-        temperature: float,
-        learning: Learning,
-    ) -> Tensor:
-        index = middle + logits.argmax(0).to(torch.int32) - 1
-        ctx.save_for_backward(logits, books, middle, index)
-        ctx.temperature, ctx.learning = temperature, learning  # type: ignore[attr-defined]
-        return books.flatten()[index]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        logits, books, middle, index = ctx.saved_tensors
-        total = torch.bincount(
-            index.flatten().long(), gradient.flatten().double(), books.numel()
-        )
-        p = torch.softmax(logits / ctx.temperature, 0)
-        surrogate = choice_gradient(p, torch.stack(_neighbours(books, middle)), ctx.learning)
-        return surrogate * gradient, total.view_as(books).to(books.dtype), None, None, None
+    state = _State(weight, start, learning)
+    for step in range(learning.steps):
+        state.step(error, step / learning.steps)
+    return state.quantized()
 
 
 def choice_gradient(p: Tensor, entries: Tensor, learning: Learning) -> Tensor:
-    """Return `dw^/dI_j` for probabilities and entries `[3, ...]`."""
+    """Return `dw^/dI_j` for probabilities and ascending entries, both `[3, ...]`."""
     distance = entries - (p * entries).sum(0)
     if learning.gradient == "ordinary":
         return p * distance
-    step = (entries[2] - entries[0]).abs() / 2
-    eps = learning.eps * step.clamp(min=1e-6)
+    eps = learning.eps * _local_step(entries)
     return p * distance.sign() / (distance.abs() + eps)
+
+
+def _local_step(entries: Tensor) -> Tensor:
+    """Return half the distance of the outer two of three entries; more than 0."""
+    return ((entries[2] - entries[0]) / 2).abs().clamp(min=1e-6)
+
+
+class _State:
+    """Logits `[3, rows, columns]`, books `[books * levels]` in units of 127, logarithms of scales."""
+
+    def __init__(self, weight: Tensor, start: QuantizedTensor, learning: Learning) -> None:
+        assert start.codebook is not None
+        self.start, self.learning = start, learning
+        rows, columns = start.shape
+        books = as_rows(start.codebook)
+        self.levels, self.run = books.shape[1], rows // len(books)
+        self.size = start.group_size or columns
+        self.books = books.flatten() / LARGEST
+        self.log_scales = (start.scales.reshape(rows, -1) * LARGEST).log()
+        self.middle = start.codes.to(torch.int32).clamp(1, self.levels - 2)
+        self.offsets = (torch.arange(rows, dtype=torch.int32) // self.run * self.levels)[:, None]
+        self.middle += self.offsets
+        entries, spread = self.neighbours(), self.spread()
+        distance = (entries - weight / spread) / _local_step(entries)
+        self.logits = -learning.sharpness * distance.square()
+        self.adam = [
+            _Adam(parameter, size)
+            for parameter, size in (
+                (self.logits, learning.logits),
+                (self.books, learning.codebook),
+                (self.log_scales, learning.scales),
+            )
+        ]
+
+    def neighbours(self) -> Tensor:
+        """Return the three entries that each weight may take, `[3, rows, columns]`."""
+        return torch.stack([self.books[self.middle + shift] for shift in (-1, 0, 1)])
+
+    def spread(self) -> Tensor:
+        """Return the scales as they multiply the entries."""
+        scales = self.log_scales.exp()
+        return scales if scales.shape[1] == 1 else scales.repeat_interleave(self.size, 1)
+
+    def chosen(self) -> Tensor:
+        """Return where in all books the entry of the greatest logit is, int64."""
+        return (self.middle + self.logits.argmax(0).to(torch.int32) - 1).long()
+
+    def step(self, error: OutputError, done: float) -> None:
+        """Take one step of Adam; `done` is the share of the steps before it."""
+        first, last = self.learning.temperature
+        p = torch.softmax(self.logits / (first * (last / first) ** done), 0)
+        index, spread = self.chosen(), self.spread()
+        current = self.books[index] * spread
+        gradient = error.gradient(current)
+        of_entries = gradient * spread
+        sums = torch.bincount(index.flatten(), of_entries.flatten().double(), len(self.books))
+        of_scales = (gradient * current).reshape(*self.log_scales.shape, self.size).sum(-1)
+        of_logits = choice_gradient(p, self.neighbours(), self.learning).mul_(of_entries)
+        share = (1 + math.cos(math.pi * done)) / 2
+        for adam, slope in zip(
+            self.adam, (of_logits, sums.to(self.books.dtype), of_scales), strict=True
+        ):
+            adam.step(slope, share)
+
+    def quantized(self) -> QuantizedTensor:
+        """Return what was learned, on the grids that are stored."""
+        books, order = self.books.view(-1, self.levels).sort(-1)
+        place = order.argsort(-1).flatten()  # entries that passed each other change their index
+        entries, factors = snap(books)
+        scales = self.log_scales.exp() * factors.repeat_interleave(self.run)[:, None]
+        scales = SCALES.round(scales.clamp(min=SMALLEST_SCALE))
+        assert self.start.codebook is not None
+        return replace(
+            self.start,
+            codes=place[self.chosen()].to(torch.uint8),
+            scales=scales.reshape(self.start.scales.shape),
+            codebook=entries.reshape(self.start.codebook.shape),
+        )
+
+
+class _Adam:
+    """Adam (arXiv 1412.6980, algorithm 1) on one tensor, in place."""
+
+    def __init__(self, parameter: Tensor, size: float) -> None:
+        self.parameter, self.size, self.steps = parameter, size, 0
+        self.mean, self.square = torch.zeros_like(parameter), torch.zeros_like(parameter)
+
+    def step(self, gradient: Tensor, share: float) -> None:
+        self.steps += 1
+        first, second = _BETAS
+        self.mean.lerp_(gradient, 1 - first)
+        self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        scale = math.sqrt(1 - second**self.steps)
+        # The gradient's own size means nothing: what bounds the quotient is tiny.
+        step = self.mean / (self.square.sqrt().div_(scale).add_(_TINY))
+        self.parameter.sub_(step, alpha=self.size * share / (1 - first**self.steps))
