@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from edgekit.errors import EdgekitError, VerificationError
 
 if TYPE_CHECKING:
-    from edgekit.api import export_model
+    from edgekit.api import export, export_model
     from edgekit.artifact import Artifact
     from edgekit.models.tokenizer import Tokenizer
-    from edgekit.module_export import export_module
+    from edgekit.module_export import export_module, export_network
     from edgekit.quantize.recipe import Recipe
     from edgekit.quantize.traced.schemes import LayerRecipe
     from edgekit.runtime.bench import bench
@@ -45,8 +45,10 @@ __all__ = [
     "VerificationError",
     "bench",
     "evaluate",
+    "export",
     "export_model",
     "export_module",
+    "export_network",
     "generate",
     "load_engine",
     "load_module",
@@ -61,8 +63,10 @@ _HOMES = {
     "Tokenizer": "edgekit.models.tokenizer",
     "bench": "edgekit.runtime.bench",
     "evaluate": "edgekit.runtime.evaluate",
+    "export": "edgekit.api",
     "export_model": "edgekit.api",
     "export_module": "edgekit.module_export",
+    "export_network": "edgekit.module_export",
     "generate": "edgekit.runtime.generate",
     "load_engine": "edgekit.runtime.engine",
     "load_module": "edgekit.runtime.module_engine",

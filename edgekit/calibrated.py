@@ -159,6 +159,14 @@ def workspace_of(output: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; EdgekitError where the system refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EdgekitError(f"{folder}: cannot be made: {os_reason(error)}") from error
+
+
 def _key(digest: str, rows: Sequence[Resolved], texts: Texts) -> str:
     """Return a name for everything that decides the codes."""
     facts = [
@@ -187,10 +195,7 @@ class _Layers:
         return {name: each for name, each in found.items() if isinstance(each, QuantizedTensor)}
 
     def save(self, index: int, codes: Codes) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EdgekitError(f"{self.folder}: cannot be made: {os_reason(error)}") from error
+        make_folder(self.folder)
         save_quantized(self._path(index), codes)
 
     def _path(self, index: int) -> Path:

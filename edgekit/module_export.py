@@ -52,30 +52,74 @@ def export_module(
     `EdgekitError` for a mistake and `VerificationError` for a file that does not compute what the
     quantized module computes; both leave nothing at `output`.
     """
-    folder = Path(output)
-    check_output(folder, force)
-    writer = find_module_target(target)
+    check_output(Path(output), force)
+    find_module_target(target)
     progress("tracing")
-    traced = fold_batch_norms(trace(module, example_inputs, max_batch))
-    placement = place(traced, LayerRecipe.uniform(recipe) if isinstance(recipe, str) else recipe)
+    placement = place_module(module, example_inputs, recipe, max_batch)
     progress("calibrating")
     ranges, sample = _calibration(placement, calibration, method)
     progress("quantizing")
     network = quantize_module(placement, ranges)
+    return export_network(
+        network,
+        sample or placement.traced.example,
+        output,
+        target=target,
+        name=name or type(module).__name__,
+        recipe=recipe if isinstance(recipe, str) else recipe.name,
+        ranges=ranges,
+        force=force,
+        progress=progress,
+    )
+
+
+def place_module(
+    module: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    recipe: LayerRecipe | str = "w8a8",
+    max_batch: int | None = None,
+) -> Placement:
+    """Trace a module, fold its batch norms and decide what is quantized; no data is needed."""
+    traced = fold_batch_norms(trace(module, example_inputs, max_batch))
+    return place(traced, LayerRecipe.uniform(recipe) if isinstance(recipe, str) else recipe)
+
+
+def export_network(
+    network: QuantizedNetwork,
+    sample: tuple[Tensor, ...],
+    output: Path | str,
+    *,
+    target: str = "executorch",
+    name: str,
+    recipe: str,
+    ranges: Calibration | None = None,
+    force: bool = False,
+    progress: Progress = lambda stage: None,
+) -> Artifact:
+    """Write a quantized network, verify the file in its engine, and return the artifact.
+
+    `sample` gives the inputs to verify with: real ones where there are any, since random ones
+    exercise a network less. `name` and `recipe` are what the manifest calls the module and its
+    schemes. `ranges`, where given, lie in the artifact as `calibration.json`. Raises as
+    `export_module`.
+    """
+    folder = Path(output)
+    check_output(folder, force)
+    writer = find_module_target(target)
     writer.check_network(network)
     with new_artifact(folder, force) as staging:
         path = staging / writer.MODEL_FILE
         writer.write_module(network, path, progress)
         progress(f"verifying in {writer.ENGINE}")
         with load_module(target, path) as engine:
-            figures = verify_module(engine, network, sample or traced.example).to_dict()
+            figures = verify_module(engine, network, sample).to_dict()
         if ranges is not None:
             ranges.save(staging / CALIBRATION_FILE)
         facts = {
-            "model": {"id": name or type(module).__name__},
+            "model": {"id": name},
             "target": target,
             "file": writer.MODEL_FILE,
-            "recipe": recipe if isinstance(recipe, str) else recipe.name,
+            "recipe": recipe,
             "versions": {"edgekit": __version__, **writer.versions()},
             "verification": figures,
         }

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit.calibrated import quantize_calibrated, read_texts, workspace_of
+from edgekit.calibrated import make_folder, quantize_calibrated, read_texts, workspace_of
 from edgekit.exporters.reference_text import TEXT
 from edgekit.files import read_text
 from edgekit.gains import Gains
@@ -69,6 +69,7 @@ def write_codes(
     EdgekitError for a text that is none or too short, and for tensors that cannot be quantized.
     """
     show = progress or no_steps
+    make_folder(path.parent)
     gains = None
     if quality.calibrate is not None:
         texts = read_texts(source, quality.calibrate)

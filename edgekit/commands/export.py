@@ -13,7 +13,7 @@ from edgekit.commands._recipe_options import RecipeChoice, recipe_options
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
-    from edgekit.export import Plan
+    from edgekit.model_export import Plan
     from edgekit.quality import Quality
     from edgekit.quantization import Made
 
@@ -88,10 +88,10 @@ def command(
     from edgekit.quiet import quiet_imports
 
     with interrupts_end_the_process(), quiet_imports():
-        from edgekit.export import plan_export
         from edgekit.exporters.artifact import check_output
         from edgekit.exporters.llama_formats import format_recipe
         from edgekit.exporters.target import Options
+        from edgekit.model_export import plan_export
         from edgekit.quality import Quality
         from edgekit.quantize.recipe import warnings
 
@@ -150,7 +150,7 @@ def _export(
     plan: "Plan", folder: Path, force: bool, as_json: bool
 ) -> "tuple[dict[str, Any], Made | None]":
     """Choose the codes, where that was asked for, and export them."""
-    from edgekit.export import export, prepared
+    from edgekit.model_export import export_plan, prepared
     from edgekit.progress import stage_printer
 
     with ExitStack() as stack:
@@ -158,7 +158,7 @@ def _export(
             ready, made = stack.enter_context(prepared(plan, folder, show))
         if not as_json:
             click.echo("".join(f"{part}\n" for part in quality_text(plan.mixed, made)), nl=False)
-        return export(ready, folder, force, stage_printer()), made
+        return export_plan(ready, folder, force, stage_printer()), made
 
 
 def _show_plan(plan: "Plan", as_json: bool) -> None:

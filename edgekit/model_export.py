@@ -151,9 +151,12 @@ def prepared(
         return
     with workspace_of(output) as workspace:
         path = workspace / "codes.safetensors"
-        made = write_codes(plan.source, plan.recipe, plan.quality, path, workspace, steps)
-        codes = CodesFile.open(path, plan.source.config)
-        yield replace(plan, codes=codes, rows=codes.rows, tied=codes.tied), made
+        try:
+            made = write_codes(plan.source, plan.recipe, plan.quality, path, workspace, steps)
+            codes = CodesFile.open(path, plan.source.config)
+            yield replace(plan, codes=codes, rows=codes.rows, tied=codes.tied), made
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _table(
@@ -167,7 +170,7 @@ def _table(
     return planned_table(source.config, rows, tied, form, options.imatrix)
 
 
-def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[str, Any]:
+def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[str, Any]:
     """Quantize, export, verify in the engine; return the manifest of the folder `output`.
 
     The caller has let `check_output` judge that folder. Where the engine is not installed the
