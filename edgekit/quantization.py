@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit.calibrated import make_folder, quantize_calibrated, read_texts, workspace_of
+from edgekit.calibrated import check_method, default_method, make_folder, quantize_calibrated, read_texts, workspace_of
 from edgekit.exporters.reference_text import TEXT
 from edgekit.files import read_text
 from edgekit.gains import Gains
@@ -69,11 +69,12 @@ def write_codes(
     EdgekitError for a text that is none or too short, and for tensors that cannot be quantized.
     """
     show = progress or no_steps
+    check_method(quality.method, recipe)
     make_folder(path.parent)
     gains = None
     if quality.calibrate is not None:
         texts = read_texts(source, quality.calibrate)
-        method = quality.method or "gptq"
+        method = quality.method or default_method(recipe)
         done = quantize_calibrated(source, recipe, texts, method, path, workspace, show)
         sqnr, gains = done.sqnr, done.gains
     else:

@@ -60,8 +60,10 @@ def quality_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--method",
-            type=click.Choice(["gptq", "mse", "rtn"]),
-            help="How codes are chosen  [default: gptq with --calibrate, else as the recipe says]",
+            type=click.Choice(["gptq", "mse", "rtn", "jlcm", "weighted-kmeans", "kmeans"]),
+            help="How codes are chosen, those of codebooks (cb3, ...) by one of the last three; jlcm "
+            "is a reconstruction of arXiv 2309.17361  [default: gptq or jlcm with --calibrate, else "
+            "as the recipe says]",
         ),
         click.option(
             "--calibrate",

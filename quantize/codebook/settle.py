@@ -20,8 +20,13 @@ from edgekit.quantize.scales import SCALES, SMALLEST_SCALE
 from edgekit.quantize.tensor import QuantizedTensor, as_rows
 
 
-def settle(tensor: QuantizedTensor, error: OutputError, rounds: int) -> QuantizedTensor:
-    """Return indices, scales and codebooks after so many rounds of descent, as they are stored."""
+def settle(
+    tensor: QuantizedTensor, error: OutputError, rounds: int, fixed: bool = False
+) -> QuantizedTensor:
+    """Return indices, scales and codebooks after so many rounds of descent, as they are stored.
+
+    With `fixed` codebooks, of integers as stored, stay as they are.
+    """
     assert tensor.codebook is not None
     books = as_rows(tensor.codebook)
     run = tensor.shape[0] // len(books)
@@ -31,6 +36,7 @@ def settle(tensor: QuantizedTensor, error: OutputError, rounds: int) -> Quantize
             book,
             OutputError(error.hessian, error.wanted[index * run : (index + 1) * run]),
             rounds,
+            fixed,
         )
         for index, book in enumerate(books)
     ]
@@ -43,7 +49,7 @@ def settle(tensor: QuantizedTensor, error: OutputError, rounds: int) -> Quantize
 
 
 def _settle(
-    tensor: QuantizedTensor, book: Tensor, error: OutputError, rounds: int
+    tensor: QuantizedTensor, book: Tensor, error: OutputError, rounds: int, fixed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return indices, storable scales `[rows, groups]` and integer entries of one codebook's rows."""
     rows = tensor.shape[0]
@@ -51,8 +57,9 @@ def _settle(
     for _ in range(rounds):
         descent.indices()
         descent.scale()
-        descent.entries()
-    descent.store()
+        if not fixed:
+            descent.entries()
+    descent.store(fixed)
     descent.indices()
     return descent.codes.to(torch.uint8), descent.scales, descent.book
 
@@ -119,8 +126,9 @@ class _Descent:
         self.book, order = (self.book + torch.linalg.solve(matrix, slope).float()).sort()
         self.codes = order.argsort()[self.codes]
 
-    def store(self) -> None:
+    def store(self, fixed: bool) -> None:
         """Round entries and scales to what is stored."""
-        entries, factors = snap(self.book[None])
-        self.book = entries[0]
-        self.scales = SCALES.round((self.scales * factors[0]).clamp(min=SMALLEST_SCALE))
+        if not fixed:
+            entries, factors = snap(self.book[None])
+            self.book, self.scales = entries[0], self.scales * factors[0]
+        self.scales = SCALES.round(self.scales.clamp(min=SMALLEST_SCALE))
