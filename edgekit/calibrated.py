@@ -131,7 +131,7 @@ def quantize_calibrated(
             texts.calibration,
             progress,
             kept,
-            _chooser(method),
+            None if method == "gptq" else _chooser(method),
         )
     steps: dict[str, Callable[[], Mapping[str, Stored]]] = {}
     if method in CODEBOOK_METHODS:

@@ -66,9 +66,9 @@ def gptq_model(
     texts: Sequence[Sequence[int]],
     progress: Callable[[int, int, str], None] = lambda done, total, label: None,
     kept: Kept | None = None,
-    choose: Choose = gptq,
+    choose: Choose | None = None,
 ) -> Codes:
-    """Return the codes that GPTQ, or what else is to `choose`, gives the linears of all layers.
+    """Return the codes that GPTQ, or what is to `choose` instead, gives the linears of all layers.
 
     `read` gives the float weights; `codes` what is outside the layers, the embedding, as it will
     be exported; `texts` are runs of token ids, each at most as long as the model's context.
@@ -95,7 +95,7 @@ def gptq_model(
                 wanted = [schemes[name] for name in names if name in schemes]
                 if wanted:
                     layer |= _quantize_stage(
-                        exact, quantized, index, stage, wanted, read, choose
+                        exact, quantized, index, stage, wanted, read, choose or gptq
                     )
                     found |= layer
                     quantized.forget(*(row.tensor for row in wanted))

@@ -106,9 +106,10 @@ def _fit(
         scales = _better_scales(values, scales, weights, book)
         if table is None:
             book = _moved(values, scales, weights, book)
-    entries, factors = snap(book[None])
-    scales = SCALES.round(scales * (1.0 if table is not None else factors[0]))
-    book = book if table is not None else entries[0]
+    if table is None:
+        entries, factors = snap(book[None], scales[None])
+        book, scales = entries[0], scales * factors[0]
+    scales = SCALES.round(scales)
     return book, scales, nearest(values / scales[:, None], book).to(torch.uint8)
 
 

@@ -49,7 +49,7 @@ def _assign(distances: Tensor, size: int) -> Tensor:
     """Give each point its nearest cluster that has room; who would lose most by waiting is first."""
     members = torch.empty(len(distances), dtype=torch.long)
     room = [size] * distances.shape[1]
-    nearest = distances.argsort(1, stable=True)
+    nearest = distances.argsort(dim=1, stable=True)
     two = distances.gather(1, nearest[:, :2])
     first = (two[:, -1] - two[:, 0]).argsort(descending=True, stable=True)
     choices = nearest.tolist()

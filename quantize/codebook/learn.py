@@ -152,8 +152,9 @@ class _State:
         """Return what was learned, on the grids that are stored."""
         books, order = self.books.view(-1, self.levels).sort(-1)
         place = order.argsort(-1).flatten()  # entries that passed each other change their index
-        entries, factors = snap(books)
-        scales = self.log_scales.exp() * factors.repeat_interleave(self.run)[:, None]
+        scales = self.log_scales.exp()
+        entries, factors = snap(books, scales.reshape(len(books), -1))
+        scales = scales * factors.repeat_interleave(self.run)[:, None]
         scales = SCALES.round(scales.clamp(min=SMALLEST_SCALE))
         assert self.start.codebook is not None
         return replace(

@@ -129,6 +129,6 @@ class _Descent:
     def store(self, fixed: bool) -> None:
         """Round entries and scales to what is stored."""
         if not fixed:
-            entries, factors = snap(self.book[None])
+            entries, factors = snap(self.book[None], self.scales.reshape(1, -1))
             self.book, self.scales = entries[0], self.scales * factors[0]
         self.scales = SCALES.round(self.scales.clamp(min=SMALLEST_SCALE))

@@ -10,18 +10,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from edgekit.quantize.scales import SMALLEST_SCALE
 from edgekit.quantize.tensor import QuantizedTensor, as_rows
 
 LARGEST = 127
 
 
-def snap(books: Tensor) -> tuple[Tensor, Tensor]:
-    """Return integer entries `[books, levels]` (float32) and what to multiply by `[books]`.
+def snap(books: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return integer entries `[books, levels]` (float32) and what to multiply scales by `[books]`.
 
-    The largest entry of each book becomes 127 or -127. A book of zeros keeps them.
+    The largest entry of each book becomes 127 or -127, unless the mean of the book's scales
+    `[books, units]` would then be less than what can be stored. A book of zeros keeps them.
     """
     factors = books.abs().amax(-1) / LARGEST
     factors = torch.where(factors > 0, factors, 1.0)
+    factors = torch.maximum(factors, SMALLEST_SCALE / scales.mean(-1))
     return (books / factors[:, None]).round_().clamp_(-LARGEST, LARGEST), factors
 
 
