@@ -160,7 +160,11 @@ def prepared(
 
 
 def _table(
-    source: ModelSource, rows: Sequence[Resolved], tied: Mapping[str, str], options: Options, writer: Target
+    source: ModelSource,
+    rows: Sequence[Resolved],
+    tied: Mapping[str, str],
+    options: Options,
+    writer: Target,
 ) -> list[dict[str, Any]]:
     if options.llama_format is None:
         return stored_table(rows, tied, writer.TABLES)

@@ -4,7 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit.calibrated import check_method, default_method, make_folder, quantize_calibrated, read_texts, workspace_of
+from edgekit.calibrated import (
+    check_method,
+    default_method,
+    make_folder,
+    quantize_calibrated,
+    read_texts,
+    workspace_of,
+)
 from edgekit.exporters.reference_text import TEXT
 from edgekit.files import read_text
 from edgekit.gains import Gains

@@ -20,7 +20,6 @@ FORMS = (
 )
 _NAME = re.compile(r"w([48])(?:g([1-9][0-9]{0,5})(a?))?")
 _CODEBOOK = re.compile(r"cb([234])(?:g([1-9][0-9]{0,5}))?(?:x([1-9][0-9]{0,3}))?")
-_IQ4_NL = "iq4nl"
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class Scheme:
         """Return the scheme of a name; EdgekitError with the allowed forms for any other."""
         if name == "float":
             return FLOAT
-        if name == _IQ4_NL:
-            return cls(4, "group", 32, books=1, table=_IQ4_NL)
+        if name == "iq4nl":
+            return cls(4, "group", 32, books=1, table="iq4nl")
         match, codebook = _NAME.fullmatch(name), _CODEBOOK.fullmatch(name)
         try:
             if codebook is not None:

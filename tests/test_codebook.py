@@ -235,7 +235,9 @@ def test_the_error_is_that_of_the_output() -> None:
     found = layer.error.gradient(candidate.detach().float())
     torch.testing.assert_close(2 * found.double(), candidate.grad, rtol=1e-3, atol=1e-4)
     zero = (x @ weight.t()).square().sum() / len(x) + damping * weight.square().sum()
-    assert layer.error(candidate.detach().float()) == pytest.approx(float((direct - zero).detach()), rel=1e-3)
+    assert layer.error(candidate.detach().float()) == pytest.approx(
+        float((direct - zero).detach()), rel=1e-3
+    )
 
 
 def test_what_is_owed_is_made_up_for() -> None:

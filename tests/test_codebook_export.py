@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ggml
 import numpy as np
 import onnx
 import onnxruntime
@@ -127,7 +128,9 @@ def test_iq4_nl_is_ggmls_own(model: Path, tmp_path: Path) -> None:
     data = np.concatenate(list(block_pieces("w", tensor)))
     assert data.nbytes == 6 * 64 // 32 * 18
     by_gguf_py = dequantize(data.reshape(6, -1), GGMLQuantizationType.IQ4_NL)
+    by_ggml = ggml.dequantize(data.tobytes(), GGMLQuantizationType.IQ4_NL)
     assert np.array_equal(by_gguf_py, tensor.dequantize().numpy())
+    assert np.array_equal(by_ggml.reshape(6, 64), tensor.dequantize().numpy())
     out = tmp_path / "out"
     made = done(
         "export", model, "--target", "gguf", "--context", 64, "--scheme", "iq4nl", "-o", out
@@ -177,7 +180,9 @@ def test_onnx_holds_codebooks_exactly_by_gather() -> None:
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(made)
-    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        made.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     for found in (ReferenceEvaluator(made).run(None, {}), session.run(None, {})):
         assert np.array_equal(found[0], tensor.dequantize().numpy())
 
@@ -254,7 +259,10 @@ def _points(arrays: dict[str, torch.Tensor]) -> None:
     "change", [_half, _floats, _nan, _many, _huge, _deep, _none, _short, _scales, _points]
 )
 def test_hostile_codebooks(
-    model: Path, learned: Path, tmp_path: Path, change: Any  # noqa: ANN401
+    model: Path,
+    learned: Path,
+    tmp_path: Path,
+    change: Any,  # noqa: ANN401
 ) -> None:
     from safetensors import safe_open
 

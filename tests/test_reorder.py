@@ -28,9 +28,7 @@ def test_the_function_is_the_same(seed: int) -> None:
     orders = {
         f"model.layers.{index}.feed_forward": torch.randperm(128, generator=generator)
         for index in range(3)
-    } | {
-        f"model.layers.{index}.conv": torch.randperm(64, generator=generator) for index in (0, 2)
-    }
+    } | {f"model.layers.{index}.conv": torch.randperm(64, generator=generator) for index in (0, 2)}
     read = reordered(weights.__getitem__, orders)
     moved = {name: read(name) for name in weights}
     changed = {name for name in weights if not torch.equal(moved[name], weights[name])}

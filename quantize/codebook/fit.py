@@ -125,15 +125,14 @@ def _moved(values: Tensor, scales: Tensor, weights: Tensor | None, book: Tensor)
     mass = scales.square()[:, None] * (torch.ones_like(values) if weights is None else weights)
     index = nearest(scaled, book).reshape(-1).long()
     total, count = (
-        torch.bincount(index, part.reshape(-1).double(), len(book)) for part in (scaled * mass, mass)
+        torch.bincount(index, part.reshape(-1).double(), len(book))
+        for part in (scaled * mass, mass)
     )
     moved = torch.where(count > 0, total / count.clamp(min=1e-300), book.double())
     return moved.to(torch.float32)
 
 
-def _better_scales(
-    values: Tensor, scales: Tensor, weights: Tensor | None, book: Tensor
-) -> Tensor:
+def _better_scales(values: Tensor, scales: Tensor, weights: Tensor | None, book: Tensor) -> Tensor:
     """Refit the scales to their indices; a short group also tries some that are near."""
     best, error = scales, _errors(values, scales, weights, book)
     entries = book[nearest(values / scales[:, None], book)]

@@ -80,7 +80,8 @@ def choice_gradient(p: Tensor, entries: Tensor, learning: Learning) -> Tensor:
     if learning.gradient == "ordinary":
         return p * distance
     eps = learning.eps * _local_step(entries)
-    return p * distance.sign() / (distance.abs() + eps)
+    surrogate: Tensor = p * distance.sign() / (distance.abs() + eps)
+    return surrogate
 
 
 def _local_step(entries: Tensor) -> Tensor:
@@ -129,7 +130,8 @@ class _State:
         """Return where in all books the entry of the greatest logit is, int64."""
         below, at, above = self.logits  # argmax along the first axis takes ten times as long
         up, down = above > torch.maximum(below, at), below > torch.maximum(at, above)
-        return self.middle + up.long() - down.long()
+        index: Tensor = self.middle + up.long() - down.long()
+        return index
 
     def step(self, error: OutputError, done: float) -> None:
         """Take one step of Adam; `done` is the share of the steps before it."""

@@ -116,9 +116,7 @@ class _Descent:
         for level in range(levels):
             mask = spread * (self.codes == level)
             product = (mask @ self.error.hessian) * spread
-            matrix[level] = torch.bincount(
-                self.codes.flatten(), product.flatten().double(), levels
-            )
+            matrix[level] = torch.bincount(self.codes.flatten(), product.flatten().double(), levels)
             right.append((mask * self.error.wanted).sum(dtype=torch.float64))
         # An entry that no weight takes stays where it is.
         slope = torch.stack(right) - matrix @ self.book.double()
