@@ -157,6 +157,7 @@ def torchao_rows(source: ModelSource, pieces: list[list[int]]) -> list[dict[str,
         from torchao.quantization import IntxWeightOnlyConfig, quantize_
         from torchao.quantization.granularity import PerAxis, PerGroup
         from torchao.quantization.quant_primitives import MappingType
+        from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
         from transformers import Lfm2ForCausalLM
     except ImportError as error:
         print(f"torchao left out: {error}", file=sys.stderr)
@@ -171,16 +172,20 @@ def torchao_rows(source: ModelSource, pieces: list[list[int]]) -> list[dict[str,
 
     exact = model()
     rows = []
-    for name, mapping in (
-        ("torchao, symmetric", MappingType.SYMMETRIC),
-        ("torchao, asymmetric", MappingType.ASYMMETRIC),
+    plain, hqq = IntxChooseQParamsAlgorithm.AFFINE, IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY
+    for name, mapping, algorithm in (
+        ("torchao, symmetric", MappingType.SYMMETRIC, plain),
+        ("torchao, symmetric, HQQ", MappingType.SYMMETRIC, hqq),
+        ("torchao, asymmetric", MappingType.ASYMMETRIC, plain),
     ):
         module = model()
         table_of = module.get_input_embeddings().weight
         module.lm_head.weight = torch.nn.Parameter(table_of.detach().clone())
         module.config.tie_word_embeddings = False
         eight = IntxWeightOnlyConfig(torch.int8, PerAxis(0))
-        four = IntxWeightOnlyConfig(torch.int4, PerGroup(32), mapping)
+        four = IntxWeightOnlyConfig(
+            torch.int4, PerGroup(32), mapping, intx_choose_qparams_algorithm=algorithm
+        )
         quantize_(
             module, eight, lambda one, fqn: isinstance(one, torch.nn.Embedding) or "lm_head" in fqn
         )
@@ -247,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stories", type=Path, default=Path("../shared/data/stories"))
     parser.add_argument("--qat", type=Path)
-    parser.add_argument("--chunks", type=int, default=80)
+    parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--work", type=Path, help="Folder for the artifacts, kept and reused")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()

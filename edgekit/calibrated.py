@@ -117,9 +117,11 @@ def quantize_calibrated(
         found = resolve(with_ranges(recipe, ranges), shapes)
         return dict(quantize_tensors(found, read, tied))
 
-    contents = {
+    # A text decides the codes of the layers' linears, so those are not rounded first.
+    simple = [row for row in rows if not (method in WITH_TEXT and _is_linear(row))]
+    contents: dict[str, Stored] = {
         name: value.float() if isinstance(value, Tensor) else value
-        for name, value in rounded("rtn" if method == "rtn" else "mse").items()
+        for name, value in quantize_tensors(simple, read, tied)
     }
     if method in WITH_TEXT:
         kept = _Layers(workspace / _key(digest, rows, texts, method))
@@ -133,6 +135,7 @@ def quantize_calibrated(
             kept,
             None if method == "gptq" else _chooser(method),
         )
+        contents = {row.tensor: contents[row.tensor] for row in rows}  # in the model's order
     steps: dict[str, Callable[[], Mapping[str, Stored]]] = {}
     if method in CODEBOOK_METHODS:
         steps["kmeans"] = lambda: rounded("mse")
@@ -171,6 +174,11 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EdgekitError(f"{folder}: cannot be made: {os_reason(error)}") from error
+
+
+def _is_linear(row: Resolved) -> bool:
+    """Return whether the row is of a layer's linear and quantized."""
+    return ".layers." in row.tensor and not row.scheme.is_float
 
 
 def default_method(recipe: Recipe) -> Method:

@@ -31,13 +31,16 @@ CountBytes = Callable[[Sequence[Resolved], Mapping[str, str]], int]
 
 @dataclass(frozen=True)
 class Mixed:
-    """A recipe that gives each matrix its scheme, its bytes, and the sum of measured costs."""
+    """A recipe that gives each matrix its scheme, its bytes, and the sum of measured costs.
+
+    `choices` holds tensor, scheme and cost; a tied head's cost, None, is in the embedding's.
+    """
 
     recipe: Recipe
     bytes: int
     bits: float
     predicted_kld: float
-    choices: tuple[tuple[str, str, float], ...]
+    choices: tuple[tuple[str, str, float | None], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the choices as JSON data."""
@@ -52,7 +55,10 @@ class Mixed:
 
     def text(self) -> str:
         """Return the choices as a table."""
-        rows = [[name, scheme, f"{kld:.6f}"] for name, scheme, kld in self.choices]
+        rows = [
+            [name, scheme, "tied" if kld is None else f"{kld:.6f}"]
+            for name, scheme, kld in self.choices
+        ]
         return (
             f"{markdown_table(['tensor', 'scheme', 'KLD alone'], rows, align='llr')}\n"
             f"{self.bytes:,} bytes, {self.bits:.3f} bits per weight, predicted KLD "
@@ -107,7 +113,7 @@ def mixed_recipe(
     _spend(chosen, sizes, allowed - least)
     total = size(chosen)
     choices = tuple(
-        (name, scheme, item.costs[scheme] if place == 0 else 0.0)
+        (name, scheme, item.costs[scheme] if place == 0 else None)
         for item, scheme in chosen.items()
         for place, name in enumerate(item.tensors)
     )

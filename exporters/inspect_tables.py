@@ -98,6 +98,8 @@ def introduction(path: Path, file_bytes: int, manifest: Mapping[str, Any] | None
     if manifest is None:
         return [size]
     model, recipe = manifest["model"]["id"], manifest.get("recipe")
+    if manifest.get("codes_sha256") is not None:
+        recipe = f"{recipe}, codes by {manifest.get('method')}"
     if manifest.get("kind") == MODULE:
         largest = manifest.get("max_batch")
         takes = f"a module, batches of {f'up to {largest}' if largest else 'one size'}"

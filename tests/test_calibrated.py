@@ -1,6 +1,9 @@
 """`--calibrate`: codes by GPTQ on a text, what each step gained, and runs that are broken off."""
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -180,6 +183,21 @@ def test_a_run_that_was_broken_off_goes_on(
     monkeypatch.setattr(layerwise, "gptq", again)
     done(*arguments)
     assert 0 < again.calls < LINEARS
+    assert same(out, whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["q.safetensors"]
+
+
+def test_a_killed_run_goes_on(model: Path, text: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.safetensors"
+    arguments = ("quantize", str(model), "--int4", "--calibrate", str(text), "-o", str(out))
+    process = subprocess.Popen([sys.executable, "-m", "edgekit", *arguments])
+    while not list(tmp_path.glob(".q.safetensors.calibration/*/layer-0.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    done(*arguments)
     assert same(out, whole)
     assert [path.name for path in tmp_path.iterdir()] == ["q.safetensors"]
 

@@ -122,7 +122,7 @@ def test_other_codes_reach_the_file_bit_for_bit(
     assert (made["method"], made["recipe"], made["facts"]) == ("gptq", "mine", {"texts": 3})
     again = done("verify", tmp_path / "out", "--model", model)
     assert again["verification"] == made["verification"]
-    assert done("inspect", tmp_path / "out")["weights"]
+    assert "small, recipe mine, codes by gptq, context" in run("inspect", tmp_path / "out").stdout
 
 
 @pytest.mark.parametrize("scheme", ["w8", "w4", "w8g64", "w4g32", "w4g32a"])
