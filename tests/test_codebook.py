@@ -11,7 +11,7 @@ from torch import Tensor
 from edgekit.quantize.apply import sqnr_db
 from edgekit.quantize.codebook.fit import IQ4_NL, fit_codebook, nearest
 from edgekit.quantize.codebook.grouping import balanced_clusters, group_order
-from edgekit.quantize.codebook.jlcm import jlcm, weighted_kmeans
+from edgekit.quantize.codebook.jlcm import ROUNDS, jlcm, weighted_kmeans
 from edgekit.quantize.codebook.kmeans import kmeans
 from edgekit.quantize.codebook.learn import Gradient, Learning, choice_gradient, learn
 from edgekit.quantize.codebook.output import OutputError
@@ -264,7 +264,7 @@ def test_each_step_lowers_the_error(gradient: Gradient, name: str) -> None:
     plain = scheme.fit_codebook(layer.weight)
     start = weighted_kmeans(layer.weight, layer.inputs, scheme)
     learned = learn(layer.weight, start, layer.error, Learning(gradient))
-    settled = settle(learned, layer.error, 3)
+    settled = settle(learned, layer.error, ROUNDS)
     losses = [layer.loss(each) for each in (plain, start, learned, settled)]
     assert losses[2] < 0.9 * losses[1]
     assert losses[3] < 0.9 * losses[2]
