@@ -174,6 +174,12 @@ def _table(
     return planned_table(source.config, rows, tied, form, options.imatrix)
 
 
+def _check_table(path: Path, table: list[dict[str, Any]]) -> None:
+    from edgekit.exporters.gguf import check_table
+
+    check_table(path, table)
+
+
 def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[str, Any]:
     """Quantize, export, verify in the engine; return the manifest of the folder `output`.
 
@@ -214,6 +220,8 @@ def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> di
         writer.write(job, folder, progress)
         weights.clear()
         path = folder / plan.model_file
+        if plan.options.llama_format is not None:
+            _check_table(path, plan.table)
         if missing is None and plan.options.llama_format is not None:
             progress("computing the reference")
             expected = expected_logits(source, StoredWeights(path, source.config), tokens, writer)

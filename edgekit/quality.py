@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from edgekit.errors import EdgekitError
 
@@ -12,6 +12,7 @@ squared error, or by GPTQ on a text; codebooks by k-means, by one that weighs er
 sees in a text, or learned on it."""
 CODEBOOK_METHODS: tuple[Method, ...] = ("kmeans", "weighted-kmeans", "jlcm")
 WITH_TEXT: tuple[Method, ...] = ("gptq", "weighted-kmeans", "jlcm")
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def choose_recipe(
         text = _text(quality)
         mixed = mixed_recipe(source, quality.budget, schemes, text, count, progress)
         recipe = mixed.recipe
+    check_method(quality.method, recipe)
     if quality.method is not None:
         recipe = with_ranges(recipe, "rtn" if quality.method == "rtn" else "mse")
     return recipe, mixed
@@ -79,7 +80,6 @@ def write_codes(
     EdgekitError for a text that is none or too short, and for tensors that cannot be quantized.
     """
     show = progress or no_steps
-    check_method(quality.method, recipe)
     make_folder(path.parent)
     gains = None
     if quality.calibrate is not None:

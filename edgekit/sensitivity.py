@@ -6,10 +6,12 @@ stay float: what is measured is the weight's own scheme. Figures are kept in the
 they are computed, so that an interrupted run goes on where it stopped.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from edgekit.artifact import MANIFEST, Artifact
+from edgekit.artifact_model import model_of
 from edgekit.errors import EdgekitError
 from edgekit.exporters.reference_text import TEXT
 from edgekit.files import new_file, os_reason
@@ -32,6 +35,7 @@ from edgekit.quantize.recipe import EMBEDDING, HEAD, tied_shapes
 from edgekit.quantize.scheme import FLOAT, Scheme
 from edgekit.runtime.divergence import Estimate, mean, score_rows
 from edgekit.tables import markdown_table
+from edgekit.words import counted
 
 VERSION = 1
 """Of the computation: another one does not read these figures from the cache."""
@@ -94,7 +98,7 @@ class Sensitivity:
         headers = ["tensor", "mean KLD", "error", "bytes saved", "KLD per MB saved"]
         return (
             f"{self.model}: divergence from the float model with one tensor at {self.scheme}, "
-            f"{self.positions} positions of {self.tokens} tokens\n\n"
+            f"{counted(self.positions, 'position')} of {counted(self.tokens, 'token')}\n\n"
             f"{markdown_table(headers, rows, align='lrrrr')}"
         )
 
@@ -149,17 +153,9 @@ def divergence_of(source: ModelSource, weights: ReadWeight, text: str) -> Estima
 def _source(name: str) -> ModelSource:
     if not (Path(name) / MANIFEST).is_file():
         return resolve_model(name)
-    model = Artifact.open(name).manifest["model"]
-    try:
-        source = resolve_model(model["id"], model.get("revision"))
-    except EdgekitError as error:
-        raise EdgekitError(
-            f"{name}: the model it was made of is not to be had: {error}; give the model itself"
-        ) from error
-    if source.checkpoint.sha256() != model.get("sha256"):
-        raise EdgekitError(
-            f"{name}: was made of other weights than those of {source.id}: give the model itself"
-        )
+    source = model_of(Artifact.open(name), None, "give the model itself")
+    if source.folder is None:
+        raise EdgekitError(f"{name}: random weights have no tokenizer to read a text with")
     return source
 
 
@@ -169,7 +165,9 @@ def _tokens(source: ModelSource, text: str) -> list[int]:
     most = min(MAX_TOKENS, source.config.max_context)
     tokens = Tokenizer.load(source.folder).encode_plain(text)[:most]
     if len(tokens) < 2 * FIRST:
-        raise EdgekitError(f"the text has {len(tokens)} tokens; at least {2 * FIRST} are needed")
+        raise EdgekitError(
+            f"the text has {counted(len(tokens), 'token')}; at least {2 * FIRST} are needed"
+        )
     return tokens
 
 
@@ -287,9 +285,18 @@ class _Cache:
         return cls(path, key, _read_figures(path, key))
 
     def keep(self, tensor: str, figures: tuple[float, float]) -> None:
-        self.figures[tensor] = figures
-        with new_file(self.path) as scratch:
+        """Add to what is kept, which another process may have added to meanwhile."""
+        with _locked(self.path.with_suffix(".lock")), new_file(self.path) as scratch:
+            self.figures = _read_figures(self.path, self.key) | self.figures | {tensor: figures}
             scratch.write_text(json.dumps({**self.key, "figures": self.figures}, indent=1) + "\n")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes and threads out that lock the same file."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cache_folder() -> Path:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, VerificationError
 from edgekit.exporters.gguf_blocks import (
     BLOCK,
     BLOCK_BYTES,
@@ -32,6 +32,7 @@ from edgekit.exporters.imatrix import Imatrix
 from edgekit.exporters.llama_formats import FORMATS, LlamaFormat
 from edgekit.exporters.llama_quantize import StoredTensor, planned_tensors, quantize_gguf
 from edgekit.exporters.target import Job, Options
+from edgekit.gguf_file import GgufFile
 from edgekit.models.activations import per_block
 from edgekit.models.config import ModelConfig
 from edgekit.models.tokenizer import TOKENIZER_FILE
@@ -143,6 +144,26 @@ def planned_table(
     return [
         _table_row(row, made[gguf_name(tied.get(row.tensor, row.tensor))], tied) for row in rows
     ]
+
+
+def check_table(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """VerificationError where a written file does not store what `planned_table` said."""
+    stored = {name: (each.type, each.nbytes) for name, each in GgufFile.open(path).tensors.items()}
+    planned = {
+        gguf_name(row["tensor"]): (row["scheme"], row["bytes"])
+        for row in table
+        if "same_as" not in row
+    }
+    for name in [*planned, *stored]:
+        if planned.get(name) != stored.get(name):
+            raise VerificationError(
+                f"{name}: llama.cpp was to store it as {_said(planned.get(name))}, and the file "
+                f"has {_said(stored.get(name))}"
+            )
+
+
+def _said(stored: tuple[str, int] | None) -> str:
+    return "nothing" if stored is None else f"{stored[0]}, {stored[1]:,} bytes"
 
 
 def _table_row(row: Resolved, made: StoredTensor, tied: Mapping[str, str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +22,26 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def quality_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --calibrate, --method, --bits and --target-size; pass them on as `quality`.
+@dataclass(frozen=True)
+class QualityChoice:
+    """What the user said of how codes are chosen, for a language model or a module."""
 
-    Stands below `recipe_options`, whose choice they may exclude.
-    """
+    calibrate: str | None = None
+    method: str | None = None
+    bits: float | None = None
+    target_size: str | None = None
 
-    @functools.wraps(function)
-    def with_quality(choice: RecipeChoice, **options: Any) -> Any:  # noqa: ANN401 - click's options
-        from edgekit.quality import Quality
+    def of_a_model(self, choice: RecipeChoice) -> "Quality":
+        """Return what is asked for a language model; EdgekitError where it contradicts a recipe."""
+        from edgekit.quality import METHODS, Quality
 
-        budget = _budget(options.pop("bits"), options.pop("target_size"))
-        quality = Quality(options.pop("calibrate"), options.pop("method"), budget)
+        budget = _budget(self.bits, self.target_size)
+        if self.method is not None and self.method not in METHODS:
+            raise EdgekitError(
+                f"--method {self.method!r:.40}: for language models there are {', '.join(METHODS)}"
+            )
+        text = None if self.calibrate is None else Path(self.calibrate)
+        quality = Quality(text, self.method, budget)
         if budget is not None and choice.given:
             raise EdgekitError(
                 f"{budget.option} and {choice.option} exclude each other: a budget chooses the "
@@ -43,7 +52,24 @@ def quality_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 f"--scheme {choice.label} is llama.cpp's own format, which llama.cpp quantizes: "
                 "it takes an --imatrix only"
             )
-        return function(choice=choice, quality=quality, **options)
+        return quality
+
+    def refuse_budget(self) -> None:
+        """Raise EdgekitError for what a module does not take."""
+        for option, value in (("--bits", self.bits), ("--target-size", self.target_size)):
+            if value is not None:
+                raise EdgekitError(f"{option} is for language models: give a module a --recipe")
+
+
+def quality_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --calibrate, --method, --bits and --target-size; pass them on as `chosen`."""
+
+    @functools.wraps(function)
+    def with_quality(**options: Any) -> Any:  # noqa: ANN401 - click's options are of any type
+        names = [field.name for field in fields(QualityChoice)]
+        return function(
+            chosen=QualityChoice(**{name: options.pop(name) for name in names}), **options
+        )
 
     for option in (
         click.option(
@@ -60,16 +86,19 @@ def quality_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--method",
-            type=click.Choice(["gptq", "mse", "rtn", "jlcm", "weighted-kmeans", "kmeans"]),
-            help="How codes are chosen, those of codebooks (cb3, ...) by one of the last three; jlcm "
-            "is a reconstruction of arXiv 2309.17361  [default: gptq or jlcm with --calibrate, else "
-            "as the recipe says]",
+            metavar="NAME",
+            help="How codes are chosen: gptq, mse or rtn; codebooks (cb3, ...) by jlcm (a "
+            "reconstruction of arXiv 2309.17361), weighted-kmeans or kmeans  [default: gptq or jlcm "
+            "with --calibrate, else as the recipe says]. Of a module, how ranges are found: "
+            "moving-average, percentile or mse  [default: moving-average]",
         ),
         click.option(
             "--calibrate",
-            metavar="FILE",
-            type=click.Path(path_type=Path),
-            help="UTF-8 text like what the model will be used on, to choose the codes by.",
+            metavar="DATA",
+            help="UTF-8 text like what the model will be used on, to choose the codes by. Of a "
+            "module, inputs that show the ranges of its activations: a .npy, .npz or .safetensors "
+            "file [N, ...], a folder of them, FILE.py:FUNCTION that yields mini-batches, or a saved "
+            "calibration .json.",
         ),
     ):
         with_quality = option(with_quality)

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.commands._json import print_json
+from edgekit.commands._module_options import ModuleChoice, module_options
+from edgekit.commands._modules import quantize_module_of
 from edgekit.commands._progress import progress_line
-from edgekit.commands._quality_options import quality_options, resumable
+from edgekit.commands._quality_options import QualityChoice, quality_options, resumable
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
+from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
     from edgekit.mixed import Mixed
@@ -19,8 +22,9 @@ if TYPE_CHECKING:
 
 
 @click.command("quantize", short_help="Write the quantized tensors as safetensors.")
-@click.argument("model")
+@click.argument("model", metavar="MODEL|FILE.py:FUNCTION")
 @recipe_options
+@module_options
 @quality_options
 @click.option(
     "-o",
@@ -39,7 +43,8 @@ if TYPE_CHECKING:
 def command(
     model: str,
     choice: RecipeChoice,
-    quality: "Quality",
+    module: ModuleChoice,
+    chosen: QualityChoice,
     output: Path | None,
     dry_run: bool,
     random_weights: bool,
@@ -51,6 +56,8 @@ def command(
 
     Prints what each tensor is stored as, its bytes, and the signal to quantization noise ratio.
 
+    Of a module, FILE.py:FUNCTION as for `edgekit export`, it writes the codes and, beside them, the
+    ranges of the activations: FILE.safetensors and FILE.calibration.json, which --calibrate takes.
     With --calibrate, GPTQ chooses the codes on a part of a text; what each step gained is measured
     on the rest. The layers that are done are kept beside the output until the end: the same
     command goes on after a kill. --bits or --target-size choose a scheme for each matrix by what
@@ -58,6 +65,17 @@ def command(
     """
     from edgekit.interrupts import interrupts_end_the_process
 
+    with interrupts_end_the_process():
+        from edgekit.user_code import Factory
+
+    factory = Factory.parse(model)
+    if factory is not None:
+        if random_weights or revision is not None:
+            raise EdgekitError("--random-weights and --revision are for language models")
+        quantize_module_of(factory, choice, module, chosen, output, dry_run, force, as_json)
+        return
+    module.refuse_for_a_model()
+    quality = chosen.of_a_model(choice)
     with interrupts_end_the_process():
         from edgekit.files import check_output_file
         from edgekit.models.source import resolve_model
