@@ -121,8 +121,10 @@ class Scheme:
         XNNPACK, GGUF and ONNX all take -8; at 8 bits the code -128 gains nothing and the
         whitepaper's restricted range (section 2.2) keeps products in 16 bits.
         """
-        if self.bits is None or self.books:
-            raise ValueError(f"the scheme {self.name} has no grid of codes")
+        if self.bits is None:
+            raise ValueError("the float scheme has no codes")
+        if self.books:
+            raise ValueError(f"the codes of {self.name} are indices, on no grid")
         return Grid(self.bits, symmetric=self.symmetric, restricted=self.bits == 8)
 
     def check_shape(self, shape: tuple[int, ...]) -> None:

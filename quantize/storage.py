@@ -29,9 +29,9 @@ from edgekit.quantize.tensor import QuantizedTensor, scales_shape
 FORMAT_VERSION = 1
 PARTS = ("codes", "scales", "zero_points", "codebook")
 """What a quantized tensor may consist of in the file."""
-METHODS = ("rtn", "mse", "gptq", "qat", "kmeans", "weighted-kmeans", "jlcm")
+METHODS = ("rtn", "mse", "gptq", "qat", "jlcm", "kmeans", "weighted-kmeans")
 """rtn: rounded to nearest, ranges by minimum and maximum; mse: ranges of least squared error;
-kmeans and those after it: codebooks."""
+jlcm and those after it: codebooks."""
 _MOST_FACTS = 64
 _LONGEST = 200
 
