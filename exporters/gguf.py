@@ -43,7 +43,7 @@ NAME = "gguf"
 MODEL_FILE = "model.gguf"
 ENGINE = "llama.cpp"
 OPTIONS = frozenset({"llama_format", "imatrix"})
-TABLES = frozenset({"iq4nl"})
+TABLES = frozenset({"cb4nl"})
 LONGEST_CHECK = 256  # the loops over positions are llama.cpp's
 
 _FLOAT_FILE = "float.gguf"

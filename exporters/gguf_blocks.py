@@ -38,7 +38,7 @@ def block_type(scheme: Scheme) -> str:
         raise ValueError("the float scheme has no codes")
     if scheme.bits == 8:
         return "Q8_0"
-    if scheme.table == "iq4nl":
+    if scheme.table == "cb4nl":
         return "IQ4_NL"
     if scheme.books:
         raise ValueError(f"ggml has no blocks for the codebooks of {scheme.name}")

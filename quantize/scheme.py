@@ -16,7 +16,7 @@ from edgekit.quantize.tensor import QuantizedTensor, scales_shape, stored_bytes
 
 FORMS = (
     "float, w8, w4, w8gN, w4gN, w4gNa (N weights share a scale, a multiple of 32; a: and a zero "
-    "point), cb4, cb3, cb2 with gN and xN (N codebooks, one for each group of rows), iq4nl"
+    "point), cb4, cb3, cb2 with gN and xN (N codebooks, one for each group of rows), cb4nl"
 )
 _NAME = re.compile(r"w([48])(?:g([1-9][0-9]{0,5})(a?))?")
 _CODEBOOK = re.compile(r"cb([234])(?:g([1-9][0-9]{0,5}))?(?:x([1-9][0-9]{0,3}))?")
@@ -33,7 +33,7 @@ class Scheme:
                  which GGUF (Q4_1) and ONNX hold; XNNPACK's kernels take none for weights
     books        learned codebooks of int8 entries, each for an equal run of rows, whose indices
                  the codes are (2, 3 or 4 bits); 0 where codes are numbers
-    table        "iq4nl": one codebook, and not a learned one but ggml's table for IQ4_NL
+    table        "cb4nl": one codebook, and not a learned one but ggml's table for IQ4_NL
     """
 
     bits: Literal[2, 3, 4, 8] | None
@@ -41,7 +41,7 @@ class Scheme:
     group_size: int | None = None
     symmetric: bool = True
     books: int = 0
-    table: Literal["iq4nl"] | None = None
+    table: Literal["cb4nl"] | None = None
 
     def __post_init__(self) -> None:
         """Refuse contradictory fields."""
@@ -67,8 +67,8 @@ class Scheme:
         """Return the scheme of a name; EdgekitError with the allowed forms for any other."""
         if name == "float":
             return FLOAT
-        if name == "iq4nl":
-            return cls(4, "group", 32, books=1, table="iq4nl")
+        if name == "cb4nl":
+            return cls(4, "group", 32, books=1, table="cb4nl")
         match, codebook = _NAME.fullmatch(name), _CODEBOOK.fullmatch(name)
         try:
             if codebook is not None:
@@ -237,5 +237,5 @@ def _scheme_of_codebook(
         "channel" if group_size is None else "group",
         group_size,
         books=books,
-        table="iq4nl" if is_table else None,
+        table="cb4nl" if is_table else None,
     )

@@ -79,7 +79,7 @@ def test_kmeans_with_few_values_and_with_weights_of_zero() -> None:
     assert bool(far.isfinite().all())
 
 
-@pytest.mark.parametrize("name", ["cb2", "cb3", "cb4", "cb3g32", "cb3x4", "cb2g64x2", "iq4nl"])
+@pytest.mark.parametrize("name", ["cb2", "cb3", "cb4", "cb3g32", "cb3x4", "cb2g64x2", "cb4nl"])
 def test_what_a_scheme_stores(name: str, tmp_path: Path) -> None:
     scheme = Scheme.parse(name)
     assert scheme.name == name
@@ -135,7 +135,7 @@ def test_codebooks_beat_uniform_grids_and_more_of_what_costs_bits_helps() -> Non
 
 def test_the_table_of_ggml_is_kept_and_weights_follow_their_importance() -> None:
     weight, importance = draw(3, 8, 64), torch.ones(64)
-    fitted = Scheme.parse("iq4nl").quantize(weight)
+    fitted = Scheme.parse("cb4nl").quantize(weight)
     assert fitted.codebook is not None
     assert fitted.codebook.tolist() == list(IQ4_NL)
     importance[:4] = 1000.0
@@ -147,7 +147,7 @@ def test_the_table_of_ggml_is_kept_and_weights_follow_their_importance() -> None
 
 @pytest.mark.parametrize("weight", [torch.zeros(4, 32), torch.full((4, 32), 1e-9)])
 def test_weights_that_are_nothing(weight: Tensor) -> None:
-    for name in ("cb3", "cb3g32", "iq4nl"):
+    for name in ("cb3", "cb3g32", "cb4nl"):
         assert float(Scheme.parse(name).quantize(weight).dequantize().abs().max()) <= 2**-13
 
 
@@ -279,7 +279,7 @@ def test_each_step_lowers_the_error(gradient: Gradient, name: str) -> None:
 
 def test_descent_of_indices_never_raises_the_error_and_ends_where_no_neighbour_is_better() -> None:
     layer = Layer(rows=6, columns=16)
-    tensor = Scheme.parse("iq4nl").fit_codebook(layer.weight.repeat(1, 2))
+    tensor = Scheme.parse("cb4nl").fit_codebook(layer.weight.repeat(1, 2))
     inputs = Inputs(32)
     inputs.add(layer.x.repeat(1, 2) + draw(1, 600, 32), layer.x.repeat(1, 2))
     error = OutputError.of(layer.weight.repeat(1, 2), inputs)

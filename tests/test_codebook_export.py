@@ -123,8 +123,8 @@ def test_kmeans_needs_no_text_and_verifies_anew(model: Path, tmp_path: Path) -> 
 
 def test_iq4_nl_is_ggmls_own(model: Path, tmp_path: Path) -> None:
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    tensor = Scheme.parse("iq4nl").quantize(weight)
-    assert block_type(Scheme.parse("iq4nl")) == "IQ4_NL"
+    tensor = Scheme.parse("cb4nl").quantize(weight)
+    assert block_type(Scheme.parse("cb4nl")) == "IQ4_NL"
     data = np.concatenate(list(block_pieces("w", tensor)))
     assert data.nbytes == 6 * 64 // 32 * 18
     by_gguf_py = dequantize(data.reshape(6, -1), GGMLQuantizationType.IQ4_NL)
@@ -133,7 +133,7 @@ def test_iq4_nl_is_ggmls_own(model: Path, tmp_path: Path) -> None:
     assert np.array_equal(by_ggml.reshape(6, 64), tensor.dequantize().numpy())
     out = tmp_path / "out"
     made = done(
-        "export", model, "--target", "gguf", "--context", 64, "--scheme", "iq4nl", "-o", out
+        "export", model, "--target", "gguf", "--context", 64, "--scheme", "cb4nl", "-o", out
     )
     assert made["verification"]["verified"]
     assert not any("stored_as" in row for row in made["tensors"])
