@@ -35,7 +35,7 @@ LEAST_STEP = 1e-5
 
 REFERENCE_FILE = "reference.safetensors"
 """In an artifact: inputs and what they must give, for `edgekit verify` on any machine."""
-_REFERENCE_BYTES = 1 << 20
+_REFERENCE_BYTES = 1 << 17
 """As many inputs as fit are kept, but one at least."""
 
 
@@ -198,7 +198,11 @@ def figures_text(found: Mapping[str, Any]) -> str:
         [name, f"{rms:.3f}", "-" if largest is None else f"{largest:.1f}"]
         for name, rms, largest in rows
     ]
-    table = markdown_table(["steps of the outputs' codes", "rms", "largest"], cells, "lrr")
+    quantized = found["quantization_rms_steps"] > 0
+    unit = (
+        "steps of the outputs' codes" if quantized else f"in {LEAST_STEP:g} of the largest output"
+    )
+    table = markdown_table([unit, "rms", "largest"], cells, "lrr")
     return f"verified over {found['outputs']:,} outputs, batches of {sizes}\n{table}"
 
 
