@@ -14,7 +14,7 @@ from edgekit.quantize.gptq import Inputs
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
-ROUNDS = 6
+ROUNDS = 3
 """Rounds of coordinate descent; more lower the error by a few per cent of itself."""
 
 
