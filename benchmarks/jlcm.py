@@ -10,8 +10,8 @@ Methods: `rtn` (uniform grid, range of least squared error), `kmeans`, `weighted
 diagonal), `ordinary` and `proximal` (learned with either gradient), `jlcm` (proximal, then
 coordinate descent). What calibrates are chunks of the start of train.txt, what is scored is
 valid.txt, by the conventions of `edgekit eval`, in torch with activations as they are.
-Bits per weight are of the layers' matrices as they lie on disk: indices, scales, codebooks; embedding
-and head are int8 in every row.
+Bits per weight are of the layers' matrices as they lie on disk: indices, scales, codebooks;
+embedding and head are int8 in every row.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from benchmarks.machine import facts
 from benchmarks.report import table
 from edgekit.gains import measure
 from edgekit.models.eager import float_reader
-from edgekit.models.layerwise import Choose, gptq_model
+from edgekit.models.layerwise import Choose, layer_codes
 from edgekit.models.reorder import grouped_orders, reordered
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ def quantized(source: ModelSource, row: str, texts: list[list[int]]) -> dict[str
     weights: dict[str, Weight] = dict(quantize_tensors(rows, read, tied))
     choose = METHODS[method]
     if choose is not None:
-        weights |= gptq_model(source.config, rows, read, weights.__getitem__, texts, choose=choose)
+        weights |= layer_codes(source.config, rows, read, weights.__getitem__, texts, choose=choose)
     return weights
 
 

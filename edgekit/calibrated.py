@@ -20,7 +20,7 @@ from edgekit.errors import EdgekitError
 from edgekit.files import os_reason, read_text
 from edgekit.gains import Gains, measure
 from edgekit.models.eager import float_reader
-from edgekit.models.layerwise import Choose, Codes, gptq_model
+from edgekit.models.layerwise import Choose, Codes, layer_codes
 from edgekit.models.reorder import grouped_orders, reordered
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ def quantize_calibrated(
     """Write a model's codes to `path`, as `quantize_to_file` does, and measure what was gained.
 
     `workspace` is where finished layers are kept (`workspace_of`). Raises EdgekitError as `resolve`
-    and `gptq_model` do.
+    and `layer_codes` do.
     """
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     rows = resolve(with_ranges(recipe, "rtn" if method == "rtn" else "mse"), shapes)
@@ -125,7 +125,7 @@ def quantize_calibrated(
     }
     if method in WITH_TEXT:
         kept = _Layers(workspace / _key(digest, rows, texts, method))
-        contents |= gptq_model(
+        contents |= layer_codes(
             source.config,
             rows,
             read,

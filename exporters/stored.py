@@ -17,7 +17,7 @@ from edgekit.quantize.tensor import QuantizedTensor
 
 
 def stored_rows(rows: Sequence[Resolved], tables: Collection[str]) -> list[Resolved]:
-    """Return rows as the file holds them; `tables` are the codebook schemes that it holds as such."""
+    """Return rows as the file holds them; `tables` are the codebooks that it holds as such."""
     return [_stored(row, tables) for row in rows]
 
 

@@ -113,9 +113,9 @@ class Weights(Mapping[str, Weight]):
 class Job:
     """One model to write.
 
-    `rows` is the table as the file holds it (`stored_rows`) and `tied` the tensors that have another's values; `weights` gives
-    each row's tensor; `context` the positions to make room for; `folder` holds the tokenizer's
-    files, or is None for random weights.
+    `rows` is the table as the file holds it (`stored_rows`) and `tied` the tensors that have
+    another's values; `weights` gives each row's tensor; `context` the positions to make room for;
+    `folder` holds the tokenizer's files, or is None for random weights.
     """
 
     id: str
@@ -132,8 +132,8 @@ class Target(Protocol):
     """A module of this package that writes one kind of file.
 
     `NAME` is the target's and its engine's, `ENGINE` what people call the engine, `OPTIONS` the
-    fields of `Options` that the target understands, `TABLES` the codebook schemes that the file holds
-    as such, where others become int8 codes, `LONGEST_CHECK` the positions up to which
+    fields of `Options` that the target understands, `TABLES` the codebook schemes that the file
+    holds as such, where others become int8 codes, `LONGEST_CHECK` the positions up to which
     verification runs prompts: fewer where the file holds no program whose lengths could be wrong.
     """
 

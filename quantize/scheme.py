@@ -170,7 +170,8 @@ class Scheme:
         """Return the exact bytes of a weight of this shape: packed codes and scales.
 
         A channel's scale counts 4 bytes (float32), a group's 2 (bfloat16), a zero point 1, an entry
-        of a codebook 1 and a float element 4 (float32, what the engines compute in). Equals `QuantizedTensor.nbytes`.
+        of a codebook 1 and a float element 4 (float32, what the engines compute in). Equals
+        `QuantizedTensor.nbytes`.
         """
         if self.bits is None or self.granularity is None:
             return 4 * torch.Size(shape).numel()

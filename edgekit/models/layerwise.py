@@ -58,7 +58,7 @@ class _NothingKept:
         pass
 
 
-def gptq_model(
+def layer_codes(
     config: ModelConfig,
     rows: Sequence[Resolved],
     read: Callable[[str], Tensor],
