@@ -19,6 +19,9 @@ from edgekit.quantize.codebook.snap import snap
 from edgekit.quantize.scales import SCALES, SMALLEST_SCALE
 from edgekit.quantize.tensor import QuantizedTensor, as_rows
 
+_BLOCK = 128
+"""Columns whose changes reach the rest of the matrix in one product, as in GPTQ."""
+
 
 def settle(
     tensor: QuantizedTensor, error: OutputError, rounds: int, fixed: bool = False
@@ -84,14 +87,19 @@ class _Descent:
         # Columns are strided in row-major order: their copies are what is worked on.
         columns, slopes = weight.t().contiguous(), slope.t().contiguous()
         scales, codes = spread.t().contiguous(), self.codes.t().contiguous()
-        for column in range(len(hessian)):
-            best = columns[column] - slopes[column] / hessian[column, column]
-            found = nearest(best / scales[column], self.book).long()
-            before = codes[column]
-            found = torch.minimum(torch.maximum(found, before - 1), before + 1)
-            change = self.book[found] * scales[column] - columns[column]
-            slopes.addr_(hessian[column], change)
-            codes[column] = found
+        for start in range(0, len(hessian), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            curve, local = hessian[part, part], slopes[part].clone()
+            before = columns[part].clone()
+            for place in range(len(curve)):
+                column = start + place
+                best = columns[column] - local[place] / curve[place, place]
+                found = nearest(best / scales[column], self.book).long()
+                found = torch.minimum(torch.maximum(found, codes[column] - 1), codes[column] + 1)
+                value = self.book[found] * scales[column]
+                local.addr_(curve[place], value - columns[column])
+                columns[column], codes[column] = value, found
+            slopes.addmm_(hessian[:, part], columns[part] - before)
         self.codes = codes.t().contiguous()
 
     def scale(self) -> None:
