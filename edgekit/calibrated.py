@@ -20,14 +20,18 @@ from edgekit.errors import EdgekitError
 from edgekit.files import os_reason, read_text
 from edgekit.gains import Gains, measure
 from edgekit.models.eager import float_reader
-from edgekit.models.layerwise import Codes, gptq_model
+from edgekit.models.layerwise import Choose, Codes, layer_codes
+from edgekit.models.reorder import grouped_orders, reordered
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import Weight
 from edgekit.progress import Steps
-from edgekit.quality import Method
+from edgekit.quality import CODEBOOK_METHODS, WITH_TEXT, Method
 from edgekit.quantize.apply import Stored, quantize_tensors, sqnr_db
+from edgekit.quantize.codebook.jlcm import jlcm, weighted_kmeans
+from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.recipe import Recipe, Resolved, resolve, tied_shapes, with_ranges
+from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import About, load_quantized, save_quantized, short_text
 from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.runtime.evaluate import cut, tokenize
@@ -100,40 +104,47 @@ def quantize_calibrated(
     """Write a model's codes to `path`, as `quantize_to_file` does, and measure what was gained.
 
     `workspace` is where finished layers are kept (`workspace_of`). Raises EdgekitError as `resolve`
-    and `gptq_model` do.
+    and `layer_codes` do.
     """
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     rows = resolve(with_ranges(recipe, "rtn" if method == "rtn" else "mse"), shapes)
     checkpoint = source.checkpoint
-    read = float_reader(source.config, checkpoint)
+    in_order = float_reader(source.config, checkpoint)
+    read = reordered(in_order, grouped_orders(source.config, rows, in_order))
     digest = checkpoint.sha256()
 
     def rounded(ranges: Literal["rtn", "mse"]) -> dict[str, Stored]:
         found = resolve(with_ranges(recipe, ranges), shapes)
-        return dict(quantize_tensors(found, checkpoint.tensor, tied))
+        return dict(quantize_tensors(found, read, tied))
 
-    # GPTQ chooses the codes of the layers' linears, so those are not rounded first.
-    simple = [row for row in rows if not (method == "gptq" and _is_linear(row))]
+    # A text decides the codes of the layers' linears, so those are not rounded first.
+    simple = [row for row in rows if not (method in WITH_TEXT and _is_linear(row))]
     contents: dict[str, Stored] = {
         name: value.float() if isinstance(value, Tensor) else value
-        for name, value in quantize_tensors(simple, checkpoint.tensor, tied)
+        for name, value in quantize_tensors(simple, read, tied)
     }
-    if method == "gptq":
-        kept = _Layers(workspace / _key(digest, rows, texts))
-        outside = contents.__getitem__
-        contents |= gptq_model(
-            source.config, rows, read, outside, texts.calibration, progress, kept
+    if method in WITH_TEXT:
+        kept = _Layers(workspace / _key(digest, rows, texts, method))
+        contents |= layer_codes(
+            source.config,
+            rows,
+            read,
+            contents.__getitem__,
+            texts.calibration,
+            progress,
+            kept,
+            None if method == "gptq" else _chooser(method),
         )
         contents = {row.tensor: contents[row.tensor] for row in rows}  # in the model's order
-    steps = {
-        "rtn": lambda: rounded("rtn"),
-        "mse": lambda: rounded("mse"),
-        "gptq": lambda: contents,
-    }
-    upto = list(steps)[: list(steps).index(method) + 1]
-    gains = measure(
-        source.config, read, {name: steps[name] for name in upto}, texts.held_out, progress
-    )
+    steps: dict[str, Callable[[], Mapping[str, Stored]]] = {}
+    if method in CODEBOOK_METHODS:
+        steps["kmeans"] = lambda: rounded("mse")
+    else:
+        steps["rtn"] = lambda: rounded("rtn")
+    if method == "gptq":
+        steps["mse"] = lambda: rounded("mse")
+    steps[method] = lambda: contents
+    gains = measure(source.config, read, steps, texts.held_out, progress)
     about = About(
         short_text(source.id), digest, short_text(recipe.name), method, _facts(texts, gains)
     )
@@ -170,10 +181,46 @@ def _is_linear(row: Resolved) -> bool:
     return ".layers." in row.tensor and not row.scheme.is_float
 
 
-def _key(digest: str, rows: Sequence[Resolved], texts: Texts) -> str:
+def default_method(recipe: Recipe) -> Method:
+    """Return how codes are chosen on a text where nobody says it."""
+    return "jlcm" if _has_codebooks(recipe) else "gptq"
+
+
+def check_method(method: Method | None, recipe: Recipe) -> None:
+    """Refuse a method of codebooks for a recipe without, and another for one with them."""
+    if method is None:
+        return
+    if method in CODEBOOK_METHODS and not _has_codebooks(recipe):
+        raise EdgekitError(
+            f"--method {method} is for codebooks, of which {recipe.name} has none: give a scheme "
+            "such as cb3"
+        )
+    if method not in CODEBOOK_METHODS and _has_codebooks(recipe):
+        raise EdgekitError(
+            f"--method {method} is not for codebooks, which {recipe.name} has: give "
+            f"{', '.join(CODEBOOK_METHODS)}"
+        )
+
+
+def _has_codebooks(recipe: Recipe) -> bool:
+    return any(rule.scheme.books for rule in recipe.rules)
+
+
+def _chooser(method: Method) -> Choose:
+    """Return what chooses codes on a text; what has no codebook among codebooks takes GPTQ."""
+    of_codebooks = weighted_kmeans if method == "weighted-kmeans" else jlcm
+
+    def choose(weight: Tensor, inputs: Inputs, scheme: Scheme) -> QuantizedTensor:
+        return (of_codebooks if scheme.books else gptq)(weight, inputs, scheme)
+
+    return choose
+
+
+def _key(digest: str, rows: Sequence[Resolved], texts: Texts, method: Method) -> str:
     """Return a name for everything that decides the codes."""
     facts = [
         VERSION,
+        method,
         digest,
         [[row.tensor, row.scheme.name, row.range] for row in rows],
         texts.calibration,

@@ -15,6 +15,7 @@ from edgekit.exporters.artifact import copy_tokenizer, new_artifact, write_manif
 from edgekit.exporters.gguf_weights import StoredWeights
 from edgekit.exporters.llama_formats import FORMATS
 from edgekit.exporters.llama_quantize import quantizer_version
+from edgekit.exporters.stored import refusal, stored_rows, stored_table
 from edgekit.exporters.target import Job, Options, Target, Weights, find_target
 from edgekit.mixed import CANDIDATES, CountBytes, Mixed
 from edgekit.models.codes import CodesFile
@@ -24,7 +25,6 @@ from edgekit.quality import Quality
 from edgekit.quantization import Made, choose_recipe, write_codes
 from edgekit.quantize.recipe import Recipe, Resolved, Rule, method_of, resolve, tied_shapes
 from edgekit.quantize.scheme import Scheme
-from edgekit.quantize.table import table_json
 from edgekit.runtime.engine import EngineMissing, import_engine
 from edgekit.verification import expected_logits, verification_tokens, verify_file
 
@@ -64,7 +64,8 @@ class Plan:
     @property
     def model_file(self) -> str:
         """The engine's file in the artifact."""
-        return self.writer.model_file(self.rows, self.options)
+        writer = self.writer
+        return writer.model_file(stored_rows(self.rows, writer.TABLES), self.options)
 
 
 def plan_export(
@@ -99,13 +100,16 @@ def plan_export(
     rows: Sequence[Resolved] = resolve(recipe, shapes) if stored is None else stored.rows
     if stored is not None:
         recipe, tied = Recipe((), stored.about.recipe), dict(stored.tied)
-    writer.check_rows(rows)
+    try:
+        writer.check_rows(stored_rows(rows, writer.TABLES))
+    except EdgekitError as error:
+        raise refusal(error, rows, writer.TABLES) from error
     limit = source.config.max_context
     context = source.config.default_context if context is None else context
     least = min(MIN_CONTEXT, limit)
     if not least <= context <= limit:
         raise EdgekitError(f"--context {context}: {source.id} takes {least} to {limit} tokens")
-    table = _table(source, rows, tied, options)
+    table = _table(source, rows, tied, options, writer)
     return Plan(source, recipe, rows, tied, table, context, target, options, stored, quality, mixed)
 
 
@@ -125,8 +129,9 @@ def _counter(writer: Target) -> CountBytes:
     """Return what counts the bytes of a table in the target's file."""
 
     def count(rows: Sequence[Resolved], tied: Mapping[str, str]) -> int:
-        once = writer.stored_once(rows, tied)
-        return sum(writer.stored_bytes(row) for row in rows if row.tensor not in once)
+        stored = stored_rows(rows, writer.TABLES)
+        once = writer.stored_once(stored, tied)
+        return sum(writer.stored_bytes(row) for row in stored if row.tensor not in once)
 
     return count
 
@@ -155,10 +160,14 @@ def prepared(
 
 
 def _table(
-    source: ModelSource, rows: Sequence[Resolved], tied: Mapping[str, str], options: Options
+    source: ModelSource,
+    rows: Sequence[Resolved],
+    tied: Mapping[str, str],
+    options: Options,
+    writer: Target,
 ) -> list[dict[str, Any]]:
     if options.llama_format is None:
-        return table_json(rows, tied)
+        return stored_table(rows, tied, writer.TABLES)
     from edgekit.exporters.gguf import planned_table
 
     form = FORMATS[options.llama_format]
@@ -188,14 +197,19 @@ def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> di
         _check_origin(plan.codes, source)
     with new_artifact(output, force) as folder:
         progress("quantizing" if plan.codes is None else "reading the codes")
-        weights = Weights(plan.rows, plan.tied, checkpoint if plan.codes is None else plan.codes)
+        weights = Weights(
+            plan.rows,
+            plan.tied,
+            checkpoint if plan.codes is None else plan.codes,
+            writer.TABLES,
+        )
         if missing is None and plan.options.llama_format is None:
             progress("computing the reference")
             expected = expected_logits(source, weights, tokens, writer)
         job = Job(
             source.id,
             source.config,
-            plan.rows,
+            stored_rows(plan.rows, writer.TABLES),
             plan.tied,
             weights,
             plan.context,

@@ -6,10 +6,12 @@ from typing import Literal, get_args
 
 from edgekit.errors import EdgekitError
 
-Method = Literal["rtn", "mse", "gptq"]
+Method = Literal["rtn", "mse", "gptq", "kmeans", "weighted-kmeans", "jlcm"]
 """How codes are chosen: rounded to nearest with ranges of minimum and maximum, with ranges of least
-squared error, or by GPTQ on a text."""
-
+squared error, or by GPTQ on a text; codebooks by k-means, by one that weighs errors by what a layer
+sees in a text, or learned on it."""
+CODEBOOK_METHODS: tuple[Method, ...] = ("kmeans", "weighted-kmeans", "jlcm")
+WITH_TEXT: tuple[Method, ...] = ("gptq", "weighted-kmeans", "jlcm")
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
@@ -47,9 +49,9 @@ class Quality:
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        """Refuse GPTQ without a text."""
-        if self.method == "gptq" and self.calibrate is None:
-            raise EdgekitError("--method gptq needs a text: give one with --calibrate")
+        """Refuse a method that learns from a text without one."""
+        if self.method in WITH_TEXT and self.calibrate is None:
+            raise EdgekitError(f"--method {self.method} needs a text: give one with --calibrate")
 
     @property
     def given(self) -> bool:

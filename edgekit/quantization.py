@@ -4,7 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit.calibrated import make_folder, quantize_calibrated, read_texts, workspace_of
+from edgekit.calibrated import (
+    check_method,
+    default_method,
+    make_folder,
+    quantize_calibrated,
+    read_texts,
+    workspace_of,
+)
 from edgekit.exporters.reference_text import TEXT
 from edgekit.files import read_text
 from edgekit.gains import Gains
@@ -54,6 +61,7 @@ def choose_recipe(
         text = _text(quality)
         mixed = mixed_recipe(source, quality.budget, schemes, text, count, progress)
         recipe = mixed.recipe
+    check_method(quality.method, recipe)
     if quality.method is not None:
         recipe = with_ranges(recipe, "rtn" if quality.method == "rtn" else "mse")
     return recipe, mixed
@@ -76,7 +84,7 @@ def write_codes(
     gains = None
     if quality.calibrate is not None:
         texts = read_texts(source, quality.calibrate)
-        method = quality.method or "gptq"
+        method = quality.method or default_method(recipe)
         done = quantize_calibrated(source, recipe, texts, method, path, workspace, show)
         sqnr, gains = done.sqnr, done.gains
     else:

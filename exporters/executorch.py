@@ -19,6 +19,7 @@ NAME = "executorch"
 MODEL_FILE = "model.pte"
 ENGINE = "ExecuTorch"
 OPTIONS: frozenset[str] = frozenset()
+TABLES: frozenset[str] = frozenset()
 LONGEST_CHECK = 4096  # attention grows with its square, to hours at 32,768 tokens
 LINEAR_SCHEMES = "float, w8, w4 and w4gN"
 PACKAGES = ("executorch", "torch")

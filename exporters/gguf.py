@@ -43,13 +43,14 @@ NAME = "gguf"
 MODEL_FILE = "model.gguf"
 ENGINE = "llama.cpp"
 OPTIONS = frozenset({"llama_format", "imatrix"})
+TABLES = frozenset({"cb4nl"})
 LONGEST_CHECK = 256  # the loops over positions are llama.cpp's
 
 _FLOAT_FILE = "float.gguf"
 _ARCHITECTURE = "lfm2"
 _FIRST_QUERY = ".self_attn.q_proj.weight"
 # enum llama_ftype (include/llama.h): what most of the weights are stored as
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "IQ4_NL": 25, "BF16": 32}
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
 

@@ -5,6 +5,7 @@ Layouts (ggml/src/ggml-common.h), each of 32 weights, d and m in float16:
     Q8_0   d, then 32 int8                                 weight = d * q
     Q4_0   d, then byte j holds q of weight j and j + 16   weight = d * (q - 8)
     Q4_1   d, m, then as in Q4_0                           weight = d * q + m
+    IQ4_NL d, then as in Q4_0                              weight = d * table[q]
 
 A scale of a channel or of a longer group is repeated in each of its blocks.
 """
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
+from edgekit.quantize.codebook.fit import IQ4_NL
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, as_rows
 
@@ -36,6 +38,10 @@ def block_type(scheme: Scheme) -> str:
         raise ValueError("the float scheme has no codes")
     if scheme.bits == 8:
         return "Q8_0"
+    if scheme.table == "cb4nl":
+        return "IQ4_NL"
+    if scheme.books:
+        raise ValueError(f"ggml has no blocks for the codebooks of {scheme.name}")
     return "Q4_0" if scheme.symmetric else "Q4_1"
 
 
@@ -56,8 +62,9 @@ def block_pieces(name: str, tensor: QuantizedTensor) -> Iterator[Bytes]:
     EdgekitError where a scale or a minimum would be rounded, for then the file would hold another
     weight than everything else does.
     """
-    if tensor.codebook is not None:
-        raise EdgekitError(f"{name}: ggml has no blocks for codebooks")
+    table = tensor.codebook
+    if table is not None and table.tolist() != list(IQ4_NL):
+        raise EdgekitError(f"{name}: ggml has no blocks for codebooks but its own, IQ4_NL")
     codes, columns = as_rows(tensor.codes), tensor.shape[-1]
     blocks = columns // BLOCK
     scales = _per_block(tensor.scales, tensor, blocks)
@@ -69,6 +76,8 @@ def block_pieces(name: str, tensor: QuantizedTensor) -> Iterator[Bytes]:
         scale = _exact_half(name, scales[rows])
         if tensor.bits == 8:
             packed = _q8_0(part, scale)
+        elif table is not None:
+            packed = _nibbles(part, scale)
         elif zeros is None:
             packed = _q4_0(part, scale)
         else:
@@ -103,11 +112,15 @@ def _q8_0(codes: NDArray[np.int8], scale: NDArray[np.float16]) -> NDArray[np.voi
 
 
 def _q4_0(codes: NDArray[np.int8], scale: NDArray[np.float16]) -> NDArray[np.void]:
-    out = np.empty(codes.shape[:2], np.dtype([("d", "<f2"), ("q", "u1", BLOCK // 2)]))
-    out["d"] = scale
     # As unsigned: the low 4 bits of q, with the sign bit turned over, are q + 8.
     shifted: NDArray[np.uint8] = (codes.view(np.uint8) & np.uint8(15)) ^ np.uint8(8)
-    _pair_nibbles(shifted, out["q"])
+    return _nibbles(shifted, scale)
+
+
+def _nibbles(codes: NDArray[np.uint8], scale: NDArray[np.float16]) -> NDArray[np.void]:
+    out = np.empty(codes.shape[:2], np.dtype([("d", "<f2"), ("q", "u1", BLOCK // 2)]))
+    out["d"] = scale
+    _pair_nibbles(codes, out["q"])
     return out
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from edgekit.artifact import MODULE
+from edgekit.quantize.table import scheme_text
 from edgekit.tables import markdown_table
 
 TABLES = "norms, convolutions, tables"
@@ -64,8 +65,8 @@ def weight_rows(manifest: Mapping[str, Any] | None) -> WeightRows:
     counts, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for row in manifest["tensors"] if manifest else ():
         kind = _LAYER.sub("", row["tensor"]).removesuffix(".weight")
-        counts[kind, row["scheme"]] += 1
-        sizes[kind, row["scheme"]] += row["bytes"]
+        counts[kind, scheme_text(row)] += 1
+        sizes[kind, scheme_text(row)] += row["bytes"]
     return [(*key, counts[key], sizes[key]) for key in counts]
 
 

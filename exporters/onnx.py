@@ -23,6 +23,7 @@ NAME = "onnx"
 ENGINE = "ONNX Runtime"
 LONGEST_CHECK = 4096
 OPTIONS = frozenset({"abi", "portable"})
+TABLES: frozenset[str] = frozenset()
 PACKAGES = ("onnx", "onnxruntime")
 SCHEMES = "float, w8, w4, w8gN, w4gN and w4gNa"
 OPSET = 21

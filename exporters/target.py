@@ -1,7 +1,7 @@
 """What every target offers, what it is given, and how one is found by name."""
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.heap import trim_heap
+from edgekit.exporters.stored import stored_weight
 from edgekit.models.checkpoint import WeightSource
 from edgekit.models.codes import CodesFile
 from edgekit.models.config import ModelConfig
@@ -55,14 +56,20 @@ class Weights(Mapping[str, Weight]):
     """The weights to export by checkpoint name: codes are kept, floats are read when asked for.
 
     So a model that stays float is never in memory as a whole. Of a file of codes nothing is kept:
-    each tensor is read when it is asked for. `clear` forgets the codes.
+    each tensor is read when it is asked for. Codebooks come as int8 codes but for the `tables` that
+    the target holds. `clear` forgets the codes.
     """
 
     def __init__(
-        self, rows: Sequence[Resolved], tied: Mapping[str, str], source: WeightSource | CodesFile
+        self,
+        rows: Sequence[Resolved],
+        tied: Mapping[str, str],
+        source: WeightSource | CodesFile,
+        tables: Collection[str] = (),
     ) -> None:
         """Quantize what the rows say, unless `source` holds codes; `tied` as in `quantize_tensors`."""
         self._source = source
+        self._tables = {row.tensor for row in rows if row.scheme.name in tables}
         self._places = {row.tensor: tied.get(row.tensor, row.tensor) for row in rows}
         self._codes: dict[str, QuantizedTensor] = {}
         if isinstance(source, CodesFile):
@@ -76,8 +83,12 @@ class Weights(Mapping[str, Weight]):
     def __getitem__(self, name: str) -> QuantizedTensor | Tensor:
         """Return the codes, or the float tensor as it is stored."""
         if isinstance(self._source, CodesFile):
-            return self._source[self._places[name]]
-        return self._codes[name] if name in self._codes else self._source.tensor(self._places[name])
+            weight = self._source[self._places[name]]
+        elif name in self._codes:
+            weight = self._codes[name]
+        else:
+            weight = self._source.tensor(self._places[name])
+        return stored_weight(weight, name in self._tables)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which a float tensor is stored."""
@@ -102,9 +113,9 @@ class Weights(Mapping[str, Weight]):
 class Job:
     """One model to write.
 
-    `rows` is the resolved table and `tied` the tensors that have another's values; `weights` gives
-    each row's tensor; `context` the positions to make room for; `folder` holds the tokenizer's
-    files, or is None for random weights.
+    `rows` is the table as the file holds it (`stored_rows`) and `tied` the tensors that have
+    another's values; `weights` gives each row's tensor; `context` the positions to make room for;
+    `folder` holds the tokenizer's files, or is None for random weights.
     """
 
     id: str
@@ -121,13 +132,15 @@ class Target(Protocol):
     """A module of this package that writes one kind of file.
 
     `NAME` is the target's and its engine's, `ENGINE` what people call the engine, `OPTIONS` the
-    fields of `Options` that the target understands, `LONGEST_CHECK` the positions up to which
+    fields of `Options` that the target understands, `TABLES` the codebook schemes that the file
+    holds as such, where others become int8 codes, `LONGEST_CHECK` the positions up to which
     verification runs prompts: fewer where the file holds no program whose lengths could be wrong.
     """
 
     NAME: str
     ENGINE: str
     OPTIONS: frozenset[str]
+    TABLES: frozenset[str]
     LONGEST_CHECK: int
 
     def check_rows(self, rows: Sequence[Resolved]) -> None:

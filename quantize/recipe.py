@@ -18,7 +18,7 @@ import json
 import re
 import tomllib
 import warnings as python_warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -54,6 +54,10 @@ class Rule:
     def __post_init__(self) -> None:
         """Refuse expressions that do not compile and ranges that do not exist."""
         check_rule(self.pattern, self.range, self.scheme.is_float)
+        if self.range is not None and self.scheme.books:
+            raise EdgekitError(
+                f"range has no meaning for the codebooks of {self.scheme.name}: leave it out"
+            )
 
     def matches(self, tensor: str) -> bool:
         """Return whether the whole name matches."""
@@ -147,11 +151,11 @@ def preset(name: str) -> Recipe:
 def uniform(scheme: Scheme) -> Recipe:
     """Return the recipe that gives every linear layer one scheme.
 
-    The embedding and the head take it too, except at 4 bits, where they stay int8 per channel:
+    The embedding and the head take it too, except below 8 bits, where they stay int8 per channel:
     every token passes through both, and they cost more accuracy than they save bytes.
     """
     rules = [Rule(".*", scheme)]
-    if scheme.bits == 4:
+    if scheme.bits is not None and scheme.bits < 8:
         rules.insert(0, Rule(_VOCABULARY, Scheme.parse("w8")))
     return Recipe(tuple(rules), name=scheme.name)
 
@@ -220,8 +224,10 @@ def shared_rows(rows: Iterable[Resolved], tied: Mapping[str, str]) -> dict[str, 
     }
 
 
-def method_of(rows: Iterable[Resolved]) -> str:
+def method_of(rows: Sequence[Resolved]) -> str:
     """Return the method of rows that are rounded to nearest (`edgekit.quantize.storage.METHODS`)."""
+    if any(row.scheme.books for row in rows):
+        return "kmeans"
     return "mse" if any(row.range == "mse" for row in rows) else "rtn"
 
 
@@ -232,7 +238,8 @@ def with_ranges(recipe: Recipe, method: Literal["rtn", "mse"]) -> Recipe:
     """
 
     def changed(rule: Rule) -> Rule:
-        if rule.scheme.is_float or (method == "mse" and rule.scheme.bits == 8):
+        scheme = rule.scheme
+        if scheme.is_float or scheme.books or (method == "mse" and scheme.bits == 8):
             return rule
         return replace(rule, range="mse" if method == "mse" else "minmax")
 
@@ -241,7 +248,8 @@ def with_ranges(recipe: Recipe, method: Literal["rtn", "mse"]) -> Recipe:
 
 def warnings(rows: Iterable[Resolved]) -> list[str]:
     """Return what a user should know about a table before waiting for it."""
-    if not any(row.scheme.bits == 4 and row.scheme.granularity == "channel" for row in rows):
+    w4 = Scheme.parse("w4")
+    if not any(row.scheme == w4 for row in rows):
         return []
     return [_W4_WARNING]
 

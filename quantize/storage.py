@@ -2,10 +2,10 @@
 
 For a tensor `name` the file holds `name.codes` (packed, see `edgekit.quantize.packing`),
 `name.scales` (bfloat16 where one per group and exact so, else float32) and, where it has them,
-`name.zero_points` and `name.codebook`; a float tensor is held under its own name. The metadata
-`edgekit` is JSON: a format version and, per quantized tensor, shape, bits, group_size, axis and
-signed. A tensor that is another one's object under a second name is `{"same_as": first}`. Files of
-whole models also say what they are `about`; older ones do not.
+`name.zero_points` and `name.codebook` (int8 where all entries are such numbers); a float tensor is
+held under its own name. The metadata `edgekit` is JSON: a format version and, per quantized tensor,
+shape, bits, group_size, axis and signed. A tensor that is another one's object under a second name
+is `{"same_as": first}`. Files of whole models also say what they are `about`; older ones do not.
 """
 
 import json
@@ -29,8 +29,9 @@ from edgekit.quantize.tensor import QuantizedTensor, scales_shape
 FORMAT_VERSION = 1
 PARTS = ("codes", "scales", "zero_points", "codebook")
 """What a quantized tensor may consist of in the file."""
-METHODS = ("rtn", "mse", "gptq", "qat", "jlcm")
-"""rtn: rounded to nearest, ranges by minimum and maximum; mse: ranges of least squared error."""
+METHODS = ("rtn", "mse", "gptq", "qat", "jlcm", "kmeans", "weighted-kmeans")
+"""rtn: rounded to nearest, ranges by minimum and maximum; mse: ranges of least squared error;
+jlcm and those after it: codebooks."""
 _MOST_FACTS = 64
 _LONGEST = 200
 
@@ -172,7 +173,7 @@ def _arrays(name: str, tensor: Stored) -> dict[str, Tensor]:
         "zero_points": None
         if tensor.zero_points is None
         else tensor.zero_points.to(tensor.codes.dtype),
-        "codebook": tensor.codebook,
+        "codebook": _narrow_codebook(tensor),
     }
     return {f"{name}.{part}": array for part, array in arrays.items() if array is not None}
 
@@ -182,6 +183,12 @@ def _narrow(scales: Tensor, group_size: int | None) -> Tensor:
     narrow = scales.to(torch.bfloat16)
     exact = group_size is not None and bool((narrow.to(torch.float32) == scales).all())
     return (narrow if exact else scales).contiguous()
+
+
+def _narrow_codebook(tensor: QuantizedTensor) -> Tensor | None:
+    """Return entries that are integers as int8."""
+    book = tensor.codebook
+    return book.to(torch.int8) if book is not None and tensor.codebook_is_int8 else book
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -280,5 +287,11 @@ def build_tensor(entry: Mapping[str, Any], parts: Mapping[str, Tensor | None]) -
         bits=bits,
         group_size=entry["group_size"],
         axis=entry["axis"],
-        codebook=codebook,
+        codebook=None if codebook is None else _wide_codebook(codebook),
     )
+
+
+def _wide_codebook(stored: Tensor) -> Tensor:
+    if stored.dtype not in (torch.int8, torch.float32):
+        raise ValueError(f"a codebook is int8 or float32, got {stored.dtype}")
+    return stored.to(torch.float32)

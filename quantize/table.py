@@ -47,10 +47,9 @@ def format_json(table: Sequence[Mapping[str, Any]]) -> str:
     has_sqnr = any("sqnr_db" in entry for entry in table)
     lines = [["tensor", "scheme", "range", "shape", "bytes", *["SQNR dB"] * has_sqnr]]
     for entry in table:
-        instead = f" instead of {entry['instead_of']}" if "instead_of" in entry else ""
         cells = [
             entry["tensor"],
-            entry["scheme"] + instead,
+            scheme_text(entry),
             entry["range"] or "-",
             "x".join(map(str, entry["shape"])),
             "shared" if "same_as" in entry else f"{entry['bytes']:,}",
@@ -62,6 +61,14 @@ def format_json(table: Sequence[Mapping[str, Any]]) -> str:
     total = json_bytes(table)
     text = plain_table(lines, "llllrr"[: len(lines[0])])
     return f"{text}\n{len(table)} tensors, {total:,} bytes ({total / 1e6:,.1f} MB)"
+
+
+def scheme_text(entry: Mapping[str, Any]) -> str:
+    """Return a row's scheme, and what the file holds or was to hold where that is another."""
+    if "stored_as" in entry:
+        return f"{entry['scheme']}, stored as {entry['stored_as']}"
+    instead = f" instead of {entry['instead_of']}" if "instead_of" in entry else ""
+    return f"{entry['scheme']}{instead}"
 
 
 def json_bytes(table: Sequence[Mapping[str, Any]]) -> int:

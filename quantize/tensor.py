@@ -1,7 +1,7 @@
 """`QuantizedTensor`: the integer codes that every quantizer produces and every exporter packs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -78,15 +78,34 @@ class QuantizedTensor:
     def nbytes(self) -> int:
         """Bytes of the packed codes, scales, zero points and codebook.
 
-        A scale of a group counts 2 bytes (bfloat16) and any other 4 (float32), a zero point 1 and
-        a codebook entry 4: what `save_quantized` writes.
+        A scale of a group counts 2 bytes (bfloat16) and any other 4 (float32), a zero point 1, a
+        codebook entry 1 where all are int8 numbers, else 4: what `save_quantized` writes.
         """
         total = stored_bytes(self.shape, self.bits, self.granularity, self.scales.numel())
         if self.zero_points is not None:
             total += self.zero_points.numel()
         if self.codebook is not None:
-            total += 4 * self.codebook.numel()
+            total += (1 if self.codebook_is_int8 else 4) * self.codebook.numel()
         return total
+
+    @property
+    def codebook_is_int8(self) -> bool:
+        """True where there is a codebook whose entries are all integers from -127 to 127."""
+        book = self.codebook
+        return book is not None and bool(((book == book.round()) & (book.abs() <= 127)).all())
+
+    def rows(self, index: slice | Tensor) -> "QuantizedTensor":
+        """Return some rows of a matrix, codes not copied for a slice; those of many, in any order.
+
+        Where each run of rows has its own codebook, each row of the result has one.
+        """
+        scales, zeros, books = self.scales, self.zero_points, self.codebook
+        if self.axis == 0 or self.group_size is not None:
+            scales, zeros = scales[index], None if zeros is None else zeros[index]
+        if books is not None and books.ndim == 2:
+            books = books.repeat_interleave(self.shape[0] // len(books), 0)[index]
+        codes = self.codes[index]
+        return replace(self, codes=codes, scales=scales, zero_points=zeros, codebook=books)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return (codes - zero_points) * scales in the weight's shape, rounded once to float32.

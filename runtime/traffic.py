@@ -6,6 +6,7 @@ from typing import Any
 
 from edgekit.devices.fit import EMBEDDING, kv_bytes_per_position
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.table import scheme_text
 from edgekit.runtime.gguf_facts import count_types, file_traffic, model_name, open_checked
 from edgekit.runtime.model_files import ModelFile
 from edgekit.runtime.record import Traffic
@@ -55,7 +56,7 @@ def count_schemes(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]
     """Return tensors and bytes per scheme, in the table's order."""
     counts: dict[str, dict[str, int]] = {}
     for row in rows:
-        count = counts.setdefault(row["scheme"], {"tensors": 0, "bytes": 0})
+        count = counts.setdefault(scheme_text(row), {"tensors": 0, "bytes": 0})
         count["tensors"] += 1
         count["bytes"] += row["bytes"]
     return counts

@@ -242,7 +242,11 @@ def _zero_points(contents: Contents) -> None:
         (_remove, "gguf", f"holds no codes of this model: 1 missing: {NORM}"),
         (_add, "gguf", "holds no codes of this model: 1 unexpected: more"),
         (_turn, "gguf", f"1 of the wrong shape: {LINEAR} (is [96, 64], should be [64, 96])"),
-        (_codebook, "gguf", f"{LINEAR}: indices of a codebook: no target holds them"),
+        (
+            _codebook,
+            "gguf",
+            f"{LINEAR}: a codebook that is not [levels] or [books, levels] of int8",
+        ),
         (_three_bits, "gguf", f"{LINEAR}: codes of 3 bits: no target holds them"),
         (_lowest_code, "gguf", f"{LINEAR}: w8 has codes from -127 to 127, got -128 to -128"),
         (_integers, "gguf", f"{NORM}: is stored as integers, but not as codes"),

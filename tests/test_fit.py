@@ -222,6 +222,13 @@ def test_command_as_text() -> None:
     assert "after 1,000 positions at 84.8 GB/s, peak)." in result.stdout
 
 
+def test_codebooks_weigh_in_the_engine_what_int8_does() -> None:
+    given = ("lfm2-350m", "--device", "raspberry-pi-5", "--json")
+    learned, eight = (json.loads(run(*given, *more).stdout) for more in (("--scheme", "cb3"), ()))
+    changed = {key for key in eight if learned[key] != eight[key]}
+    assert changed <= {"recipe"}
+
+
 def test_unknown_bandwidth_and_ram_can_be_given() -> None:
     assert "ceiling is unknown" in run("lfm2-350m", "--device", "pixel-9").stdout
     assert "RAM is unknown: give --ram" in run("lfm2-350m", "--device", "x-elite").stdout

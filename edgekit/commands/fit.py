@@ -130,14 +130,16 @@ def _predict_model(
 
     with interrupts_end_the_process():
         from edgekit.devices.fit import predict
+        from edgekit.exporters.stored import stored_rows
         from edgekit.exporters.target import Options, find_target
         from edgekit.models.source import resolve_model
         from edgekit.quantize.recipe import resolve, tied_shapes
 
     source = resolve_model(model, random_weights=True)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
-    rows = resolve(choice.recipe(), shapes)
-    shared = find_target("executorch", Options()).stored_once(rows, tied)
+    target = find_target("executorch", Options())
+    rows = stored_rows(resolve(choice.recipe(), shapes), target.TABLES)
+    shared = target.stored_once(rows, tied)
     positions = context or source.config.default_context
     return predict(source.config, rows, positions, depth, shared=shared), source.id
 

@@ -23,10 +23,12 @@ from edgekit.models.checkpoint import (
 from edgekit.models.config import ModelConfig
 from edgekit.models.weights import Weight
 from edgekit.quantize.recipe import EMBEDDING, HEAD, Resolved, tied_shapes
+from edgekit.quantize.scales import SCALES, ScaleGrid
 from edgekit.quantize.scheme import FLOAT, FORMS, Scheme, scheme_of
 from edgekit.quantize.storage import PARTS, About, build_tensor, check_entry, read_document
 from edgekit.quantize.tensor import QuantizedTensor
 
+_MAX_CODEBOOK = 1 << 20
 _DTYPES = {**FLOAT_DTYPES, "I8": torch.int8, "U8": torch.uint8}
 _Shape = tuple[int, ...]
 
@@ -91,7 +93,7 @@ class CodesFile(Mapping[str, Weight]):
         parts = {part: self._part(f"{place}.{part}") for part in PARTS}
         try:
             tensor = build_tensor(entry, parts)
-            _check_storable(tensor, _scheme(entry, f"{place}.zero_points" in self._arrays))
+            _check_storable(tensor, _scheme(place, entry, self._arrays))
         except (ValueError, RuntimeError) as error:
             raise EdgekitError(f"{self.path}: {name}: {one_line(error)}") from error
         return tensor
@@ -167,11 +169,9 @@ def _row(
             raise EdgekitError(f"{path}: {name}: is stored as integers, but not as codes")
         return Resolved(name, FLOAT, None, shape, FLOAT.nbytes(shape))
     try:
-        if f"{place}.codebook" in arrays:
-            raise ValueError("indices of a codebook")
         if len(shape) != 2:
             raise ValueError("codes of what is no matrix")
-        scheme = _scheme(entry, f"{place}.zero_points" in arrays)
+        scheme = _scheme(place, entry, arrays)
         scheme.check_shape(shape)
     except ValueError as error:
         raise EdgekitError(
@@ -180,26 +180,42 @@ def _row(
     return Resolved(name, scheme, None, shape, scheme.nbytes(shape))
 
 
-def _scheme(entry: Mapping[str, Any], zero_points: bool) -> Scheme:
+def _scheme(place: str, entry: Mapping[str, Any], arrays: Mapping[str, TensorEntry]) -> Scheme:
+    key = f"{place}.codebook"
     return scheme_of(
         entry["bits"],
         entry["axis"],
         entry["group_size"],
-        zero_points=zero_points,
+        zero_points=f"{place}.zero_points" in arrays,
         signed=entry["signed"],
+        codebook=_codebook(key, arrays[key]) if key in arrays else None,
     )
+
+
+def _codebook(key: str, entry: TensorEntry) -> Tensor:
+    """Read a codebook, which the scheme hangs on, once it is known to be small."""
+    if entry.dtype != torch.int8 or len(entry.shape) not in (1, 2) or entry.nbytes > _MAX_CODEBOOK:
+        raise ValueError("a codebook that is not [levels] or [books, levels] of int8")
+    return read_tensor(key, entry)
 
 
 def _check_storable(tensor: QuantizedTensor, scheme: Scheme) -> None:
     """Raise ValueError for codes and scales that some target would have to change."""
+    if scheme.books:
+        _check_scales(tensor.scales, SCALES)
+        return
     grid = scheme.grid
     least, most = (int(end) for end in tensor.codes.aminmax())
     if least < grid.low or most > grid.high:
         raise ValueError(
             f"{scheme.name} has codes from {grid.low} to {grid.high}, got {least} to {most}"
         )
-    if not torch.equal(grid.scales.round(tensor.scales), tensor.scales):
+    _check_scales(tensor.scales, grid.scales)
+
+
+def _check_scales(scales: Tensor, storable: ScaleGrid) -> None:
+    if not torch.equal(storable.round(scales), scales):
         raise ValueError(
             "a scale is none that every target holds: "
-            f"{grid.scales.significant_bits} significant bits, at least 2**-14"
+            f"{storable.significant_bits} significant bits, at least 2**-14"
         )

@@ -97,15 +97,7 @@ class _Embedding(nn.Module):
         if isinstance(weight, Tensor):
             return weight[tokens].float()
         # Only the rows that are used are dequantized; a row has its own scales.
-        rows = QuantizedTensor(
-            weight.codes[tokens],
-            weight.scales[tokens],
-            None if weight.zero_points is None else weight.zero_points[tokens],
-            bits=weight.bits,
-            group_size=weight.group_size,
-            axis=weight.axis,
-        )
-        return rows.dequantize()
+        return weight.rows(tokens).dequantize()
 
 
 class _Linear(nn.Module):

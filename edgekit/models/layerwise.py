@@ -19,6 +19,7 @@ from edgekit.models.lfm2 import LFM2, Layer
 from edgekit.models.weights import ReadWeight, Weight, floats
 from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
 # The linears of a layer in the order in which data reaches them; those of a stage have the same
@@ -33,6 +34,8 @@ _BEHIND_RESIDUAL = 1, 3
 """The stages whose output is added to the residual."""
 
 Codes = dict[str, QuantizedTensor]
+Choose = Callable[[Tensor, Inputs, Scheme], QuantizedTensor]
+"""From a linear's float weight and what it sees in calibration to codes of a scheme."""
 
 
 class Kept(Protocol):
@@ -55,7 +58,7 @@ class _NothingKept:
         pass
 
 
-def gptq_model(
+def layer_codes(
     config: ModelConfig,
     rows: Sequence[Resolved],
     read: Callable[[str], Tensor],
@@ -63,8 +66,9 @@ def gptq_model(
     texts: Sequence[Sequence[int]],
     progress: Callable[[int, int, str], None] = lambda done, total, label: None,
     kept: Kept | None = None,
+    choose: Choose | None = None,
 ) -> Codes:
-    """Return the codes that GPTQ chooses for the linears of all layers, by name.
+    """Return the codes that GPTQ, or what is to `choose` instead, gives the linears of all layers.
 
     `read` gives the float weights; `codes` what is outside the layers, the embedding, as it will
     be exported; `texts` are runs of token ids, each at most as long as the model's context.
@@ -82,7 +86,7 @@ def gptq_model(
     exact, quantized = _Stream(config, read, texts), _Stream(config, so_far, texts)
     total = config.num_layers
     for index in range(total):
-        progress(index, total, f"GPTQ: layer {index + 1}")
+        progress(index, total, f"layer {index + 1}")
         layer = kept.load(index)
         if layer is None:
             layer = {}
@@ -90,14 +94,16 @@ def gptq_model(
                 names = [f"model.layers.{index}.{part}.weight" for part in STAGES[stage]]
                 wanted = [schemes[name] for name in names if name in schemes]
                 if wanted:
-                    layer |= _quantize_stage(exact, quantized, index, stage, wanted, read)
+                    layer |= _quantize_stage(
+                        exact, quantized, index, stage, wanted, read, choose or gptq
+                    )
                     found |= layer
                     quantized.forget(*(row.tensor for row in wanted))
             kept.save(index, layer)
         found |= layer
         exact.advance(index)
         quantized.advance(index)
-    progress(total, total, "GPTQ")
+    progress(total, total, "layers")
     return found
 
 
@@ -108,6 +114,7 @@ def _quantize_stage(
     stage: int,
     rows: Sequence[Resolved],
     read: Callable[[str], Tensor],
+    choose: Choose,
 ) -> Codes:
     """Return the codes of linears that have the same inputs."""
     first = rows[0].tensor
@@ -119,7 +126,7 @@ def _quantize_stage(
     result = {}
     for row in rows:
         try:
-            result[row.tensor] = gptq(read(row.tensor), inputs, row.scheme)
+            result[row.tensor] = choose(read(row.tensor), inputs, row.scheme)
         except ValueError as error:
             raise EdgekitError(f"{row.tensor}: cannot be calibrated: {error}") from error
     return result

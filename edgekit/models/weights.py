@@ -1,7 +1,6 @@
 """A weight as model code sees it: codes or floats, by its checkpoint name."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -22,9 +21,4 @@ def row_block(weight: Weight, part: int, parts: int) -> Weight:
         return weight
     rows = weight.shape[0] // parts
     block = slice(part * rows, (part + 1) * rows)
-    if isinstance(weight, Tensor):
-        return weight[block]
-    scales, zeros = weight.scales, weight.zero_points
-    if scales.ndim:  # a scale per tensor has no rows to take
-        scales, zeros = scales[block], None if zeros is None else zeros[block]
-    return replace(weight, codes=weight.codes[block], scales=scales, zero_points=zeros)
+    return weight[block] if isinstance(weight, Tensor) else weight.rows(block)

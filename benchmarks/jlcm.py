@@ -1,0 +1,171 @@
+"""Codebooks of lfm2-tiny, step by step: what each step of the JLCM reconstruction gains.
+
+    python -m benchmarks.jlcm [--rows cb3 ...] [-o benchmarks/results/jlcm-lfm2-tiny.json]
+
+A row is a method at a scheme, such as `jlcm:cb3`; `--rows` names some, a scheme alone all of its
+methods; without it all are run. Each is measured in a process of its own or in this one, the same:
+nothing is drawn at random. The rows that are in the output already are kept.
+
+Methods: `rtn` (uniform grid, range of least squared error), `kmeans`, `weighted` (by the Hessian's
+diagonal), `ordinary` and `proximal` (learned with either gradient), `jlcm` (proximal, then
+coordinate descent). What calibrates are chunks of the start of train.txt, what is scored is
+valid.txt, by the conventions of `edgekit eval`, in torch with activations as they are.
+Bits per weight are of the layers' matrices as they lie on disk: indices, scales, codebooks;
+embedding and head are int8 in every row.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import facts
+from benchmarks.report import table
+from edgekit.gains import measure
+from edgekit.models.eager import float_reader
+from edgekit.models.layerwise import Choose, layer_codes
+from edgekit.models.reorder import grouped_orders, reordered
+from edgekit.models.source import ModelSource, resolve_model
+from edgekit.models.tokenizer import Tokenizer
+from edgekit.models.weights import Weight
+from edgekit.quantize.apply import quantize_tensors
+from edgekit.quantize.codebook.jlcm import jlcm, weighted_kmeans
+from edgekit.quantize.codebook.learn import Learning
+from edgekit.quantize.recipe import resolve, tied_shapes, uniform
+from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.runtime.evaluate import cut, tokenize
+
+MODEL = "lfm2-tiny"
+CHUNK = 256
+METHODS: dict[str, Choose | None] = {
+    "rtn": None,
+    "kmeans": None,
+    "weighted": weighted_kmeans,
+    "ordinary": partial(jlcm, learning=Learning(gradient="ordinary"), rounds=0),
+    "proximal": partial(jlcm, learning=Learning(gradient="proximal"), rounds=0),
+    "jlcm": jlcm,
+}
+CODEBOOKS = tuple(name for name in METHODS if name != "rtn")
+ROWS = ("rtn:w4", "rtn:w4g32") + tuple(
+    f"{method}:{scheme}" for scheme in ("cb4", "cb3", "cb2") for method in CODEBOOKS
+)
+"""What is run without --rows."""
+
+
+def chunks(source: ModelSource, path: Path, count: int) -> list[list[int]]:
+    """Return the first chunks of a text."""
+    assert source.folder is not None
+    tokenizer = Tokenizer.load(source.folder)
+    text = path.read_text()[: 8 * count * CHUNK]
+    bos = tokenizer.bos_id if tokenizer.adds_bos else None
+    return cut(tokenize(tokenizer, text), CHUNK, count, bos)
+
+
+def quantized(source: ModelSource, row: str, texts: list[list[int]]) -> dict[str, Weight]:
+    """Return the weights of a row."""
+    method, _, scheme = row.partition(":")
+    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    rows = resolve(uniform(Scheme.parse(scheme)), shapes)
+    exact = float_reader(source.config, source.checkpoint)
+    read: Callable[[str], Tensor] = reordered(exact, grouped_orders(source.config, rows, exact))
+    weights: dict[str, Weight] = dict(quantize_tensors(rows, read, tied))
+    choose = METHODS[method]
+    if choose is not None:
+        weights |= layer_codes(source.config, rows, read, weights.__getitem__, texts, choose=choose)
+    return weights
+
+
+def bits_per_weight(weights: dict[str, Weight]) -> float:
+    """Return the bits of the layers' matrices on disk over the number of their weights."""
+    found = [
+        weight
+        for name, weight in weights.items()
+        if isinstance(weight, QuantizedTensor) and ".layers." in name
+    ]
+    return 8 * sum(each.nbytes for each in found) / sum(each.codes.numel() for each in found)
+
+
+def measured(
+    source: ModelSource, row: str, texts: list[list[int]], held_out: list[list[int]]
+) -> dict[str, Any]:
+    """Quantize a row's way and score it."""
+    start = time.process_time()
+    weights = quantized(source, row, texts)
+    seconds = time.process_time() - start
+    read = float_reader(source.config, source.checkpoint)
+    gains = measure(
+        source.config, read, {row: lambda: weights}, held_out, lambda done, total, label: None
+    )
+    return {
+        "row": row,
+        "bits_per_weight": bits_per_weight(weights),
+        "kld": gains.steps[0].kld.to_dict(),
+        "perplexity": gains.steps[0].perplexity.to_dict(),
+        "reference_perplexity": gains.reference_perplexity.to_dict(),
+        "scored_tokens": gains.tokens,
+        "calibration_tokens": 0 if METHODS[row.partition(":")[0]] is None else CHUNK * len(texts),
+        "cpu_seconds": round(seconds, 1),
+    }
+
+
+def wanted(names: list[str]) -> Iterator[str]:
+    """Yield the rows that are meant: rows, and schemes of which all rows are meant."""
+    for name in names:
+        if ":" in name:
+            yield name
+        else:
+            yield from (f"{method}:{name}" for method in CODEBOOKS)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a table."""
+    cells = [
+        [
+            row["row"].partition(":")[2],
+            row["row"].partition(":")[0],
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['kld']['value']:.4f} ± {row['kld']['error']:.4f}",
+            f"{row['perplexity']['value']:.3f}",
+        ]
+        for row in rows
+    ]
+    return table(("scheme", "method", "bits per weight", "mean KLD", "perplexity"), cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--stories", type=Path, default=Path("../shared/data/stories"))
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW")
+    parser.add_argument("--calibrate", type=int, default=32, help="Chunks of 256 tokens")
+    parser.add_argument("--score", type=int, default=32, help="Chunks of 256 tokens")
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    source = resolve_model(MODEL)
+    texts = chunks(source, arguments.stories / "train.txt", arguments.calibrate)
+    held_out = chunks(source, arguments.stories / "valid.txt", arguments.score)
+    output = arguments.output
+    record: dict[str, Any] = {"machine": facts(), "rows": []}
+    if output is not None and output.exists():
+        record["rows"] = json.loads(output.read_text())["rows"]
+    done = {row["row"] for row in record["rows"]}
+    for row in wanted(arguments.rows):
+        if row in done:
+            continue
+        record["rows"].append(measured(source, row, texts, held_out))
+        print(markdown(record["rows"][-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+        if output is not None:
+            output.write_text(json.dumps(record, indent=1) + "\n")
+    print(markdown(record["rows"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What a target's file holds where it holds no codebooks: their entries, looked up, as int8 codes.
+
+Codebooks of `edgekit.quantize` have int8 entries, so that the product with the scale is the same
+number and the engine's 8-bit kernels run it; only the bits saved are lost, which the table says.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from edgekit.errors import EdgekitError
+from edgekit.models.weights import Weight
+from edgekit.quantize.codebook.snap import as_int8
+from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.table import table_json
+from edgekit.quantize.tensor import QuantizedTensor
+
+
+def stored_rows(rows: Sequence[Resolved], tables: Collection[str]) -> list[Resolved]:
+    """Return rows as the file holds them; `tables` are the codebooks that it holds as such."""
+    return [_stored(row, tables) for row in rows]
+
+
+def _stored(row: Resolved, tables: Collection[str]) -> Resolved:
+    if not row.scheme.books or row.scheme.name in tables:
+        return row
+    scheme = row.scheme.as_int8
+    return replace(row, scheme=scheme, nbytes=scheme.nbytes(row.shape))
+
+
+def stored_weight(weight: Weight, is_table: bool) -> Weight:
+    """Return a weight as the file holds it."""
+    return as_int8(weight) if isinstance(weight, QuantizedTensor) and not is_table else weight
+
+
+def stored_table(
+    rows: Sequence[Resolved], tied: Mapping[str, str], tables: Collection[str]
+) -> list[dict[str, Any]]:
+    """Return `table_json` with the bytes of the file; `stored_as` is in a row that it changes."""
+    table = table_json(rows, tied)
+    for entry, row, stored in zip(table, rows, stored_rows(rows, tables), strict=True):
+        if stored is not row:
+            entry |= {"stored_as": stored.scheme.name, "bytes": stored.nbytes}
+    return table
+
+
+def refusal(error: EdgekitError, rows: Sequence[Resolved], tables: Collection[str]) -> EdgekitError:
+    """Return a target's refusal of what it was to hold, with the scheme that was asked for."""
+    for row, stored in zip(rows, stored_rows(rows, tables), strict=True):
+        if stored is not row and str(error).startswith(f"{row.tensor}:"):
+            name, form = row.scheme.name, stored.scheme.name
+            return EdgekitError(f"{error}; {name} is stored as {form}, its entries as int8 codes")
+    return error

@@ -1,0 +1,279 @@
+"""Codebooks in files: what each target holds, what is said of it, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ggml
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from gguf_models import small_model
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from safetensors.torch import load_file, save_file
+
+from edgekit.artifact import Artifact
+from edgekit.cli import main
+from edgekit.exporters.gguf_blocks import block_pieces, block_type
+from edgekit.exporters.reference_text import TEXT
+from edgekit.exporters.weights import read_weights
+from edgekit.models.codes import CodesFile
+from edgekit.models.config import ModelConfig
+from edgekit.quantize.recipe import Recipe
+from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.storage import load_quantized
+from edgekit.quantize.tensor import QuantizedTensor
+
+LINEAR = "model.layers.0.feed_forward.w1.weight"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def done(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    facts: dict[str, Any] = json.loads(result.stdout)
+    return facts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("model") / "small")
+
+
+@pytest.fixture(scope="module")
+def learned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Codes that JLCM learned, with several codebooks for each matrix and neurons re-ordered."""
+    folder = tmp_path_factory.mktemp("learned")
+    text = folder / "text.txt"
+    text.write_text("".join(TEXT[start:] for start in range(0, 400, 40)))
+    path = folder / "cb3.safetensors"
+    arguments = ("--scheme", "cb3x2", "--calibrate", text, "--method", "jlcm", "-o", path)
+    made = done("quantize", model, *arguments)
+    assert [step["step"] for step in made["gains"]["steps"]] == ["kmeans", "jlcm"]
+    return path
+
+
+@pytest.mark.parametrize(
+    "target", ["gguf", "onnx", pytest.param("executorch", marks=pytest.mark.slow)]
+)
+def test_learned_codes_reach_the_file_bit_for_bit(
+    model: Path, learned: Path, tmp_path: Path, target: str
+) -> None:
+    out = tmp_path / "out"
+    common = ("--target", target, "--context", "64")
+    made = done("export", model, *common, "--codes", learned, "-o", out)
+    assert made["verification"]["verified"]
+    assert made["method"] == "jlcm"
+    row = next(row for row in made["tensors"] if row["tensor"] == LINEAR)
+    assert (row["scheme"], row["stored_as"], row["bytes"]) == ("cb3x2", "w8", 96 * 64 + 96 * 4)
+    assert "cb3x2, stored as w8" in run("inspect", out).output
+    contents = load_quantized(learned)
+    for name, value in read_weights(target, Artifact.open(out).model_path, ModelConfig.load(model)):
+        wanted = contents[name]
+        wanted = wanted.dequantize() if isinstance(wanted, QuantizedTensor) else wanted
+        assert torch.equal(value.reshape(wanted.shape), wanted), name
+    again = done("verify", out, "--model", model)
+    assert again["verification"] == made["verification"]
+
+
+def test_the_file_of_codes_has_the_bits_that_are_stated(model: Path, learned: Path) -> None:
+    rows = {row.tensor: row for row in CodesFile.open(learned, ModelConfig.load(model)).rows}
+    assert rows[LINEAR].scheme.name == "cb3x2"
+    assert rows[LINEAR].nbytes == 96 * 24 + 96 * 4 + 2 * 8
+    arrays = load_file(learned)
+    parts = [arrays[f"{LINEAR}.{part}"] for part in ("codes", "scales", "codebook")]
+    assert sum(part.nbytes for part in parts) == rows[LINEAR].nbytes
+
+
+def test_neurons_are_reordered_and_the_float_tensors_with_them(model: Path, learned: Path) -> None:
+    stored, given = load_file(learned), load_file(model / "model.safetensors")
+    exact = given[LINEAR].float()
+    contents = load_quantized(learned)
+    wanted = contents[LINEAR]
+    assert isinstance(wanted, QuantizedTensor)
+    # Each stored row is nearest to one row of the checkpoint: the order, which is not the old one.
+    order = torch.cdist(wanted.dequantize(), exact).argmin(1)
+    assert sorted(order.tolist()) == list(range(96))
+    assert order.tolist() != list(range(96))
+    other = contents["model.layers.0.feed_forward.w2.weight"]
+    assert isinstance(other, QuantizedTensor)
+    columns = given["model.layers.0.feed_forward.w2.weight"].float()[:, order]
+    assert torch.cdist(other.dequantize().t(), columns.t()).argmin(1).tolist() == list(range(96))
+    kernel = "model.layers.0.conv.conv.weight"  # two codebooks do not divide into three blocks
+    assert torch.equal(stored[kernel], given[kernel].float())
+
+
+def test_kmeans_needs_no_text_and_verifies_anew(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--target", "onnx", "--context", "64", "--scheme", "cb4g32", "-o", out)
+    made = done("export", model, *arguments)
+    assert made["method"] == "kmeans"
+    assert {row.get("stored_as") for row in made["tensors"]} == {None, "w8g32"}
+    assert done("verify", out, "--model", model)["verification"] == made["verification"]
+
+
+def test_iq4_nl_is_ggmls_own(model: Path, tmp_path: Path) -> None:
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    tensor = Scheme.parse("cb4nl").quantize(weight)
+    assert block_type(Scheme.parse("cb4nl")) == "IQ4_NL"
+    data = np.concatenate(list(block_pieces("w", tensor)))
+    assert data.nbytes == 6 * 64 // 32 * 18
+    by_gguf_py = dequantize(data.reshape(6, -1), GGMLQuantizationType.IQ4_NL)
+    by_ggml = ggml.dequantize(data.tobytes(), GGMLQuantizationType.IQ4_NL)
+    assert np.array_equal(by_gguf_py, tensor.dequantize().numpy())
+    assert np.array_equal(by_ggml.reshape(6, 64), tensor.dequantize().numpy())
+    out = tmp_path / "out"
+    made = done(
+        "export", model, "--target", "gguf", "--context", 64, "--scheme", "cb4nl", "-o", out
+    )
+    assert made["verification"]["verified"]
+    assert not any("stored_as" in row for row in made["tensors"])
+    assert "IQ4_NL" in run("inspect", out).output
+    assert done("verify", out, "--model", model)["verification"] == made["verification"]
+
+
+def test_a_learned_table_is_not_ggmls(model: Path) -> None:
+    tensor = Scheme.parse("cb4g32").quantize(torch.randn(4, 32))
+    with pytest.raises(ValueError, match="no blocks for the codebooks of cb4g32"):
+        block_type(Scheme.parse("cb4g32"))
+    with pytest.raises(Exception, match="ggml has no blocks for codebooks but its own"):
+        list(block_pieces("w", tensor))
+
+
+def test_xnnpack_refuses_groups_and_says_why(model: Path, tmp_path: Path) -> None:
+    refused = run(
+        "export", model, "--target", "executorch", "--scheme", "cb3g32", "-o", tmp_path / "out"
+    )
+    assert refused.exit_code == 2
+    assert "cannot hold w8g32" in refused.stderr
+    assert "cb3g32 is stored as w8g32, its entries as int8 codes" in refused.stderr
+
+
+def test_onnx_holds_codebooks_exactly_by_gather() -> None:
+    """The reference form: no target writes it, for ONNX Runtime folds it to floats or crawls."""
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
+    tensor = Scheme.parse("cb3").quantize(weight)
+    assert tensor.codebook is not None
+    constants = {
+        "codebook": tensor.codebook.numpy(),
+        "indices": tensor.codes.numpy().astype(np.int32),
+        "scales": tensor.scales[:, None].numpy(),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["codebook", "indices"], ["entries"]),
+            helper.make_node("Mul", ["entries", "scales"], ["weight"]),
+        ],
+        "codebook",
+        [],
+        [helper.make_tensor_value_info("weight", TensorProto.FLOAT, [8, 32])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.checker.check_model(made)
+    session = onnxruntime.InferenceSession(
+        made.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for found in (ReferenceEvaluator(made).run(None, {}), session.run(None, {})):
+        assert np.array_equal(found[0], tensor.dequantize().numpy())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scheme", "w4", "--method", "kmeans"), "is for codebooks, of which w4 has none"),
+        (("--scheme", "cb3", "--method", "rtn"), "is not for codebooks, which cb3 has"),
+        (("--scheme", "cb3", "--method", "jlcm"), "--method jlcm needs a text"),
+        (("--scheme", "cb5"), "unknown scheme 'cb5'"),
+        (("--scheme", "cb3x1"), "x1 is said by leaving it out"),
+        (("--scheme", "cb3x7"), "7 codebooks do not divide"),
+        (("--scheme", "cb3g30"), "must be a multiple of 32"),
+    ],
+)
+def test_what_is_refused(
+    model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    refused = run("quantize", model, *arguments, "-o", tmp_path / "q")
+    assert refused.exit_code == 2
+    assert message in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_gives_codebooks_no_range(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('[[rules]]\npattern = ".*"\nscheme = "cb3"\nrange = "mse"\n')
+    with pytest.raises(Exception, match="range has no meaning for the codebooks of cb3"):
+        Recipe.load(path)
+
+
+def _half(arrays: dict[str, torch.Tensor]) -> None:
+    arrays[f"{LINEAR}.codebook"] = arrays[f"{LINEAR}.codebook"][:, :4].contiguous()
+
+
+def _floats(arrays: dict[str, torch.Tensor]) -> None:
+    arrays[f"{LINEAR}.codebook"] = arrays[f"{LINEAR}.codebook"].float() + 0.5
+
+
+def _nan(arrays: dict[str, torch.Tensor]) -> None:
+    arrays[f"{LINEAR}.codebook"] = arrays[f"{LINEAR}.codebook"].float() * torch.nan
+
+
+def _many(arrays: dict[str, torch.Tensor]) -> None:
+    arrays[f"{LINEAR}.codebook"] = torch.ones(5, 8, dtype=torch.int8)
+
+
+def _huge(arrays: dict[str, torch.Tensor]) -> None:
+    arrays[f"{LINEAR}.codebook"] = torch.ones(1 << 18, 8, dtype=torch.int8)
+
+
+def _deep(arrays: dict[str, torch.Tensor]) -> None:
+    arrays[f"{LINEAR}.codebook"] = arrays[f"{LINEAR}.codebook"][None]
+
+
+def _none(arrays: dict[str, torch.Tensor]) -> None:
+    del arrays[f"{LINEAR}.codebook"]
+
+
+def _short(arrays: dict[str, torch.Tensor]) -> None:
+    arrays[f"{LINEAR}.codes"] = arrays[f"{LINEAR}.codes"][:, :-1].contiguous()
+
+
+def _scales(arrays: dict[str, torch.Tensor]) -> None:
+    arrays[f"{LINEAR}.scales"] = arrays[f"{LINEAR}.scales"] * 1.0001
+
+
+def _points(arrays: dict[str, torch.Tensor]) -> None:
+    arrays[f"{LINEAR}.zero_points"] = torch.zeros(96, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "change", [_half, _floats, _nan, _many, _huge, _deep, _none, _short, _scales, _points]
+)
+def test_hostile_codebooks(
+    model: Path,
+    learned: Path,
+    tmp_path: Path,
+    change: Any,  # noqa: ANN401
+) -> None:
+    from safetensors import safe_open
+
+    with safe_open(learned, framework="pt") as file:
+        metadata = file.metadata()
+    arrays = load_file(learned)
+    change(arrays)
+    save_file(arrays, tmp_path / "q", metadata=metadata)
+    out = tmp_path / "out"
+    refused = run("export", model, "--target", "gguf", "--codes", tmp_path / "q", "-o", out)
+    assert refused.exit_code == 2, refused.output
+    assert refused.stderr.count("\n") == 1
+    assert str(tmp_path / "q") in refused.stderr
+    assert not out.exists()
