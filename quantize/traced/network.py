@@ -1,5 +1,6 @@
 """A quantized module: its float graph, the codes of its weights, the parameters of its edges."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,14 +70,19 @@ class QuantizedNetwork:
         return self.edges[node.name]
 
 
-def quantize_module(placement: Placement, calibration: Calibration | None) -> QuantizedNetwork:
+def quantize_module(
+    placement: Placement,
+    calibration: Calibration | None,
+    codes: Mapping[str, QuantizedTensor] | None = None,
+) -> QuantizedNetwork:
     """Quantize weights and biases and set the parameters of every edge.
 
-    A module whose layers all stay float needs no calibration. EdgekitError names a weight or
-    tensor that cannot be quantized, and one that the calibration lacks.
+    A module whose layers all stay float needs no calibration. `codes` are those of weights, by
+    name, that were chosen before, in training. EdgekitError names a weight or tensor that cannot
+    be quantized, and one that the calibration lacks.
     """
     edges = edge_parameters(placement, calibration) if placement.edges else {}
-    weights: dict[str, QuantizedTensor] = {}
+    weights = dict(codes or {})
     layers = {}
     for name, (layer, rule) in placement.layers.items():
         weight = str(layer.weight.target)
