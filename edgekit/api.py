@@ -1,6 +1,5 @@
 """Exporting from Python: the work of `edgekit export` in one call."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -19,8 +18,7 @@ with quiet_imports():
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from edgekit.quantize.calibration import Calibration
-    from edgekit.quantize.traced.calibrate import Batch
+    from edgekit.module_export import Data
     from edgekit.quantize.traced.schemes import LayerRecipe
 
 
@@ -50,7 +48,7 @@ def export(
     *,
     target: str = ...,
     recipe: "LayerRecipe | str" = ...,
-    calibration: "Iterable[Batch] | Calibration | Path | str | None" = ...,
+    calibration: "Data" = ...,
     method: str = ...,
     max_batch: int | None = ...,
     name: str | None = ...,

@@ -1,6 +1,7 @@
 """Exporting any module that `torch.export` traces: calibrate, quantize, write, verify in the engine."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,20 @@ with quiet_imports():
     from edgekit.runtime.module_engine import load_module
 
 CALIBRATION_FILE = "calibration.json"
+Data = Iterable[Batch] | Calibration | Path | str | None
+"""Mini-batches of inputs, a calibration, the path of a saved one, or None where none is needed."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized network, the ranges of its activations, and inputs to verify it with.
+
+    `sample` is the first mini-batch, or the traced example where there was none.
+    """
+
+    network: QuantizedNetwork
+    ranges: Calibration | None
+    sample: tuple[Tensor, ...]
 
 
 def export_module(
@@ -35,7 +50,7 @@ def export_module(
     *,
     target: str = "executorch",
     recipe: LayerRecipe | str = "w8a8",
-    calibration: Iterable[Batch] | Calibration | Path | str | None = None,
+    calibration: Data = None,
     method: str = "moving-average",
     max_batch: int | None = None,
     name: str | None = None,
@@ -56,18 +71,15 @@ def export_module(
     find_module_target(target)
     progress("tracing")
     placement = place_module(module, example_inputs, recipe, max_batch)
-    progress("calibrating")
-    ranges, sample = _calibration(placement, calibration, method)
-    progress("quantizing")
-    network = quantize_module(placement, ranges)
+    found = quantize_placement(placement, calibration, method, progress)
     return export_network(
-        network,
-        sample or placement.traced.example,
+        found.network,
+        found.sample,
         output,
         target=target,
         name=name or type(module).__name__,
         recipe=recipe if isinstance(recipe, str) else recipe.name,
-        ranges=ranges,
+        ranges=found.ranges,
         force=force,
         progress=progress,
     )
@@ -127,10 +139,22 @@ def export_network(
     return Artifact.open(folder)
 
 
-def _calibration(
+def quantize_placement(
     placement: Placement,
-    given: Iterable[Batch] | Calibration | Path | str | None,
-    method: str,
+    calibration: Data = None,
+    method: str = "moving-average",
+    progress: Progress = lambda stage: None,
+) -> Quantized:
+    """Calibrate and quantize; EdgekitError where activations have codes and no data are given."""
+    progress("calibrating")
+    ranges, sample = _calibrate(placement, calibration, method)
+    progress("quantizing")
+    network = quantize_module(placement, ranges)
+    return Quantized(network, ranges, sample or placement.traced.example)
+
+
+def _calibrate(
+    placement: Placement, given: Data, method: str
 ) -> tuple[Calibration | None, tuple[Tensor, ...] | None]:
     """Return the ranges, and the first mini-batch where there was one."""
     if not placement.edges:
@@ -174,7 +198,7 @@ def _graph_facts(network: QuantizedNetwork) -> dict[str, Any]:
         for node, edge in network.edges.items()
     ]
     return {
-        "tensors": tensor_rows(network),
+        "tensors": tensor_rows(traced, network.schemes()),
         "inputs": inputs,
         "max_batch": traced.max_batch,
         "activations": activations,

@@ -1,6 +1,6 @@
 """Does a module's file, run in its engine, compute what the quantized network computes?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from edgekit.errors import VerificationError
 from edgekit.quantize.observers import LEVELS
 from edgekit.quantize.traced.network import QuantizedNetwork
+from edgekit.tables import markdown_table
 
 MAX_STEPS = 0.5
 """Most steps of an output's codes that an engine may stray, root mean square over the outputs.
@@ -88,6 +89,22 @@ def verify_module(
             f"{result.max_rms_steps:.3g}"
         )
     return result
+
+
+def figures_text(found: Mapping[str, Any]) -> str:
+    """Return a verification's figures, as the manifest holds them, as a table and a heading."""
+    sizes = ", ".join(map(str, found["batches"]))
+    rows = [
+        ["engine against quantized module", found["rms_steps"], found["max_steps"]],
+        ["engine against float module", found["rms_steps_vs_float"], None],
+        ["quantized against float module", found["quantization_rms_steps"], None],
+    ]
+    cells = [
+        [name, f"{rms:.3f}", "-" if largest is None else f"{largest:.1f}"]
+        for name, rms, largest in rows
+    ]
+    table = markdown_table(["steps of the outputs' codes", "rms", "largest"], cells, "lrr")
+    return f"verified over {found['outputs']:,} outputs, batches of {sizes}\n{table}"
 
 
 def _compare(
