@@ -16,8 +16,9 @@ with quiet_imports():
 
     from edgekit.exporters.artifact import check_output, new_artifact, write_manifest
     from edgekit.exporters.module_target import find_module_target, tensor_rows
-    from edgekit.exporters.verify_module import verify_module
+    from edgekit.exporters.verify_module import REFERENCE_FILE, reference_case, verify_module
     from edgekit.quantize.calibration import Calibration
+    from edgekit.quantize.storage import Stored, save_quantized
     from edgekit.quantize.traced.calibrate import Batch, calibrate
     from edgekit.quantize.traced.fold import fold_batch_norms
     from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
@@ -112,8 +113,8 @@ def export_network(
 
     `sample` gives the inputs to verify with: real ones where there are any, since random ones
     exercise a network less. `name` and `recipe` are what the manifest calls the module and its
-    schemes. `ranges`, where given, lie in the artifact as `calibration.json`. Raises as
-    `export_module`.
+    schemes. `ranges`, where given, lie in the artifact as `calibration.json`, and some of the
+    sample with the outputs it must give as `reference.safetensors`. Raises as `export_module`.
     """
     folder = Path(output)
     check_output(folder, force)
@@ -125,6 +126,7 @@ def export_network(
         progress(f"verifying in {writer.ENGINE}")
         with load_module(target, path) as engine:
             figures = verify_module(engine, network, sample).to_dict()
+        reference_case(network, sample).save(staging / REFERENCE_FILE)
         if ranges is not None:
             ranges.save(staging / CALIBRATION_FILE)
         facts = {
@@ -173,6 +175,19 @@ def _calibrate(
     first: list[tuple[Tensor, ...]] = []
     ranges = calibrate(placement, _remember_first(given, first), method)
     return ranges, first[0]
+
+
+def save_codes(network: QuantizedNetwork, path: Path) -> None:
+    """Write the codes of the weights, and float what has none: biases folded, not yet rounded.
+
+    A bias becomes int32 in units of input scale times weight scale when an engine's file is made.
+    """
+    traced = network.traced
+    contents: dict[str, Stored] = dict(network.weights)
+    for node in traced.graph_module.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in contents:
+            contents[str(node.target)] = traced.parameter(node)
+    save_quantized(path, contents)
 
 
 def _remember_first(batches: Iterable[Batch], first: list[tuple[Tensor, ...]]) -> Iterator[Batch]:

@@ -66,6 +66,50 @@ def export_module_of(
     click.echo(f"\n{folder}: {size:,} bytes")
 
 
+def quantize_module_of(
+    factory: "Factory",
+    choice: RecipeChoice,
+    module: ModuleChoice,
+    output: Path | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the codes of a module's weights, and beside them the calibration."""
+    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.quiet import quiet_imports
+
+    with interrupts_end_the_process(), quiet_imports():
+        from edgekit.exporters.module_target import rows_text, tensor_rows
+        from edgekit.files import check_output_file
+        from edgekit.module_export import quantize_placement, save_codes
+        from edgekit.progress import stage_printer
+
+    path = output or Path(f"{_last(factory)}-{choice.label}.safetensors")
+    ranges = path.with_suffix(".calibration.json")
+    if not dry_run:
+        check_output_file(path, force)
+        check_output_file(ranges, force)
+    progress = stage_printer()
+    progress("tracing")
+    name, placement = module.place(factory, choice)
+    rows = tensor_rows(placement.traced, placement.schemes())
+    if dry_run:
+        _show_plan(name, rows, as_json)
+        return
+    found = quantize_placement(placement, module.data(placement), module.observer, progress)
+    save_codes(found.network, path)
+    if found.ranges is not None:
+        found.ranges.save(ranges)
+    written = [str(path), *([] if found.ranges is None else [str(ranges)])]
+    if as_json:
+        total = sum(row["bytes"] for row in rows)
+        print_json({"model": name, "tensors": rows, "bytes": total, "files": written})
+    else:
+        click.echo(rows_text(rows))
+        click.echo(f"wrote {' and '.join(written)}")
+
+
 def _show_plan(name: str, rows: list[dict[str, Any]], as_json: bool) -> None:
     from edgekit.exporters.module_target import rows_text
 
