@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from edgekit.errors import EdgekitError, VerificationError
 
 if TYPE_CHECKING:
-    from edgekit.api import export_model
+    from edgekit.api import export, export_model
     from edgekit.artifact import Artifact
     from edgekit.models.tokenizer import Tokenizer
-    from edgekit.module_export import export_module
+    from edgekit.module_export import export_module, export_network
     from edgekit.quantize.qat.milestones import Milestones
     from edgekit.quantize.qat.prepare import prepare
     from edgekit.quantize.recipe import Recipe
@@ -48,8 +48,10 @@ __all__ = [
     "VerificationError",
     "bench",
     "evaluate",
+    "export",
     "export_model",
     "export_module",
+    "export_network",
     "generate",
     "load_engine",
     "load_module",
@@ -66,8 +68,10 @@ _HOMES = {
     "Tokenizer": "edgekit.models.tokenizer",
     "bench": "edgekit.runtime.bench",
     "evaluate": "edgekit.runtime.evaluate",
+    "export": "edgekit.api",
     "export_model": "edgekit.api",
     "export_module": "edgekit.module_export",
+    "export_network": "edgekit.module_export",
     "generate": "edgekit.runtime.generate",
     "load_engine": "edgekit.runtime.engine",
     "load_module": "edgekit.runtime.module_engine",

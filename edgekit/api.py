@@ -1,19 +1,73 @@
 """Exporting from Python: the work of `edgekit export` in one call."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from edgekit.artifact import Artifact
 from edgekit.progress import Progress
 from edgekit.quiet import quiet_imports
 
 with quiet_imports():
-    from edgekit.export import export, plan_export
     from edgekit.exporters.artifact import check_output
     from edgekit.exporters.llama_formats import find_format, format_recipe
     from edgekit.exporters.target import Options
+    from edgekit.model_export import export_plan, plan_export
     from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
     from edgekit.quantize.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgekit.module_export import Data
+    from edgekit.quantize.traced.schemes import LayerRecipe
+
+
+@overload
+def export(
+    model: str | Path,
+    output: Path | str,
+    *,
+    target: str = ...,
+    recipe: Recipe | str = ...,
+    context: int | None = ...,
+    revision: str | None = ...,
+    random_weights: bool = ...,
+    imatrix: Path | str | None = ...,
+    abi: Literal["genai", "transformersjs"] = ...,
+    portable: bool = ...,
+    force: bool = ...,
+    progress: Progress = ...,
+) -> Artifact: ...
+
+
+@overload
+def export(
+    model: "nn.Module",
+    example_inputs: "tuple[Tensor, ...]",
+    output: Path | str,
+    *,
+    target: str = ...,
+    recipe: "LayerRecipe | str" = ...,
+    calibration: "Data" = ...,
+    method: str = ...,
+    max_batch: int | None = ...,
+    name: str | None = ...,
+    force: bool = ...,
+    progress: Progress = ...,
+) -> Artifact: ...
+
+
+def export(model: Any, *arguments: Any, **options: Any) -> Artifact:
+    """Export a language model by its name or folder, or a module with its example inputs.
+
+    `export(name, output, ...)` is `export_model`, `export(module, example_inputs, output, ...)`
+    is `export_module`; see there.
+    """
+    if isinstance(model, str | Path):
+        return export_model(str(model), *arguments, **options)
+    from edgekit.module_export import export_module
+
+    return export_module(model, *arguments, **options)
 
 
 def export_model(
@@ -57,7 +111,7 @@ def export_model(
         random_weights=random_weights,
         options=options,
     )
-    export(plan, Path(output), force, progress)
+    export_plan(plan, Path(output), force, progress)
     return Artifact.open(output)
 
 

@@ -1,6 +1,7 @@
 """Exporting any module that `torch.export` traces: calibrate, quantize, write, verify in the engine."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ with quiet_imports():
 
     from edgekit.exporters.artifact import check_output, new_artifact, write_manifest
     from edgekit.exporters.module_target import find_module_target, tensor_rows
-    from edgekit.exporters.verify_module import verify_module
+    from edgekit.exporters.verify_module import REFERENCE_FILE, reference_case, verify_module
     from edgekit.quantize.calibration import Calibration
+    from edgekit.quantize.storage import Stored, save_quantized
     from edgekit.quantize.traced.calibrate import Batch, calibrate
     from edgekit.quantize.traced.fold import fold_batch_norms
     from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
@@ -26,6 +28,20 @@ with quiet_imports():
     from edgekit.runtime.module_engine import load_module
 
 CALIBRATION_FILE = "calibration.json"
+Data = Iterable[Batch] | Calibration | Path | str | None
+"""Mini-batches of inputs, a calibration, the path of a saved one, or None where none is needed."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized network, the ranges of its activations, and inputs to verify it with.
+
+    `sample` is the first mini-batch, or the traced example where there was none.
+    """
+
+    network: QuantizedNetwork
+    ranges: Calibration | None
+    sample: tuple[Tensor, ...]
 
 
 def export_module(
@@ -35,7 +51,7 @@ def export_module(
     *,
     target: str = "executorch",
     recipe: LayerRecipe | str = "w8a8",
-    calibration: Iterable[Batch] | Calibration | Path | str | None = None,
+    calibration: Data = None,
     method: str = "moving-average",
     max_batch: int | None = None,
     name: str | None = None,
@@ -52,30 +68,72 @@ def export_module(
     `EdgekitError` for a mistake and `VerificationError` for a file that does not compute what the
     quantized module computes; both leave nothing at `output`.
     """
+    check_output(Path(output), force)
+    find_module_target(target)
+    progress("tracing")
+    placement = place_module(module, example_inputs, recipe, max_batch)
+    found = quantize_placement(placement, calibration, method, progress)
+    return export_network(
+        found.network,
+        found.sample,
+        output,
+        target=target,
+        name=name or type(module).__name__,
+        recipe=recipe if isinstance(recipe, str) else recipe.name,
+        ranges=found.ranges,
+        force=force,
+        progress=progress,
+    )
+
+
+def place_module(
+    module: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    recipe: LayerRecipe | str = "w8a8",
+    max_batch: int | None = None,
+) -> Placement:
+    """Trace a module, fold its batch norms and decide what is quantized; no data is needed."""
+    traced = fold_batch_norms(trace(module, example_inputs, max_batch))
+    return place(traced, LayerRecipe.uniform(recipe) if isinstance(recipe, str) else recipe)
+
+
+def export_network(
+    network: QuantizedNetwork,
+    sample: tuple[Tensor, ...],
+    output: Path | str,
+    *,
+    target: str = "executorch",
+    name: str,
+    recipe: str,
+    ranges: Calibration | None = None,
+    force: bool = False,
+    progress: Progress = lambda stage: None,
+) -> Artifact:
+    """Write a quantized network, verify the file in its engine, and return the artifact.
+
+    `sample` gives the inputs to verify with: real ones where there are any, since random ones
+    exercise a network less. `name` and `recipe` are what the manifest calls the module and its
+    schemes. `ranges`, where given, lie in the artifact as `calibration.json`, and some of the
+    sample with the outputs it must give as `reference.safetensors`. Raises as `export_module`.
+    """
     folder = Path(output)
     check_output(folder, force)
     writer = find_module_target(target)
-    progress("tracing")
-    traced = fold_batch_norms(trace(module, example_inputs, max_batch))
-    placement = place(traced, LayerRecipe.uniform(recipe) if isinstance(recipe, str) else recipe)
-    progress("calibrating")
-    ranges, sample = _calibration(placement, calibration, method)
-    progress("quantizing")
-    network = quantize_module(placement, ranges)
     writer.check_network(network)
     with new_artifact(folder, force) as staging:
         path = staging / writer.MODEL_FILE
         writer.write_module(network, path, progress)
         progress(f"verifying in {writer.ENGINE}")
         with load_module(target, path) as engine:
-            figures = verify_module(engine, network, sample or traced.example).to_dict()
+            figures = verify_module(engine, network, sample).to_dict()
+        reference_case(network, sample).save(staging / REFERENCE_FILE)
         if ranges is not None:
             ranges.save(staging / CALIBRATION_FILE)
         facts = {
-            "model": {"id": name or type(module).__name__},
+            "model": {"id": name},
             "target": target,
             "file": writer.MODEL_FILE,
-            "recipe": recipe if isinstance(recipe, str) else recipe.name,
+            "recipe": recipe,
             "versions": {"edgekit": __version__, **writer.versions()},
             "verification": figures,
         }
@@ -83,10 +141,22 @@ def export_module(
     return Artifact.open(folder)
 
 
-def _calibration(
+def quantize_placement(
     placement: Placement,
-    given: Iterable[Batch] | Calibration | Path | str | None,
-    method: str,
+    calibration: Data = None,
+    method: str = "moving-average",
+    progress: Progress = lambda stage: None,
+) -> Quantized:
+    """Calibrate and quantize; EdgekitError where activations have codes and no data are given."""
+    progress("calibrating")
+    ranges, sample = _calibrate(placement, calibration, method)
+    progress("quantizing")
+    network = quantize_module(placement, ranges)
+    return Quantized(network, ranges, sample or placement.traced.example)
+
+
+def _calibrate(
+    placement: Placement, given: Data, method: str
 ) -> tuple[Calibration | None, tuple[Tensor, ...] | None]:
     """Return the ranges, and the first mini-batch where there was one."""
     if not placement.edges:
@@ -105,6 +175,19 @@ def _calibration(
     first: list[tuple[Tensor, ...]] = []
     ranges = calibrate(placement, _remember_first(given, first), method)
     return ranges, first[0]
+
+
+def save_codes(network: QuantizedNetwork, path: Path) -> None:
+    """Write the codes of the weights, and float what has none: biases folded, not yet rounded.
+
+    A bias becomes int32 in units of input scale times weight scale when an engine's file is made.
+    """
+    traced = network.traced
+    contents: dict[str, Stored] = dict(network.weights)
+    for node in traced.graph_module.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in contents:
+            contents[str(node.target)] = traced.parameter(node)
+    save_quantized(path, contents)
 
 
 def _remember_first(batches: Iterable[Batch], first: list[tuple[Tensor, ...]]) -> Iterator[Batch]:
@@ -130,7 +213,7 @@ def _graph_facts(network: QuantizedNetwork) -> dict[str, Any]:
         for node, edge in network.edges.items()
     ]
     return {
-        "tensors": tensor_rows(network),
+        "tensors": tensor_rows(traced, network.schemes()),
         "inputs": inputs,
         "max_batch": traced.max_batch,
         "activations": activations,

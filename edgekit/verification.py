@@ -17,6 +17,7 @@ from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgekit.models.weights import Weight
+from edgekit.module_verification import verify_module_artifact
 from edgekit.progress import Progress
 from edgekit.quantize.recipe import Resolved, tied_shapes
 from edgekit.quantize.scheme import Scheme
@@ -34,9 +35,9 @@ def verify_artifact(path: Path, model: str | None, progress: Progress) -> dict[s
     """
     artifact = Artifact.open(path)
     if artifact.is_module:
-        raise EdgekitError(
-            f"{path}: is a module, whose weights no checkpoint holds: export it again"
-        )
+        if model is not None:
+            raise EdgekitError(f"{path}: is a module, which is verified without --model")
+        return verify_module_artifact(artifact, progress)
     check_files(artifact)  # a few wrong bytes among the weights move no logit enough to be seen
     target = find_target(artifact.target, Options())
     import_engine(target.NAME)

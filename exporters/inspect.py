@@ -41,7 +41,7 @@ class Inspector(Protocol):
 
 
 def inspect(path: Path, check: bool = False) -> Report:
-    """Report on an artifact folder, one of onnxruntime-genai's, or a bare model file.
+    """Report on an artifact folder, one of onnxruntime-genai's, a model file or a calibration.
 
     `check` compares every file's sha256 with the manifest: VerificationError names those that
     differ. EdgekitError where something is missing, foreign or corrupt.
@@ -65,6 +65,10 @@ def inspect(path: Path, check: bool = False) -> Report:
 
 
 def _bare_file(path: Path) -> Report:
+    if path.suffix == ".json":
+        from edgekit.exporters import inspect_calibration
+
+        return inspect_calibration.report(path)
     target = TARGET_OF.get(path.suffix.lower())
     if target is None:
         raise EdgekitError(f"{path}: is no file of those that end in {', '.join(TARGET_OF)}")

@@ -5,7 +5,6 @@ XNNPACK's partitioner knows its integer kernels. Codes of activations are int8 t
 `QuantizedNetwork` less 128, zero points too.
 """
 
-import copy
 import warnings
 from collections.abc import Callable
 from importlib import metadata
@@ -27,7 +26,7 @@ from edgekit.quantize.observers import ActivationParameters
 from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.network import QuantizedLayer, QuantizedNetwork
 from edgekit.quantize.traced.operators import EMBEDDING, TRANSPOSED
-from edgekit.quantize.traced.trace import TracedModule
+from edgekit.quantize.traced.trace import TracedModule, copy_graph
 
 MODEL_FILE = "model.pte"
 ENGINE = "ExecuTorch"
@@ -117,7 +116,7 @@ def _rows_to_trace(max_batch: int) -> tuple[int, int]:
 
 def on_codes(network: QuantizedNetwork) -> GraphModule:
     """Return the graph with codes as constants, and quantize and dequantize at every edge."""
-    module = copy.deepcopy(network.traced.graph_module)
+    module = copy_graph(network.traced.graph_module)
     nodes = {node.name: node for node in module.graph.nodes}
     for name, parameters in network.edges.items():
         _quantize_value(nodes[name], parameters)

@@ -1,12 +1,17 @@
 """What every target of modules offers, and how one is found by name."""
 
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.traced.network import QuantizedNetwork
+from edgekit.quantize.traced.operators import Layer
+from edgekit.quantize.traced.schemes import LayerScheme
+from edgekit.quantize.traced.trace import TracedModule
+from edgekit.tables import plain_table
 
 # Each module is a `ModuleTarget`; only the one asked for is imported, with its libraries.
 MODULE_TARGETS = {
@@ -51,29 +56,44 @@ def find_module_target(name: str) -> ModuleTarget:
     return cast(ModuleTarget, importlib.import_module(MODULE_TARGETS[name]))
 
 
-def tensor_rows(network: QuantizedNetwork) -> list[dict[str, Any]]:
+def tensor_rows(
+    traced: TracedModule, layers: Mapping[str, tuple[Layer, str]]
+) -> list[dict[str, Any]]:
     """Return one row for each weight, bias and other parameter, as the manifest holds them.
 
-    Bytes are those of the file: 4-bit codes take a byte each, for 8-bit kernels run them.
+    `layers` gives the quantized ones by node name, with their schemes. Bytes are those of the
+    file: 4-bit codes take a byte each, for 8-bit kernels run them.
     """
-    schemes = {layer.weight: layer.scheme for layer in network.layers.values()}
-    rows = [
-        _row(name, schemes[name], codes.shape, codes.codes.numel() + 4 * codes.scales.numel())
-        for name, codes in network.weights.items()
+    rows: dict[str, dict[str, Any]] = {}
+    biases = {}
+    for layer, scheme in layers.values():
+        name, shape = str(layer.weight.target), tuple(traced.parameter(layer.weight).shape)
+        per_channel = LayerScheme.parse(scheme).granularity == "channel"
+        scales = shape[layer.channel_axis] if per_channel else 1
+        rows.setdefault(name, _row(name, scheme, shape, math.prod(shape) + 4 * scales))
+        if layer.bias is not None:
+            bias = str(layer.bias.target)
+            size = traced.parameter(layer.bias).numel()
+            biases[bias] = _row(bias, "int32", (size,), 4 * size)
+    rows |= biases
+    for node in traced.graph_module.graph.nodes:
+        name = str(node.target)
+        if node.op == "get_attr" and name not in rows:
+            value = traced.parameter(node)
+            size = value.numel() * value.element_size()
+            rows[name] = _row(name, "float", tuple(value.shape) or (1,), size)
+    return list(rows.values())
+
+
+def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows as an aligned table with a last line of totals (no newline at the end)."""
+    lines = [["tensor", "scheme", "shape", "bytes"]]
+    lines += [
+        [row["tensor"], row["scheme"], "x".join(map(str, row["shape"])), f"{row['bytes']:,}"]
+        for row in rows
     ]
-    quantized = set(network.weights)
-    for layer in network.layers.values():
-        if layer.bias is not None and layer.layer.bias is not None:
-            name = str(layer.layer.bias.target)
-            quantized.add(name)
-            rows.append(_row(name, "int32", tuple(layer.bias.shape), 4 * layer.bias.numel()))
-    for node in network.traced.graph_module.graph.nodes:
-        if node.op == "get_attr" and str(node.target) not in quantized:
-            value = network.traced.parameter(node)
-            shape = tuple(value.shape) or (1,)
-            rows.append(_row(str(node.target), "float", shape, 4 * value.numel()))
-            quantized.add(str(node.target))
-    return rows
+    total = sum(row["bytes"] for row in rows)
+    return f"{plain_table(lines, 'lllr')}\n{len(rows)} tensors, {total:,} bytes"
 
 
 def _row(name: str, scheme: str, shape: tuple[int, ...], size: int) -> dict[str, Any]:

@@ -1,17 +1,21 @@
 """Does a module's file, run in its engine, compute what the quantized network computes?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from edgekit.errors import VerificationError
+from edgekit.errors import EdgekitError, VerificationError, one_line
 from edgekit.quantize.observers import LEVELS
 from edgekit.quantize.traced.network import QuantizedNetwork
+from edgekit.tables import markdown_table
 
 MAX_STEPS = 0.5
 """Most steps of an output's codes that an engine may stray, root mean square over the outputs.
@@ -26,6 +30,11 @@ A deep network of 4-bit weights amplifies single codes as it does every other ro
 """
 LEAST_STEP = 1e-5
 """Step, relative to the largest value, of outputs that have no codes: float32 sums differ."""
+
+REFERENCE_FILE = "reference.safetensors"
+"""In an artifact: inputs and what they must give, for `edgekit verify` on any machine."""
+_REFERENCE_BYTES = 1 << 20
+"""As many inputs as fit are kept, but one at least."""
 
 
 class ModuleEngine(Protocol):
@@ -62,6 +71,72 @@ class ModuleVerification:
         return {"verified": True, "max_rms_steps": self.max_rms_steps, **asdict(self)}
 
 
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one batch with what the quantized and the float module make of them.
+
+    `steps` are those of each output's codes, the unit of every figure.
+    """
+
+    inputs: tuple[Tensor, ...]
+    simulated: tuple[Tensor, ...]
+    exact: tuple[Tensor, ...]
+    steps: tuple[float, ...]
+
+    @classmethod
+    def of(cls, network: QuantizedNetwork, inputs: tuple[Tensor, ...]) -> "Case":
+        """Compute both."""
+        simulated = network.simulate(*inputs)
+        with torch.inference_mode():
+            found = network.traced.graph_module(*inputs)
+        exact = (found,) if isinstance(found, Tensor) else tuple(found)
+        steps = [
+            _step(network, node.name, values)
+            for node, values in zip(network.traced.outputs, simulated, strict=True)
+        ]
+        return cls(inputs, simulated, exact, tuple(steps))
+
+    def save(self, path: Path) -> None:
+        """Write the case as safetensors."""
+        parts = {name: getattr(self, name) for name in _PARTS}
+        steps = [torch.tensor(step, dtype=torch.float64) for step in self.steps]
+        tensors = {
+            f"{name}.{number}": item.clone().contiguous()
+            for name, items in {**parts, "steps": steps}.items()
+            for number, item in enumerate(items)
+        }
+        path.write_bytes(save(tensors))  # `save_file` would leave the mode 0600
+
+    @classmethod
+    def load(cls, path: Path) -> "Case":
+        """Read what `save` wrote; EdgekitError where the file is anything else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            inputs, simulated, exact, steps = (
+                tuple(_numbered(held, name)) for name in (*_PARTS, "steps")
+            )
+            found = cls(inputs, simulated, exact, tuple(float(step) for step in steps))
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            raise EdgekitError(f"{path}: cannot be read: {one_line(error)}") from error
+        shapes = [[item.shape for item in items] for items in (simulated, exact)]
+        fits = shapes[0] == shapes[1] and len(steps) == len(simulated)
+        if held or not inputs or not fits or not min(found.steps, default=0) > 0:
+            raise EdgekitError(f"{path}: holds no inputs and outputs of a module")
+        return found
+
+
+_PARTS = ("inputs", "simulated", "exact")
+
+
+def _numbered(held: dict[str, Tensor], name: str) -> Iterator[Tensor]:
+    """Take out `name.0`, `name.1` and so on."""
+    number = 0
+    while f"{name}.{number}" in held:
+        yield held.pop(f"{name}.{number}")
+        number += 1
+
+
 def verify_module(
     engine: ModuleEngine, network: QuantizedNetwork, inputs: tuple[Tensor, ...]
 ) -> ModuleVerification:
@@ -71,8 +146,25 @@ def verify_module(
     """
     largest = network.traced.max_batch
     sizes = [len(inputs[0])] if largest is None else sorted({1, len(inputs[0]), largest})
-    found = [_compare(engine, network, _rows(inputs, size)) for size in sizes]
-    differences, from_float, quantization = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return compare(engine, (Case.of(network, _rows(inputs, size)) for size in sizes))
+
+
+def reference_case(network: QuantizedNetwork, inputs: tuple[Tensor, ...]) -> Case:
+    """Return the case that an artifact keeps: some of the inputs, all where the batch is fixed."""
+    rows = len(inputs[0])
+    if network.traced.max_batch is not None:
+        size = sum(item[0].numel() * item.element_size() for item in inputs)
+        rows = max(1, min(rows, _REFERENCE_BYTES // size))
+    return Case.of(network, _rows(inputs, rows))
+
+
+def compare(engine: ModuleEngine, cases: Iterable[Case]) -> ModuleVerification:
+    """Run the inputs of each case; VerificationError where outputs differ by more than roundings."""
+    sizes, parts = [], []
+    for case in cases:
+        sizes.append(len(case.inputs[0]))
+        parts.append(_differences(engine, case))
+    differences, from_float, quantization = (torch.cat(items) for items in zip(*parts, strict=True))
     result = ModuleVerification(
         outputs=differences.numel(),
         rms_steps=_rms(differences),
@@ -90,37 +182,38 @@ def verify_module(
     return result
 
 
-def _compare(
-    engine: ModuleEngine, network: QuantizedNetwork, inputs: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+def figures_text(found: Mapping[str, Any]) -> str:
+    """Return a verification's figures, as the manifest holds them, as a table and a heading."""
+    sizes = ", ".join(map(str, found["batches"]))
+    rows = [
+        ["engine against quantized module", found["rms_steps"], found["max_steps"]],
+        ["engine against float module", found["rms_steps_vs_float"], None],
+        ["quantized against float module", found["quantization_rms_steps"], None],
+    ]
+    cells = [
+        [name, f"{rms:.3f}", "-" if largest is None else f"{largest:.1f}"]
+        for name, rms, largest in rows
+    ]
+    table = markdown_table(["steps of the outputs' codes", "rms", "largest"], cells, "lrr")
+    return f"verified over {found['outputs']:,} outputs, batches of {sizes}\n{table}"
+
+
+def _differences(engine: ModuleEngine, case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Return engine - simulation, engine - float and simulation - float, in steps."""
-    simulated = network.simulate(*inputs)
-    with torch.inference_mode():
-        exact = network.traced.graph_module(*inputs)
-    exact = (exact,) if isinstance(exact, Tensor) else tuple(exact)
-    actual = engine.run([item.numpy() for item in inputs])
-    shapes = [tuple(item.shape) for item in simulated]
+    actual = engine.run([item.numpy() for item in case.inputs])
+    shapes = [tuple(item.shape) for item in case.simulated]
     if [item.shape for item in actual] != shapes:
         raise VerificationError(
             f"verification: the file gives outputs of shapes {[item.shape for item in actual]}, "
             f"the module {shapes}"
         )
     rows = []
-    for node, ours, theirs, real in zip(
-        network.traced.outputs, simulated, actual, exact, strict=True
+    for ours, theirs, real, step in zip(
+        case.simulated, actual, case.exact, case.steps, strict=True
     ):
-        step = _step(network, node.name, ours)
         engines = torch.from_numpy(np.asarray(theirs)).double()
-        rows.append(
-            [
-                ((a - b).flatten() / step)
-                for a, b in (
-                    (engines, ours.double()),
-                    (engines, real.double()),
-                    (ours.double(), real.double()),
-                )
-            ]
-        )
+        pairs = ((engines, ours), (engines, real), (ours.double(), real))
+        rows.append([((a - b.double()) / step).flatten() for a, b in pairs])
     first, second, third = (torch.cat(parts) for parts in zip(*rows, strict=True))
     return first, second, third
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from float_gguf import write_float_gguf
 
-from edgekit import export as export_module
+from edgekit import model_export
 from edgekit.api import export_model
 from edgekit.artifact import Artifact
 from edgekit.cli import main
@@ -39,7 +39,7 @@ def run_json(*arguments: object) -> dict[str, Any]:
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Export as where the engine is not installed: what it computes is tested elsewhere."""
-    monkeypatch.setattr(export_module, "_missing_engine", lambda _name: "there is none")
+    monkeypatch.setattr(model_export, "_missing_engine", lambda _name: "there is none")
 
 
 @pytest.fixture(scope="module")

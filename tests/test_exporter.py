@@ -13,12 +13,12 @@ from executorch.extension.pybindings import _C as binding
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.export import plan_export
 from edgekit.exporters import xnnpack_blocks
 from edgekit.exporters.executorch import export_pte, runner_metadata
 from edgekit.exporters.pte import FORWARD, Program
 from edgekit.exporters.pte_weights import embedding, linears
 from edgekit.exporters.xnnpack_graph import read_graph
+from edgekit.model_export import plan_export
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import build_eager
 from edgekit.models.source import resolve_model

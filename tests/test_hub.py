@@ -315,7 +315,7 @@ def test_a_hub_id_resolves_to_a_model(hub: Hub, tmp_path: Path) -> None:
     assert json.loads(result(process)) == ["org/mini", COMMIT, COMMIT, 256]
 
 
-PLAN = "edgekit.export.plan_export('org/mini', 'executorch', {recipe}, {context})"
+PLAN = "edgekit.model_export.plan_export('org/mini', 'executorch', {recipe}, {context})"
 UNIFORM = "edgekit.quantize.recipe.uniform(edgekit.quantize.scheme.Scheme.parse({!r}))"
 
 
@@ -332,7 +332,7 @@ def test_what_needs_no_weights_is_refused_before_they_are_downloaded(
 ) -> None:
     hub.files[COMMIT]["config.json"] = TINY.read_bytes()
     code = PLAN.format(recipe=UNIFORM.format(scheme), context=context)
-    text = result(run(hub, tmp_path, code, imports="edgekit.export"))
+    text = result(run(hub, tmp_path, code, imports="edgekit.model_export"))
     assert text.startswith("one line: ")
     assert words in text
     assert any(line.endswith("/config.json") for line in hub.requests)

@@ -16,7 +16,7 @@ from importlib.abc import MetaPathFinder
 
 class Swallow(MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name.startswith(("edgekit.artifact", "edgekit.export", "edgekit.models",
+        if name.startswith(("edgekit.artifact", "edgekit.export", "edgekit.model",
                             "edgekit.devices", "edgekit.runtime", "edgekit.quantize")):
             try:
                 os.kill(os.getpid(), signal.SIGINT)

@@ -13,6 +13,7 @@ from edgekit.errors import EdgekitError
 if TYPE_CHECKING:
     from edgekit.exporters.llama_formats import LlamaFormat
     from edgekit.quantize.recipe import Recipe
+    from edgekit.quantize.traced.schemes import LayerRecipe
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ class RecipeChoice:
             return uniform(Scheme.parse(self.scheme))
         return preset(self.preset or "int8")
 
+    def layer_recipe(self) -> "LayerRecipe":
+        """Return the recipe of a module; w8a8 where int8 or nothing was asked for."""
+        from edgekit.quantize.traced.schemes import LayerRecipe
+
+        if self.file is not None:
+            return LayerRecipe.load(self.file)
+        if self.preset == "int4":
+            raise EdgekitError("--int4 is for language models: give a module --scheme w4a8")
+        return LayerRecipe.uniform(self.scheme or ("float" if self.preset == "float" else "w8a8"))
+
 
 def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --int8, --int4, --float, --scheme and --recipe; pass them on as `choice`.
@@ -85,11 +96,16 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--scheme",
             metavar="SCHEME",
             help="w8, w8gN, w4, w4gN, w4gNa or float for all linears; at 4 bits the embedding and the "
-            "head stay int8.",
+            "head stay int8. Of a module: w8a8 or w4a8, each also with -affine, -tensor or "
+            "-tensor-affine, or float.",
         ),
         click.option("--float", "float_", is_flag=True, help="Quantize nothing."),
         click.option("--int4", is_flag=True, help="int4 in groups of 32; embedding and head int8."),
-        click.option("--int8", is_flag=True, help="int8 per channel, all matrices  [default]"),
+        click.option(
+            "--int8",
+            is_flag=True,
+            help="int8 per channel, all matrices; of a module w8a8  [default]",
+        ),
     ):
         with_choice = option(with_choice)
     return with_choice

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from edgekit.commands._json import print_json
+from edgekit.commands._module_options import ModuleChoice, module_options
+from edgekit.commands._modules import export_module_of
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
+from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
-    from edgekit.export import Plan
+    from edgekit.model_export import Plan
 
 
 @click.command("export", short_help="Export a model for an engine and verify the file.")
-@click.argument("model")
+@click.argument("model", metavar="MODEL|FILE.py:FUNCTION")
 @click.option("--target", required=True, metavar="TARGET", help="executorch, gguf or onnx")
 @recipe_options
 @click.option(
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="What `edgekit imatrix` or llama-imatrix measured, for llama.cpp's own formats.",
 )
+@module_options
 @click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
 @click.option("--random-weights", is_flag=True, help="The model's shapes with random weights.")
 @click.option("--dry-run", is_flag=True, help="Print what each tensor would be stored as; stop.")
@@ -48,6 +52,7 @@ def command(
     model: str,
     target: str,
     choice: RecipeChoice,
+    module: ModuleChoice,
     context: int | None,
     output: Path | None,
     abi: Literal["genai", "transformersjs"],
@@ -66,15 +71,35 @@ def command(
 
     For target gguf --scheme also takes llama.cpp's own formats, which llama.cpp quantizes: Q4_0,
     Q8_0, Q4_K_M, Q5_K_M, Q6_K, IQ4_NL.
+
+    FILE.py:FUNCTION is any other module: the file is executed, it is your own code, and the
+    function, called without arguments, returns a torch.nn.Module that torch.export traces. It
+    goes to executorch or onnx, activations quantized too by what --calibrate shows.
     """
     from edgekit.interrupts import interrupts_end_the_process
     from edgekit.quiet import quiet_imports
 
+    with interrupts_end_the_process():
+        from edgekit.user_code import Factory
+
+    factory = Factory.parse(model)
+    if factory is not None:
+        _refuse_for_a_module(
+            context=context,
+            abi=abi != "genai",
+            portable=portable,
+            imatrix=imatrix,
+            revision=revision,
+            random_weights=random_weights,
+        )
+        export_module_of(factory, target, choice, module, output, dry_run, force, as_json)
+        return
+    module.refuse_for_a_model()
     with interrupts_end_the_process(), quiet_imports():
-        from edgekit.export import export, plan_export
         from edgekit.exporters.artifact import check_output
         from edgekit.exporters.llama_formats import format_recipe
         from edgekit.exporters.target import Options
+        from edgekit.model_export import export_plan, plan_export
         from edgekit.progress import stage_printer
         from edgekit.quantize.recipe import warnings
 
@@ -102,7 +127,7 @@ def command(
         _show_plan(plan, as_json)
     if dry_run:
         return
-    manifest = export(plan, folder, force, stage_printer())
+    manifest = export_plan(plan, folder, force, stage_printer())
     found = manifest["verification"]
     if not found["verified"]:
         click.echo(
@@ -114,6 +139,13 @@ def command(
         print_json({"artifact": str(folder), **manifest})
     else:
         _show_result(folder, manifest)
+
+
+def _refuse_for_a_module(**given: object) -> None:
+    for name, value in given.items():
+        if value not in (None, False):
+            option = name.replace("_", "-")
+            raise EdgekitError(f"--{option} is for language models, not for a module")
 
 
 def _show_plan(plan: "Plan", as_json: bool) -> None:

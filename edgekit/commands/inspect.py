@@ -34,7 +34,8 @@ def command(
     """Show what ARTIFACT, an exported folder or a .pte, .gguf or .onnx file, is made of.
 
     Bytes by component, schemes, delegates, operators that run outside them, metadata and the
-    figures of the verification. With --check, a damaged file ends in exit status 1.
+    figures of the verification. With --check, a damaged file ends in exit status 1. Of a saved
+    calibration .json, the ranges.
 
     With --sensitivity, of a MODEL or the model that ARTIFACT was made of: how far the float model
     strays when one tensor alone is quantized. Figures are kept in the user's cache, tensor by

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.commands._json import print_json
+from edgekit.commands._module_options import ModuleChoice, module_options
+from edgekit.commands._modules import quantize_module_of
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
+from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
     from edgekit.models.source import ModelSource
@@ -15,8 +18,9 @@ if TYPE_CHECKING:
 
 
 @click.command("quantize", short_help="Write the quantized tensors as safetensors.")
-@click.argument("model")
+@click.argument("model", metavar="MODEL|FILE.py:FUNCTION")
 @recipe_options
+@module_options
 @click.option(
     "-o",
     "--output",
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 def command(
     model: str,
     choice: RecipeChoice,
+    module: ModuleChoice,
     output: Path | None,
     dry_run: bool,
     random_weights: bool,
@@ -44,9 +49,22 @@ def command(
     """Quantize MODEL: a name of `edgekit models`, a hub id or a local folder.
 
     Prints what each tensor is stored as, its bytes, and the signal to quantization noise ratio.
+
+    Of a module, FILE.py:FUNCTION as for `edgekit export`, it writes the codes and, beside them, the
+    ranges of the activations: FILE.safetensors and FILE.calibration.json, which --calibrate takes.
     """
     from edgekit.interrupts import interrupts_end_the_process
 
+    with interrupts_end_the_process():
+        from edgekit.user_code import Factory
+
+    factory = Factory.parse(model)
+    if factory is not None:
+        if random_weights or revision is not None:
+            raise EdgekitError("--random-weights and --revision are for language models")
+        quantize_module_of(factory, choice, module, output, dry_run, force, as_json)
+        return
+    module.refuse_for_a_model()
     with interrupts_end_the_process():
         from edgekit.files import check_output_file
         from edgekit.models.source import resolve_model

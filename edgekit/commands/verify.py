@@ -17,13 +17,15 @@ def command(artifact: Path, model: str | None, as_json: bool) -> None:
     """Compare ARTIFACT, run in its engine, with the model it was made of.
 
     For an artifact that was exported where its engine was not installed, or on another machine.
-    The figures go into its manifest. A file that computes something else ends in exit status 1.
+    An artifact of a module keeps inputs and outputs to compare with, and needs no MODEL. The
+    figures go into its manifest. A file that computes something else ends in exit status 1.
     """
     from edgekit.interrupts import interrupts_end_the_process
     from edgekit.quiet import quiet_imports
 
     with interrupts_end_the_process(), quiet_imports():
-        from edgekit.exporters.verify import figures_text
+        from edgekit.artifact import MODULE
+        from edgekit.exporters import verify, verify_module
         from edgekit.progress import stage_printer
         from edgekit.verification import verify_artifact
 
@@ -31,4 +33,5 @@ def command(artifact: Path, model: str | None, as_json: bool) -> None:
     if as_json:
         print_json({"artifact": str(artifact), **manifest})
     else:
-        click.echo(figures_text(manifest["verification"]))
+        kind = verify_module if manifest.get("kind") == MODULE else verify
+        click.echo(kind.figures_text(manifest["verification"]))

@@ -4,12 +4,11 @@
 per output channel, computed in float64 and rounded once.
 """
 
-import copy
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from edgekit.quantize.traced.operators import (
     BATCH_NORM,
@@ -21,7 +20,7 @@ from edgekit.quantize.traced.operators import (
     layer_of,
     rank,
 )
-from edgekit.quantize.traced.trace import TracedModule
+from edgekit.quantize.traced.trace import TracedModule, copy_graph
 
 
 def fold_batch_norms(traced: TracedModule) -> TracedModule:
@@ -30,7 +29,7 @@ def fold_batch_norms(traced: TracedModule) -> TracedModule:
     A batch norm that no layer precedes becomes a depthwise convolution of one tap, which can be
     quantized like any other; its weight keeps the batch norm's name.
     """
-    graph_module = _copy(traced.graph_module)
+    graph_module = copy_graph(traced.graph_module)
     result = replace(traced, graph_module=graph_module, names=dict(traced.names))
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and node.target == BATCH_NORM:
@@ -144,9 +143,3 @@ def _attribute(traced: TracedModule, before: Node, name: str, value: Tensor) -> 
         node = module.graph.get_attr(name)
     node.meta["val"] = value.float()
     return node
-
-
-def _copy(module: GraphModule) -> GraphModule:
-    """Copy the graph and the tree of modules; tensors are shared."""
-    memo = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
-    return copy.deepcopy(module, memo)

@@ -61,6 +61,10 @@ class QuantizedNetwork:
             found = _Simulation(self).run(*inputs)
         return (found,) if isinstance(found, Tensor) else tuple(found)
 
+    def schemes(self) -> dict[str, tuple[Layer, str]]:
+        """Return each quantized layer with its scheme's name, by node name."""
+        return {name: (item.layer, item.scheme) for name, item in self.layers.items()}
+
     def is_on_codes(self, node: Node) -> bool:
         """Whether the value of a node has codes."""
         return node.name in self.edges

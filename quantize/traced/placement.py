@@ -47,6 +47,10 @@ class Placement:
         """Yield the nodes whose values have codes, in order."""
         return (node for node in self.traced.graph_module.graph.nodes if node.name in self.edges)
 
+    def schemes(self) -> dict[str, tuple[Layer, str]]:
+        """Return each quantized layer with its scheme's name, by node name."""
+        return {name: (layer, rule.scheme.name) for name, (layer, rule) in self.layers.items()}
+
 
 def place(traced: TracedModule, recipe: LayerRecipe) -> Placement:
     """Apply a recipe to a graph; EdgekitError for a rule that takes no layer."""

@@ -1,5 +1,6 @@
 """From a module to a graph of ATen operators, in the few forms that the rest reads."""
 
+import copy
 import linecache
 import re
 import traceback
@@ -102,6 +103,14 @@ def trace(
     _check_outputs(graph_module)
     _normalise(graph_module, dropouts)
     return TracedModule(graph_module, _names(graph_module), example, max_batch)
+
+
+def copy_graph(module: GraphModule) -> GraphModule:
+    """Copy the graph and the tree of modules; tensors are shared."""
+    memo = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of its own trees
+        return copy.deepcopy(module, memo)
 
 
 def source_of(node: Node) -> str:

@@ -93,7 +93,7 @@ def _table(
     return planned_table(source.config, rows, tied, form, options.imatrix)
 
 
-def export(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[str, Any]:
+def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[str, Any]:
     """Quantize, export, verify in the engine; return the manifest of the folder `output`.
 
     The caller has let `check_output` judge that folder. Where the engine is not installed the

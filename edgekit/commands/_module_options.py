@@ -1,0 +1,117 @@
+"""The options by which a user describes a module, for the commands that quantize one."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.errors import EdgekitError
+
+if TYPE_CHECKING:
+    from edgekit.commands._recipe_options import RecipeChoice
+    from edgekit.module_export import Data
+    from edgekit.quantize.traced.placement import Placement
+    from edgekit.user_code import Factory
+
+
+@dataclass(frozen=True)
+class ModuleChoice:
+    """What the user said of a module's inputs, weights and calibration."""
+
+    example_shape: tuple[str, ...] = ()
+    example_dtype: tuple[str, ...] = ()
+    max_batch: int | None = None
+    weights: Path | None = None
+    calibrate: str | None = None
+    method: str | None = None
+
+    def refuse_for_a_model(self) -> None:
+        """Raise EdgekitError where the user gave any of it for a language model."""
+        for field in fields(self):
+            if getattr(self, field.name) not in (None, ()):
+                name = field.name.replace("_", "-")
+                raise EdgekitError(f"--{name} is for modules: name one as path/to/file.py:function")
+
+    def place(self, factory: "Factory", choice: "RecipeChoice") -> "tuple[str, Placement]":
+        """Make the module, trace it and apply the recipe; return its name with that."""
+        from edgekit.module_export import place_module
+        from edgekit.module_source import example_inputs, make_module
+
+        recipe = choice.layer_recipe()
+        example = example_inputs(self.example_shape, self.example_dtype)
+        module = make_module(factory, self.weights)
+        return type(module).__name__, place_module(module, example, recipe, self.max_batch)
+
+    def data(self, placement: "Placement") -> "Data":
+        """Return the calibration data; EdgekitError where some are needed and none are named."""
+        from edgekit.module_data import open_data
+
+        if self.calibrate is not None:
+            return open_data(self.calibrate, placement.traced)
+        if placement.edges:
+            raise EdgekitError(
+                "quantized activations need --calibrate: a .npy, .npz or .safetensors file of "
+                "inputs, a folder of them, path/to/data.py:function, or a saved calibration .json"
+            )
+        return None
+
+    @property
+    def observer(self) -> str:
+        """How the ranges of activations are found."""
+        return self.method or "moving-average"
+
+
+def module_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --example-shape and its kin; pass them on as `module`."""
+
+    @functools.wraps(function)
+    def with_module(**options: Any) -> Any:  # noqa: ANN401 - click's options are of any type
+        names = [field.name for field in fields(ModuleChoice)]
+        return function(
+            module=ModuleChoice(**{name: options.pop(name) for name in names}), **options
+        )
+
+    for option in (
+        click.option(
+            "--method",
+            metavar="NAME",
+            help="How ranges are found: moving-average, percentile or mse  "
+            "[default: moving-average]",
+        ),
+        click.option(
+            "--calibrate",
+            metavar="DATA",
+            help="Inputs that show the ranges of a module's activations: a .npy, .npz or "
+            ".safetensors file [N, ...], a folder of them, FILE.py:FUNCTION that yields "
+            "mini-batches, or a saved calibration .json.",
+        ),
+        click.option(
+            "--weights",
+            metavar="FILE",
+            type=click.Path(path_type=Path),
+            help="State dict of a module, safetensors  [default: what the function gives it]",
+        ),
+        click.option(
+            "--max-batch",
+            type=click.IntRange(2, 1 << 20),
+            metavar="N",
+            help="Let a module's batch vary up to N  [default: the example's only]",
+        ),
+        click.option(
+            "--example-dtype",
+            multiple=True,
+            metavar="DTYPE",
+            help="float32 or int64, one for each shape  [default: float32]",
+        ),
+        click.option(
+            "--example-shape",
+            multiple=True,
+            metavar="SHAPE",
+            help="Shape of a module's input, batch first: 1x3x32x32; repeat for further inputs.",
+        ),
+    ):
+        with_module = option(with_module)
+    return with_module

@@ -1,0 +1,125 @@
+"""What `export` and `quantize` do for a module of the user's."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.commands._json import print_json
+from edgekit.commands._module_options import ModuleChoice
+from edgekit.commands._recipe_options import RecipeChoice
+
+if TYPE_CHECKING:
+    from edgekit.user_code import Factory
+
+
+def export_module_of(
+    factory: "Factory",
+    target: str,
+    choice: RecipeChoice,
+    module: ModuleChoice,
+    output: Path | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Export the module that a function returns, or show what would be stored."""
+    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.quiet import quiet_imports
+
+    with interrupts_end_the_process(), quiet_imports():
+        from edgekit.exporters.artifact import check_output
+        from edgekit.exporters.module_target import find_module_target, rows_text, tensor_rows
+        from edgekit.exporters.verify_module import figures_text
+        from edgekit.module_export import export_network, quantize_placement
+        from edgekit.progress import stage_printer
+
+    folder = output or Path(f"{_last(factory)}-{target}-{choice.label}")
+    find_module_target(target)
+    if not dry_run:
+        check_output(folder, force)
+    progress = stage_printer()
+    progress("tracing")
+    name, placement = module.place(factory, choice)
+    rows = tensor_rows(placement.traced, placement.schemes())
+    if dry_run:
+        _show_plan(name, rows, as_json)
+        return
+    found = quantize_placement(placement, module.data(placement), module.observer, progress)
+    artifact = export_network(
+        found.network,
+        found.sample,
+        folder,
+        target=target,
+        name=name,
+        recipe=choice.layer_recipe().name,
+        ranges=found.ranges,
+        force=force,
+        progress=progress,
+    )
+    if as_json:
+        print_json({"artifact": str(folder), **artifact.manifest})
+        return
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    click.echo(rows_text(rows))
+    click.echo(f"\n{figures_text(artifact.manifest['verification'])}")
+    click.echo(f"\n{folder}: {size:,} bytes")
+
+
+def quantize_module_of(
+    factory: "Factory",
+    choice: RecipeChoice,
+    module: ModuleChoice,
+    output: Path | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the codes of a module's weights, and beside them the calibration."""
+    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.quiet import quiet_imports
+
+    with interrupts_end_the_process(), quiet_imports():
+        from edgekit.exporters.module_target import rows_text, tensor_rows
+        from edgekit.files import check_output_file
+        from edgekit.module_export import quantize_placement, save_codes
+        from edgekit.progress import stage_printer
+
+    path = output or Path(f"{_last(factory)}-{choice.label}.safetensors")
+    ranges = path.with_suffix(".calibration.json")
+    if not dry_run:
+        check_output_file(path, force)
+        check_output_file(ranges, force)
+    progress = stage_printer()
+    progress("tracing")
+    name, placement = module.place(factory, choice)
+    rows = tensor_rows(placement.traced, placement.schemes())
+    if dry_run:
+        _show_plan(name, rows, as_json)
+        return
+    found = quantize_placement(placement, module.data(placement), module.observer, progress)
+    save_codes(found.network, path)
+    if found.ranges is not None:
+        found.ranges.save(ranges)
+    written = [str(path), *([] if found.ranges is None else [str(ranges)])]
+    if as_json:
+        total = sum(row["bytes"] for row in rows)
+        print_json({"model": name, "tensors": rows, "bytes": total, "files": written})
+    else:
+        click.echo(rows_text(rows))
+        click.echo(f"wrote {' and '.join(written)}")
+
+
+def _show_plan(name: str, rows: list[dict[str, Any]], as_json: bool) -> None:
+    from edgekit.exporters.module_target import rows_text
+
+    if as_json:
+        total = sum(row["bytes"] for row in rows)
+        print_json({"model": name, "tensors": rows, "bytes": total})
+    else:
+        click.echo(rows_text(rows))
+
+
+def _last(factory: "Factory") -> str:
+    """Return the file's name without its end, what default names of outputs begin with."""
+    return factory.file.stem.lower()
