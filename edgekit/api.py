@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from edgekit.artifact import Artifact
+from edgekit.errors import EdgekitError
 from edgekit.progress import Progress
 from edgekit.quiet import quiet_imports
 
@@ -75,7 +76,8 @@ def export_model(
     output: Path | str,
     *,
     target: str = "executorch",
-    recipe: Recipe | str = "int8",
+    recipe: Recipe | str | None = None,
+    codes: Path | str | None = None,
     context: int | None = None,
     revision: str | None = None,
     random_weights: bool = False,
@@ -88,13 +90,19 @@ def export_model(
     """Export a model, verify the file in its engine, and return the artifact at `output`.
 
     `model` is a name of `edgekit models`, a hub id or a local folder; `recipe` a preset (int8,
-    int4, float), a scheme (w8, w4g128, ...), one of llama.cpp's own formats (Q4_K_M, ...) for
+    int4, float; int8 by default), a scheme (w8, w4g128, ...), one of llama.cpp's own formats (Q4_K_M, ...) for
     target gguf, with the file of an `imatrix` or without, or a `Recipe`; `abi` and `portable` are
-    for target onnx; `progress` is told each stage.
+    for target onnx; `codes`, instead of a recipe, is a file of `edgekit quantize` or of
+    `save_quantized`, whose codes are packed as they are; `progress` is told each stage.
     Raises `EdgekitError` for a mistake and `VerificationError` for a file that does not compute
     what the model computes; both leave nothing at `output`.
     """
+    if codes is not None and recipe is not None:
+        raise EdgekitError(
+            "codes and recipe exclude each other: the file's tensors are what they are"
+        )
     check_output(Path(output), force)
+    recipe = "int8" if recipe is None else recipe
     form = find_format(recipe) if isinstance(recipe, str) else None
     options = Options(
         llama_format=None if form is None else form.name,
@@ -110,6 +118,7 @@ def export_model(
         revision,
         random_weights=random_weights,
         options=options,
+        codes=None if codes is None else Path(codes),
     )
     export_plan(plan, Path(output), force, progress)
     return Artifact.open(output)

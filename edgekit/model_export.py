@@ -1,20 +1,23 @@
 """`export`: from a model's name to a verified artifact folder."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit import __version__
+from edgekit.artifact import sha256_of
 from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import copy_tokenizer, new_artifact, write_manifest
 from edgekit.exporters.gguf_weights import StoredWeights
 from edgekit.exporters.llama_formats import FORMATS
 from edgekit.exporters.llama_quantize import quantizer_version
 from edgekit.exporters.target import Job, Options, Target, Weights, find_target
+from edgekit.models.codes import CodesFile
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.progress import Progress
-from edgekit.quantize.recipe import Recipe, Resolved, resolve, tied_shapes
+from edgekit.quantize.recipe import Recipe, Resolved, method_of, resolve, tied_shapes
 from edgekit.quantize.table import table_json
 from edgekit.runtime.engine import EngineMissing, import_engine
 from edgekit.verification import expected_logits, verification_tokens, verify_file
@@ -31,17 +34,18 @@ class Plan:
     """What an export will write, known before any weight is read.
 
     `rows` say what edgekit quantizes, `table` what the file will hold (`table_json`): one of
-    llama.cpp's formats is made of float rows.
+    llama.cpp's formats is made of float rows. With `codes` nothing is quantized.
     """
 
     source: ModelSource
     recipe: Recipe
-    rows: list[Resolved]
-    tied: dict[str, str]
+    rows: Sequence[Resolved]
+    tied: Mapping[str, str]
     table: list[dict[str, Any]]
     context: int
     target: str
     options: Options
+    codes: CodesFile | None = None
 
     @property
     def writer(self) -> Target:
@@ -62,16 +66,21 @@ def plan_export(
     revision: str | None = None,
     random_weights: bool = False,
     options: Options | None = None,
+    codes: Path | None = None,
 ) -> Plan:
     """Resolve names, schemes and limits; every refusal that needs no weights happens here.
 
-    `recipe` is `format_recipe`'s where the options name one of llama.cpp's formats.
+    `recipe` is `format_recipe`'s where the options name one of llama.cpp's formats, and has no
+    meaning for `codes`, a file whose codes are packed as they are.
     """
     options = options or Options()
     writer = find_target(target, options)
     source = resolve_model(model, revision=revision, random_weights=random_weights)
+    stored = None if codes is None else CodesFile.open(codes, source.config)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
-    rows = resolve(recipe, shapes)
+    rows: Sequence[Resolved] = resolve(recipe, shapes) if stored is None else stored.rows
+    if stored is not None:
+        recipe, tied = Recipe((), stored.about.recipe), dict(stored.tied)
     writer.check_rows(rows)
     limit = source.config.max_context
     context = source.config.default_context if context is None else context
@@ -79,11 +88,11 @@ def plan_export(
     if not least <= context <= limit:
         raise EdgekitError(f"--context {context}: {source.id} takes {least} to {limit} tokens")
     table = _table(source, rows, tied, options)
-    return Plan(source, recipe, rows, tied, table, context, target, options)
+    return Plan(source, recipe, rows, tied, table, context, target, options, stored)
 
 
 def _table(
-    source: ModelSource, rows: list[Resolved], tied: dict[str, str], options: Options
+    source: ModelSource, rows: Sequence[Resolved], tied: Mapping[str, str], options: Options
 ) -> list[dict[str, Any]]:
     if options.llama_format is None:
         return table_json(rows, tied)
@@ -105,9 +114,12 @@ def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> di
     tokens = verification_tokens(source, plan.context)
     missing = _missing_engine(plan.target)
     checkpoint = source.checkpoint  # here a model on the hub is downloaded
+    if plan.codes is not None:
+        progress("reading the model")
+        _check_origin(plan.codes, source)
     with new_artifact(output, force) as folder:
-        progress("quantizing")
-        weights = Weights(plan.rows, plan.tied, checkpoint)
+        progress("quantizing" if plan.codes is None else "reading the codes")
+        weights = Weights(plan.rows, plan.tied, checkpoint if plan.codes is None else plan.codes)
         if missing is None and plan.options.llama_format is None:
             progress("computing the reference")
             expected = expected_logits(source, weights, tokens, writer)
@@ -150,6 +162,16 @@ def _missing_engine(name: str) -> str | None:
     return None
 
 
+def _check_origin(codes: CodesFile, source: ModelSource) -> None:
+    """Refuse codes of another model's weights; those that were trained are of no checkpoint."""
+    about = codes.about
+    if about.method != "qat" and about.sha256 != source.checkpoint.sha256():
+        raise EdgekitError(
+            f"{codes.path}: was made of other weights than those of {source.id}: of a model "
+            f"called {about.model}"
+        )
+
+
 def _write_config(source: ModelSource, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(source.config.to_dict(), indent=1) + "\n")
 
@@ -167,6 +189,7 @@ def _manifest(plan: Plan, verification: dict[str, Any]) -> dict[str, Any]:
         "target": plan.target,
         "file": plan.model_file,
         "recipe": plan.recipe.name,
+        **_method(plan),
         "llama_format": plan.options.llama_format,
         "tensors": plan.table,
         "versions": {"edgekit": __version__, **plan.writer.versions(), **_quantizer(plan)},
@@ -176,6 +199,18 @@ def _manifest(plan: Plan, verification: dict[str, Any]) -> dict[str, Any]:
         "eos_ids": list(source.config.eos_ids),
         "verification": verification,
     }
+
+
+def _method(plan: Plan) -> dict[str, Any]:
+    """Return how the codes were chosen, and of which file they are if they came out of one."""
+    if plan.codes is not None:
+        digest = sha256_of(plan.codes.path)
+        return {
+            "method": plan.codes.about.method,
+            "codes_sha256": digest,
+            "facts": dict(plan.codes.about.facts),
+        }
+    return {} if plan.options.llama_format is not None else {"method": method_of(plan.rows)}
 
 
 def _quantizer(plan: Plan) -> dict[str, str]:

@@ -10,6 +10,7 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import update_manifest
 from edgekit.exporters.gguf_weights import StoredWeights
 from edgekit.exporters.inspect import check_files
+from edgekit.exporters.read_codes import read_codes
 from edgekit.exporters.reference_text import TEXT
 from edgekit.exporters.target import Options, Target, Weights, find_target
 from edgekit.exporters.verify import Reference, check_format_cost, reference, verify
@@ -119,9 +120,15 @@ def _source(artifact: Artifact, model: str | None) -> ModelSource:
 
 
 def _weights(artifact: Artifact, source: ModelSource) -> Mapping[str, Weight]:
-    """Return what the file must compute: the codes anew, or what it holds in a foreign format."""
+    """Return what the file must compute: the codes anew, or what it holds.
+
+    The latter for a foreign format, and for codes that came out of a file: its content is known to
+    be what was written, and whether that is what the file of codes holds was seen then.
+    """
     if artifact.manifest.get("llama_format") is not None:
         return StoredWeights(artifact.model_path, source.config)
+    if artifact.manifest.get("codes_sha256") is not None:
+        return read_codes(artifact.target, artifact.model_path, source.config, _rows(artifact))
     _, tied = tied_shapes(source.config.tensor_shapes())
     return Weights(_rows(artifact), tied, source.checkpoint)
 

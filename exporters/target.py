@@ -12,6 +12,7 @@ from torch import Tensor
 from edgekit.errors import EdgekitError
 from edgekit.exporters.heap import trim_heap
 from edgekit.models.checkpoint import WeightSource
+from edgekit.models.codes import CodesFile
 from edgekit.models.config import ModelConfig
 from edgekit.models.weights import Weight
 from edgekit.quantize.apply import quantize_tensors
@@ -53,15 +54,19 @@ class Options:
 class Weights(Mapping[str, Weight]):
     """The weights to export by checkpoint name: codes are kept, floats are read when asked for.
 
-    So a model that stays float is never in memory as a whole. `clear` forgets the codes.
+    So a model that stays float is never in memory as a whole. Of a file of codes nothing is kept:
+    each tensor is read when it is asked for. `clear` forgets the codes.
     """
 
     def __init__(
-        self, rows: Sequence[Resolved], tied: Mapping[str, str], source: WeightSource
+        self, rows: Sequence[Resolved], tied: Mapping[str, str], source: WeightSource | CodesFile
     ) -> None:
-        """Quantize what the rows say; `tied` as in `quantize_tensors`."""
+        """Quantize what the rows say, unless `source` holds codes; `tied` as in `quantize_tensors`."""
         self._source = source
         self._places = {row.tensor: tied.get(row.tensor, row.tensor) for row in rows}
+        self._codes: dict[str, QuantizedTensor] = {}
+        if isinstance(source, CodesFile):
+            return
         quantized = [row for row in rows if not row.scheme.is_float]
         self._codes = {
             name: cast(QuantizedTensor, value)
@@ -69,11 +74,13 @@ class Weights(Mapping[str, Weight]):
         }
 
     def __getitem__(self, name: str) -> QuantizedTensor | Tensor:
-        """Return the codes, or the float tensor as the checkpoint stores it."""
+        """Return the codes, or the float tensor as it is stored."""
+        if isinstance(self._source, CodesFile):
+            return self._source[self._places[name]]
         return self._codes[name] if name in self._codes else self._source.tensor(self._places[name])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the checkpoint stores a tensor."""
+        """Return the dtype in which a float tensor is stored."""
         return self._source.dtype(self._places[name])
 
     def __iter__(self) -> Iterator[str]:

@@ -217,6 +217,11 @@ def shared_rows(rows: Iterable[Resolved], tied: Mapping[str, str]) -> dict[str, 
     }
 
 
+def method_of(rows: Iterable[Resolved]) -> str:
+    """Return the method of rows that are rounded to nearest (`edgekit.quantize.storage.METHODS`)."""
+    return "mse" if any(row.range == "mse" for row in rows) else "rtn"
+
+
 def warnings(rows: Iterable[Resolved]) -> list[str]:
     """Return what a user should know about a table before waiting for it."""
     if not any(row.scheme.bits == 4 and row.scheme.granularity == "channel" for row in rows):

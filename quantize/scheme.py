@@ -135,3 +135,20 @@ class Scheme:
 
 FLOAT = Scheme(bits=None, granularity=None)
 """The scheme of tensors that stay as they are."""
+
+
+def scheme_of(
+    bits: int, axis: int | None, group_size: int | None, *, zero_points: bool, signed: bool
+) -> Scheme:
+    """Return the scheme of codes that were made elsewhere; ValueError where there is none.
+
+    The fields are those of `QuantizedTensor`, for a tensor without a codebook.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"codes of {bits} bits")
+    if axis not in (0, None) or (axis is None and group_size is None):
+        raise ValueError("scales that are neither per row nor per group")
+    if signed == zero_points:
+        raise ValueError("signed codes with zero points" if signed else "indices of a codebook")
+    granularity: Literal["channel", "group"] = "channel" if group_size is None else "group"
+    return Scheme(4 if bits == 4 else 8, granularity, group_size, symmetric=not zero_points)

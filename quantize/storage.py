@@ -4,11 +4,15 @@ For a tensor `name` the file holds `name.codes` (packed, see `edgekit.quantize.p
 `name.scales` (bfloat16 where one per group and exact so, else float32) and, where it has them,
 `name.zero_points` and `name.codebook`; a float tensor is held under its own name. The metadata
 `edgekit` is JSON: a format version and, per quantized tensor, shape, bits, group_size, axis and
-signed. A tensor that is another one's object under a second name is `{"same_as": first}`.
+signed. A tensor that is another one's object under a second name is `{"same_as": first}`. Files of
+whole models also say what they are `about`; older ones do not.
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +27,86 @@ from edgekit.quantize.packing import pack, unpack
 from edgekit.quantize.tensor import QuantizedTensor, scales_shape
 
 FORMAT_VERSION = 1
-_PARTS = ("codes", "scales", "zero_points", "codebook")
+PARTS = ("codes", "scales", "zero_points", "codebook")
+"""What a quantized tensor may consist of in the file."""
+METHODS = ("rtn", "mse", "gptq", "qat", "jlcm")
+"""rtn: rounded to nearest, ranges by minimum and maximum; mse: ranges of least squared error."""
+_MOST_FACTS = 64
+_LONGEST = 200
 
 Stored = QuantizedTensor | Tensor
 Contents = dict[str, Stored]
 
 
-def save_quantized(path: Path, tensors: Mapping[str, Stored]) -> None:
+@dataclass(frozen=True)
+class About:
+    """Where a model's codes come from.
+
+    model   what the manifest calls the model
+    sha256  of the weights that were quantized (`WeightSource.sha256`)
+    recipe  the recipe's name
+    method  one of `METHODS`
+    facts   anything else worth keeping: text, numbers, truth values
+
+    Raises ValueError for values of other types, too long, or not printable.
+    """
+
+    model: str
+    sha256: str
+    recipe: str
+    method: str
+    facts: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what could not go into a manifest or a message."""
+        for name in ("model", "recipe"):
+            if not _is_short_text(getattr(self, name)):
+                raise ValueError(f"{name} must be a printable text of at most {_LONGEST} letters")
+        if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError("sha256 must be 64 hexadecimal digits")
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r:.40}")
+        if not isinstance(self.facts, Mapping) or len(self.facts) > _MOST_FACTS:
+            raise ValueError(f"facts must be at most {_MOST_FACTS} names with values")
+        for name, value in self.facts.items():
+            if not _is_short_text(name) or not _is_fact(value):
+                raise ValueError(f"fact {name!r:.40} must be a short text or a finite number")
+
+
+def short_text(text: str) -> str:
+    """Return a name as `About` takes it."""
+    return "".join(char if char.isprintable() else "?" for char in text)[:_LONGEST]
+
+
+def _is_short_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST and value.isprintable()
+
+
+def _is_fact(value: object) -> bool:
+    if isinstance(value, int | float) and abs(value) < 1 << 64:
+        return math.isfinite(value)
+    return _is_short_text(value)
+
+
+@dataclass(frozen=True)
+class Document:
+    """The metadata of a file: `entries` as they stand there, each to be checked when it is used."""
+
+    entries: Mapping[str, object]
+    about: About | None
+
+
+def save_quantized(path: Path, tensors: Mapping[str, Stored], about: About | None = None) -> None:
     """Write tensors to `path` whole or not at all; an existing file is replaced.
 
     Raises ValueError where two names would collide in the file and
     EdgekitError where it cannot be written.
     """
     arrays, entries = _flatten(tensors)
-    metadata = {"edgekit": json.dumps({"format_version": FORMAT_VERSION, "tensors": entries})}
+    document: dict[str, Any] = {"format_version": FORMAT_VERSION, "tensors": entries}
+    if about is not None:
+        document["about"] = asdict(about)
+    metadata = {"edgekit": json.dumps(document, allow_nan=False)}
     with new_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the umask allows; safetensors leaves 0600
@@ -53,7 +123,7 @@ def load_quantized(path: Path) -> Contents:
         raise EdgekitError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            entries = _read_entries(path, file.metadata())
+            entries = read_document(path, file.metadata()).entries
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise EdgekitError(f"{path}: cannot be read: {one_line(error)}") from error
@@ -119,33 +189,46 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape or (1,)
 
 
-def _read_entries(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    """Return the metadata's entries; EdgekitError where they are not ours."""
+def read_document(path: Path, metadata: Mapping[str, str] | None) -> Document:
+    """Return what a safetensors file's metadata says; EdgekitError where it is not ours."""
     text = (metadata or {}).get("edgekit")
     if text is None:
         raise EdgekitError(f"{path}: holds no quantized tensors (no edgekit metadata)")
-    document = json.loads(text)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise EdgekitError(f"{path}: cannot be read: {one_line(error)}") from error
     if not isinstance(document, dict) or not isinstance(document.get("tensors"), dict):
         raise EdgekitError(f"{path}: its edgekit metadata lists no tensors")
     version = document.get("format_version")
     if version != FORMAT_VERSION:
         raise EdgekitError(
-            f"{path}: format version {version!r}, this edgekit reads {FORMAT_VERSION}"
+            f"{path}: format version {version!r:.40}, this edgekit reads {FORMAT_VERSION}"
         )
-    return dict(document["tensors"])
+    return Document(document["tensors"], _about(path, document.get("about")))
 
 
-def _assemble(path: Path, entries: dict[str, Any], arrays: dict[str, Tensor]) -> Contents:
+def _about(path: Path, value: object) -> About | None:
+    if value is None:
+        return None
+    try:
+        return About(**value)  # type: ignore[arg-type]  # which is what is tried here
+    except (TypeError, ValueError) as error:
+        raise EdgekitError(f"{path}: what it is about: {one_line(error)}") from error
+
+
+def _assemble(path: Path, entries: Mapping[str, object], arrays: dict[str, Tensor]) -> Contents:
     """Build the tensors; EdgekitError names the one at fault."""
     result: Contents = {}
     aliases: dict[str, str] = {}
     for name, entry in entries.items():
         try:
-            _check_entry(entry)
-            if "same_as" in entry:
-                aliases[name] = entry["same_as"]
+            known = check_entry(entry)
+            if "same_as" in known:
+                aliases[name] = known["same_as"]
             else:
-                result[name] = _quantized(name, entry, arrays)
+                parts = {part: arrays.pop(f"{name}.{part}", None) for part in PARTS}
+                result[name] = build_tensor(known, parts)
         except (ValueError, RuntimeError) as error:
             raise EdgekitError(f"{path}: {name}: {one_line(error)}") from error
     result |= arrays  # what is left is float
@@ -156,8 +239,8 @@ def _assemble(path: Path, entries: dict[str, Any], arrays: dict[str, Tensor]) ->
     return result
 
 
-def _check_entry(entry: object) -> None:
-    """Raise ValueError where a tensor's metadata is not of the types that `_describe` gives."""
+def check_entry(entry: object) -> dict[str, Any]:
+    """Return a tensor's metadata; ValueError where it is not of the types that are written."""
     if not isinstance(entry, dict):
         reason = "is no object"
     elif set(entry) == {"same_as"}:
@@ -172,11 +255,13 @@ def _check_entry(entry: object) -> None:
         reason = "" if fits else "has a value of the wrong type"
     if reason:
         raise ValueError(f"its metadata {reason}")
+    assert isinstance(entry, dict)
+    return entry
 
 
-def _quantized(name: str, entry: dict[str, Any], arrays: dict[str, Tensor]) -> QuantizedTensor:
-    """Take a tensor's parts out of `arrays` and put them together."""
-    codes, scales, zeros, codebook = (arrays.pop(f"{name}.{part}", None) for part in _PARTS)
+def build_tensor(entry: Mapping[str, Any], parts: Mapping[str, Tensor | None]) -> QuantizedTensor:
+    """Put a tensor's parts together (by `PARTS`); ValueError where they contradict its entry."""
+    codes, scales, zeros, codebook = (parts.get(part) for part in PARTS)
     if codes is None or scales is None:
         raise ValueError("its codes or scales are missing")
     shape, bits, signed = tuple(entry["shape"]), entry["bits"], entry["signed"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from edgekit.errors import EdgekitError
 from edgekit.quantize.apply import Applied, apply, sqnr_db
 from edgekit.quantize.recipe import Resolved
-from edgekit.quantize.storage import Stored, save_quantized
+from edgekit.quantize.storage import About, Stored, save_quantized
 from edgekit.quantize.tensor import QuantizedTensor
 
 
@@ -19,12 +19,13 @@ def quantize_to_file(
     path: Path,
     tied: Mapping[str, str] | None = None,
     on_tensor: Callable[[str], None] | None = None,
+    about: About | None = None,
 ) -> dict[str, float]:
     """Write the codes and scales of `rows` to `path` and return each tensor's SQNR in dB.
 
     Float tensors are written as float32, what the table counts, and are not in the result.
     `get_tensor` and `tied` are those of `quantize_tensors`; `on_tensor` hears each name when it
-    is done. Raises EdgekitError naming the tensor, or the file where it cannot be written.
+    is done, `about` is what the file says of itself. Raises EdgekitError naming the tensor, or the file where it cannot be written.
     """
     try:
         str(path).encode()
@@ -36,7 +37,7 @@ def quantize_to_file(
         _add(applied, contents, sqnr)
         if on_tensor is not None:
             on_tensor(applied.row.tensor)
-    save_quantized(path, contents)
+    save_quantized(path, contents, about)
     return sqnr
 
 

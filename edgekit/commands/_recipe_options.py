@@ -30,6 +30,13 @@ class RecipeChoice:
         return self != RecipeChoice()
 
     @property
+    def option(self) -> str:
+        """The option by which the user asked for it."""
+        if self.file is not None:
+            return "--recipe"
+        return "--scheme" if self.scheme is not None else f"--{self.preset}"
+
+    @property
     def label(self) -> str:
         """A short name for files: the preset, the scheme or the stem of the recipe's file."""
         if self.llama_format is not None:

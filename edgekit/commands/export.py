@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 @click.option("--target", required=True, metavar="TARGET", help="executorch, gguf or onnx")
 @recipe_options
 @click.option(
+    "--codes",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Pack the codes of a file of `edgekit quantize` as they are.",
+)
+@click.option(
     "--context", type=int, metavar="N", help="Positions to make room for  [default: 2048]"
 )
 @click.option(
@@ -53,6 +59,7 @@ def command(
     target: str,
     choice: RecipeChoice,
     module: ModuleChoice,
+    codes: Path | None,
     context: int | None,
     output: Path | None,
     abi: Literal["genai", "transformersjs"],
@@ -68,6 +75,8 @@ def command(
 
     Quantizes once, writes the engine's file, runs it in the engine and compares its logits with
     the model's. The folder appears only when all of that has succeeded.
+
+    With --codes nothing is quantized: the tensors are those of the file, which must be of MODEL.
 
     For target gguf --scheme also takes llama.cpp's own formats, which llama.cpp quantizes: Q4_0,
     Q8_0, Q4_K_M, Q5_K_M, Q6_K, IQ4_NL.
@@ -103,6 +112,10 @@ def command(
         from edgekit.progress import stage_printer
         from edgekit.quantize.recipe import warnings
 
+    if codes is not None and choice.given:
+        raise EdgekitError(
+            f"--codes and {choice.option} exclude each other: the file's tensors are what they are"
+        )
     form = choice.llama_format
     plan = plan_export(
         model,
@@ -117,8 +130,10 @@ def command(
             abi=abi,
             portable=portable,
         ),
+        codes=codes,
     )
-    folder = output or Path(f"{Path(plan.source.id).name.lower()}-{target}-{choice.label}")
+    label = choice.label if codes is None else codes.stem
+    folder = output or Path(f"{Path(plan.source.id).name.lower()}-{target}-{label}")
     if not dry_run:
         check_output(folder, force)
     for warning in warnings(plan.rows):

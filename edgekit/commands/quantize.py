@@ -80,24 +80,29 @@ def command(
         check_output_file(path, force)
     for warning in warnings(rows):
         click.echo(f"edgekit: warning: {warning}", err=True)
-    sqnr = None if path is None else _write(source, rows, tied, path)
+    sqnr = None if path is None else _write(source, recipe.name, rows, tied, path)
     _show(source, rows, tied, sqnr, path, as_json)
 
 
 def _write(
     source: "ModelSource",
+    recipe: str,
     rows: "list[Resolved]",
     tied: dict[str, str],
     path: Path,
 ) -> dict[str, float]:
     """Quantize into `path`, with progress on a terminal; return each tensor's SQNR."""
+    from edgekit.quantize.recipe import method_of
+    from edgekit.quantize.storage import About, short_text
     from edgekit.quantize.write import quantize_to_file
 
-    get = source.checkpoint.tensor
+    checkpoint = source.checkpoint
+    about = About(short_text(source.id), checkpoint.sha256(), short_text(recipe), method_of(rows))
+    get = checkpoint.tensor
     if not sys.stderr.isatty():
-        return quantize_to_file(rows, get, path, tied)
+        return quantize_to_file(rows, get, path, tied, about=about)
     with click.progressbar(length=len(rows), label="quantizing", file=sys.stderr) as bar:
-        return quantize_to_file(rows, get, path, tied, on_tensor=lambda _: bar.update(1))
+        return quantize_to_file(rows, get, path, tied, lambda _: bar.update(1), about)
 
 
 def _show(

@@ -22,7 +22,7 @@ from edgekit.models.config import ModelConfig, load_json_object
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_DIMS = 8
 _PIECE = 1 << 20
@@ -82,14 +82,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor as stored; refuse NaN and infinities by the tensor's name."""
-        entry = self._entry(name)
-        data = torch.empty(entry.nbytes, dtype=torch.uint8)
-        _read_into(entry, memoryview(data.numpy().data))
-        tensor = data.view(entry.dtype).view(entry.shape)
-        # aminmax passes NaN on and needs no temporary, unlike isfinite over the whole tensor
-        if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
-            raise EdgekitError(f"{entry.path}: tensor {name} holds NaN or infinite values")
-        return tensor
+        return read_tensor(name, self._entry(name))
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor is stored in."""
@@ -101,16 +94,10 @@ class Checkpoint:
         A tied model may still ship `lm_head.weight` if it repeats the embedding bit for bit.
         """
         expected, stored = config.tensor_shapes(), self.shapes()
-        extra = [name for name in stored if name not in expected]
-        if config.tie_embeddings and "lm_head.weight" in extra:
+        if config.tie_embeddings and "lm_head.weight" in stored.keys() - expected.keys():
             self._check_tied_head()
-            extra.remove("lm_head.weight")
-        problems = [
-            _listing("missing", [name for name in expected if name not in stored]),
-            _listing("unexpected", extra),
-            _listing("of the wrong shape", _misshapen(expected, stored)),
-        ]
-        found = "; ".join(problem for problem in problems if problem)
+            stored.pop("lm_head.weight")
+        found = shape_problems(expected, stored)
         if found:
             raise EdgekitError(f"{self.files[0].parent}: does not fit its config.json: {found}")
 
@@ -143,8 +130,26 @@ class Checkpoint:
             )
 
 
+def read_tensor(name: str, entry: TensorEntry) -> torch.Tensor:
+    """Read one tensor as stored; refuse NaN and infinities by the tensor's name."""
+    data = torch.empty(entry.nbytes, dtype=torch.uint8)
+    _read_into(entry, memoryview(data.numpy().data))
+    tensor = data.view(entry.dtype).view(entry.shape)
+    # aminmax passes NaN on and needs no temporary, unlike isfinite over the whole tensor
+    if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
+        raise EdgekitError(f"{entry.path}: tensor {name} holds NaN or infinite values")
+    return tensor
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Parse a safetensors header strictly: spans in bounds, gapless, and of their shape's size."""
+    return read_header_and_metadata(path, FLOAT_DTYPES)[0]
+
+
+def read_header_and_metadata(
+    path: Path, dtypes: Mapping[str, torch.dtype]
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Do what `read_header` does for tensors of some dtypes, and return the metadata too."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -154,11 +159,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raw = _parse_header(path, file.read(length))
     except OSError as error:
         raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
-    _check_metadata(path, raw.pop("__metadata__", {}))
+    metadata = _checked_metadata(path, raw.pop("__metadata__", {}))
     start = 8 + length
-    entries = {name: _entry(path, name, info, start) for name, info in raw.items()}
+    entries = {name: _entry(path, name, info, start, dtypes) for name, info in raw.items()}
     _check_coverage(path, entries, start, size)
-    return entries
+    return entries, metadata
 
 
 def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
@@ -178,21 +183,24 @@ def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
     return header
 
 
-def _check_metadata(path: Path, metadata: object) -> None:
+def _checked_metadata(path: Path, metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise EdgekitError(f"{path}: corrupt safetensors header: __metadata__ must hold strings")
+    return metadata
 
 
-def _entry(path: Path, name: str, info: object, start: int) -> TensorEntry:
+def _entry(
+    path: Path, name: str, info: object, start: int, dtypes: Mapping[str, torch.dtype]
+) -> TensorEntry:
     if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
         raise EdgekitError(
             f"{path}: tensor {_short(name)}: needs dtype, shape and data_offsets in the header"
         )
-    dtype = _DTYPES.get(info["dtype"]) if isinstance(info["dtype"], str) else None
+    dtype = dtypes.get(info["dtype"]) if isinstance(info["dtype"], str) else None
     if dtype is None:
         raise EdgekitError(
             f"{path}: tensor {_short(name)} has dtype {_short(info['dtype'])}; "
-            f"supported: {', '.join(_DTYPES)}"
+            f"supported: {', '.join(dtypes)}"
         )
     shape, offsets = info["shape"], info["data_offsets"]
     if not _naturals(shape) or len(shape) > _MAX_DIMS:
@@ -288,6 +296,18 @@ def _file_digest(path: Path) -> bytes:
     except OSError as error:
         raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
     return digest.digest()
+
+
+def shape_problems(
+    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Say which tensors are missing, extra and mis-shaped; nothing where all is as expected."""
+    problems = [
+        _listing("missing", [name for name in expected if name not in stored]),
+        _listing("unexpected", [name for name in stored if name not in expected]),
+        _listing("of the wrong shape", _misshapen(expected, stored)),
+    ]
+    return "; ".join(problem for problem in problems if problem)
 
 
 def _misshapen(

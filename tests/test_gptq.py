@@ -1,0 +1,123 @@
+"""GPTQ against the elimination that it is a fast form of, and what it gains on the bundled model."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from edgekit.quantize.gptq import Inputs, gptq
+from edgekit.quantize.scheme import FLOAT, Scheme
+
+ROWS, COLUMNS = 24, 96
+
+
+def correlated(generator: torch.Generator, samples: int = 400) -> Tensor:
+    mixing = torch.randn(COLUMNS, COLUMNS, generator=generator)
+    strengths = torch.logspace(0, -2, COLUMNS)
+    return torch.randn(samples, COLUMNS, generator=generator) * strengths @ mixing
+
+
+@pytest.fixture
+def weight() -> Tensor:
+    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1)) / 10
+
+
+@pytest.fixture
+def samples() -> Tensor:
+    return correlated(torch.Generator().manual_seed(2))
+
+
+def seen(samples: Tensor, exact: Tensor | None = None) -> Inputs:
+    inputs = Inputs(COLUMNS)
+    exact = samples if exact is None else exact
+    for part, meant in zip(samples.split(100), exact.split(100), strict=True):
+        inputs.add(part, meant)
+    return inputs
+
+
+def by_elimination(weight: Tensor, samples: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+    """Optimal Brain Surgeon, in float64: after each column, invert what is left of H anew."""
+    hessian = (samples.t() @ samples / len(samples)).double()
+    order = hessian.diagonal().argsort(descending=True).tolist()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(COLUMNS)
+    left, result = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
+    while order:
+        inverse = torch.linalg.inv(hessian[order][:, order])
+        column, *rest = order
+        scale = scales[:, column]
+        result[:, column] = (left[:, column] / scale).round().clamp(low, high) * scale
+        error = (left[:, column] - result[:, column]) / inverse[0, 0]
+        left[:, rest] -= error[:, None] * inverse[0, 1:]
+        order = rest
+    return result
+
+
+@pytest.mark.parametrize("name", ["w4", "w4g32", "w8"])
+def test_it_is_optimal_brain_surgeon(weight: Tensor, samples: Tensor, name: str) -> None:
+    scheme = Scheme.parse(name)
+    found = gptq(weight, seen(samples), scheme)
+    scales = found.scales.reshape(ROWS, -1)
+    spread = scales.repeat_interleave(COLUMNS // scales.shape[1], dim=1).double()
+    expected = by_elimination(weight, samples, spread, scheme.grid.low, scheme.grid.high)
+    # A value on the edge between two codes may fall to either side of it.
+    same = (found.dequantize() - expected).abs() < 1e-6
+    assert same.double().mean() > 0.995
+
+
+@pytest.mark.parametrize("name", ["w4", "w4g32"])
+def test_the_outputs_are_closer_than_those_of_rounding_to_nearest(
+    weight: Tensor, samples: Tensor, name: str
+) -> None:
+    scheme = Scheme.parse(name)
+
+    def error(restored: Tensor) -> float:
+        return float(((weight - restored) @ samples.t()).square().mean())
+
+    rounded = error(scheme.quantize(weight).dequantize())
+    assert error(gptq(weight, seen(samples), scheme).dequantize()) < 0.5 * rounded
+
+
+def test_it_makes_up_for_inputs_that_strayed(weight: Tensor, samples: Tensor) -> None:
+    """The quantized part gives a tenth too much of everything: the weight shrinks by as much."""
+    scheme = Scheme.parse("w8")
+    found = gptq(weight, seen(1.1 * samples, samples), scheme).dequantize()
+    wanted = weight @ samples.t()
+    assert float((1.1 * found @ samples.t() - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_columns_that_are_never_used_are_rounded_to_nearest(
+    weight: Tensor, samples: Tensor
+) -> None:
+    samples[:, :32] = 0
+    scheme = Scheme.parse("w4g32")
+    found = gptq(weight, seen(samples), scheme)
+    scales = found.scales[:, :1]
+    assert torch.equal(found.codes[:, :32], (weight[:, :32] / scales).round().clamp(-8, 7).char())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("nothing", "saw no inputs"),
+        ("nan", "not finite"),
+        ("columns", "expected inputs of 96 columns, got 32"),
+        ("weight", "the weight holds infinities or NaN"),
+        ("float", "the float scheme has no codes"),
+    ],
+)
+def test_what_cannot_be_calibrated(
+    weight: Tensor, samples: Tensor, damage: str, message: str
+) -> None:
+    inputs, scheme = seen(samples), Scheme.parse("w4")
+    if damage == "nothing":
+        inputs = Inputs(COLUMNS)
+    elif damage == "nan":
+        inputs.add(torch.full((1, COLUMNS), torch.nan), samples[:1])
+    elif damage == "columns":
+        inputs = Inputs(32)
+        inputs.add(torch.ones(1, 32), torch.ones(1, 32))
+    elif damage == "weight":
+        weight[0, 0] = torch.inf
+    else:
+        scheme = FLOAT
+    with pytest.raises(ValueError, match=message):
+        gptq(weight, inputs, scheme)
