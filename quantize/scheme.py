@@ -101,7 +101,7 @@ class Scheme:
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError where a weight of this shape cannot be stored like this."""
         if not self.is_float:
-            scales_shape(shape, self._axis, self.group_size)
+            scales_shape(shape, self.axis, self.group_size)
 
     def quantize(self, weight: Tensor, range_method: RangeMethod | None = None) -> QuantizedTensor:
         """Quantize a float weight (channels are axis 0, groups run along the last axis).
@@ -111,7 +111,7 @@ class Scheme:
         return quantize(
             weight,
             self.grid,
-            axis=self._axis,
+            axis=self.axis,
             group_size=self.group_size,
             method=range_method or self.default_range,
         )
@@ -124,12 +124,13 @@ class Scheme:
         """
         if self.bits is None or self.granularity is None:
             return 4 * torch.Size(shape).numel()
-        count = torch.Size(scales_shape(shape, self._axis, self.group_size)).numel()
+        count = torch.Size(scales_shape(shape, self.axis, self.group_size)).numel()
         zero_points = 0 if self.symmetric else count
         return stored_bytes(shape, self.bits, self.granularity, count) + zero_points
 
     @property
-    def _axis(self) -> int | None:
+    def axis(self) -> int | None:
+        """The axis that has a scale per entry; None unless per channel."""
         return 0 if self.granularity == "channel" else None
 
 

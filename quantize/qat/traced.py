@@ -21,7 +21,7 @@ from edgekit.quantize.observers import (
 )
 from edgekit.quantize.qat.forward import Forward, LiveGraph
 from edgekit.quantize.qat.milestones import Milestones
-from edgekit.quantize.qat.training import Training
+from edgekit.quantize.qat.training import Prepared, Training
 from edgekit.quantize.qat.weights import WeightQuantizer
 from edgekit.quantize.traced.fold import fold_batch_norms
 from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
@@ -33,7 +33,7 @@ LARGEST_BATCH = 1 << 16
 """Largest batch in training where the module can be traced for any."""
 
 
-class TracedTraining(Training):
+class TracedTraining(Training, Prepared):
     """Training towards a `QuantizedNetwork`.
 
     In `train()` the module observes and rounds as the milestones say; in `eval()` it computes what
@@ -190,7 +190,7 @@ class TracedTraining(Training):
     def fake_weight(self, weight: str, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return a folded weight rounded, and its scales [ranges]."""
         quantizer = self._quantizers[weight]
-        key = self._range_key(quantizer) if self.model.training else None
+        key = self.range_key(quantizer) if self.model.training else None
         return quantizer.fake(values, key)
 
     def _error(self, node: str, error: Exception) -> EdgekitError:

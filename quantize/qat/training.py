@@ -15,6 +15,17 @@ RANGE_EVERY = 10
 """Steps for which a searched range is used in training; minimum and maximum are of each step."""
 
 
+def is_prepared(model: nn.Module) -> bool:
+    """Whether a module, or one inside it, is in training through quantization already."""
+    forwards = (vars(part).get("forward") for part in model.modules())
+    owners = (getattr(forward, "__self__", None) for forward in forwards)
+    return any(isinstance(owner, Prepared) for owner in owners)
+
+
+class Prepared:
+    """What has put its own forward pass in a module's place."""
+
+
 class Training:
     """A model that is trained through quantization.
 
@@ -91,6 +102,6 @@ class Training:
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Take over what a kind of training keeps besides."""
 
-    def _range_key(self, quantizer: WeightQuantizer) -> int | None:
+    def range_key(self, quantizer: WeightQuantizer) -> int | None:
         """Return what a range that is searched for stays the same for in training."""
         return self.steps // RANGE_EVERY if quantizer.searches else None
