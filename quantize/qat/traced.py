@@ -55,6 +55,8 @@ class TracedTraining(Training, Prepared):
         self._example = tuple(example_inputs)
         traced = _trace(model, self._example)
         placement = place(fold_batch_norms(traced), recipe)
+        if not placement.layers:
+            raise EdgekitError(f"{recipe.name}: leaves every layer float: nothing is trained")
         self._graph = LiveGraph(model, traced, placement)
         self._observers = {node.name: MovingAverage() for node in placement.values()}
         self._members: dict[str, list[str]] = {}
