@@ -1,5 +1,6 @@
 """The forward pass in training: the folded graph on the module's own parameters."""
 
+import copy
 from typing import Any, Protocol
 
 import torch
@@ -67,6 +68,13 @@ class LiveGraph:
                 self.skipped.add(node.args[0].name)
         self._names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._names |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LiveGraph":
+        """Copy the module; the graph, which holds none of its tensors, is shared."""
+        result = copy.copy(self)
+        memo[id(self)] = result
+        result.model = copy.deepcopy(self.model, memo)
+        return result
 
     def has(self, name: str) -> bool:
         """Whether a tensor is one of the module's, and no constant of the graph."""
