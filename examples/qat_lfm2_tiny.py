@@ -36,7 +36,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kl": kl_divergence,
     "top-k": lambda student, teacher: top_k_divergence(student, teacher, k=32, temperature=2.0),
 }
-SAVE_EVERY = 20  # steps; searched ranges are renewed every 10, so a resumed run renews in step
+SAVE_EVERY = 20  # steps
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,9 @@ class Run:
         except EdgekitError as error:
             raise EdgekitError(f"{path}: {error}") from error
         if saved["settings"] != asdict(self.settings):
-            raise EdgekitError(f"{path}: is of a run with {saved['settings']}; give those or --work")
+            raise EdgekitError(
+                f"{path}: is of a run with {saved['settings']}; give those or --work"
+            )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
 
@@ -161,16 +163,16 @@ def train(run: Run, tokens: Tensor, bos: int, checkpoint: Path) -> None:
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="train.txt, valid.txt")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="checkpoint and codes")
 @click.option("--recipe", default="int4", show_default=True, help="a preset or a scheme")
-@click.option("--steps", default=240, show_default=True)
+@click.option("--steps", default=200, show_default=True)
 @click.option("--rows", default=4, show_default=True, help="rows in a batch")
 @click.option("--context", default=512, show_default=True, help="tokens in a row")
-@click.option("--rate", default=3e-4, show_default=True, help="peak learning rate of AdamW")
+@click.option("--rate", default=2e-4, show_default=True, help="peak learning rate of AdamW")
 @click.option("--loss", type=click.Choice(list(LOSSES)), default="kl", show_default=True)
 @click.option("--learn-scales", is_flag=True, help="learned step size")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--chunks", default=60, show_default=True, help="chunks of valid.txt to measure on")
 @click.option("--threads", default=1, show_default=True)
-def main(data: Path, work: Path, chunks: int, threads: int, **values: Any) -> None:
+def main(data: Path, work: Path, chunks: int, threads: int, **values: Any) -> None:  # noqa: ANN401
     """Train lfm2-tiny through quantization and write its codes."""
     try:
         _main(data, work, chunks, threads, Settings(**values))
@@ -189,7 +191,7 @@ def _main(data: Path, work: Path, chunks: int, threads: int, settings: Settings)
     bos = source.config.bos_id
     run = Run(settings, source)
     text = cut(tokenize(tokenizer, _read(data / "valid.txt")), settings.context, chunks, bos)
-    figures = {"round to nearest": measure(run.model, run.teacher, text)}
+    figures = {"before training": measure(run.model, run.teacher, text)}
     if checkpoint.is_file():
         run.load(checkpoint)
         click.echo(f"goes on from step {run.qat.steps}", err=True)

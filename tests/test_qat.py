@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from traced_nets import NETS, batch_for, make_net
 
 import edgekit
 from edgekit.errors import EdgekitError
-from edgekit.quantize.grid import Grid
 from edgekit.quantize.affine import quantize
+from edgekit.quantize.grid import Grid
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.prepare import prepare
 from edgekit.quantize.qat.traced import TracedTraining
@@ -92,14 +93,19 @@ def test_what_was_trained_is_what_comes_out(name: str, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["onnx", "executorch"])
-def test_the_file_is_what_was_trained(target: str, tmp_path: Any) -> None:
+def test_the_file_is_what_was_trained(target: str, tmp_path: Path) -> None:
     net, qat = _trained("separable", "w8a8")
     x = batch_for("separable", 4, seed=60)
     net.eval()
     (prepared,) = _outputs(net, x)
     network = qat.finalize(max_batch=8)
     artifact = edgekit.export_network(
-        network, (x,), tmp_path / "net", target=target, name="net", recipe=qat.recipe,
+        network,
+        (x,),
+        tmp_path / "net",
+        target=target,
+        name="net",
+        recipe=qat.recipe,
         ranges=qat.calibration(),
     )
     assert artifact.manifest["verification"]["verified"]
@@ -174,11 +180,11 @@ def _by_the_paper(block: _Block, x: Tensor, frozen: bool) -> Tensor:
     conv_bias = 0.0 if conv.bias is None else conv.bias
     bias = norm.bias - norm.weight * (mu_batch - conv_bias) / sigma_batch
     if not frozen:
-        z = z / c[:, None, None]
-        return z + bias[:, None, None]
+        result: Tensor = z / c[:, None, None] + bias[:, None, None]
+        return result
     correction = norm.weight * (mu_batch / sigma_batch - mu / sigma)
     correction = correction + norm.weight * conv_bias * (1 / sigma - 1 / sigma_batch)
-    return z + (bias + correction)[:, None, None]
+    return torch.add(z, (bias + correction)[:, None, None])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -237,9 +243,7 @@ def test_a_batch_norm_in_eval_is_frozen_by_its_user() -> None:
 
 def test_milestones_say_what_changes() -> None:
     net = make_net("separable").train()
-    qat = prepare(
-        net, "w8a8", (batch_for("separable", 4),), milestones=Milestones(1, 2, 3, 4)
-    )
+    qat = prepare(net, "w8a8", (batch_for("separable", 4),), milestones=Milestones(1, 2, 3, 4))
     x = batch_for("separable", 6)
     seen = []
     for _ in range(6):
@@ -314,9 +318,7 @@ def test_a_copy_trains_on_its_own() -> None:
 
 def test_learned_scales_are_trained_and_stored() -> None:
     net = make_net("separable")
-    qat = prepare(
-        net, "w4a8", (batch_for("separable", 4),), milestones=FROZEN, learn_scales=True
-    )
+    qat = prepare(net, "w4a8", (batch_for("separable", 4),), milestones=FROZEN, learn_scales=True)
     before = [item.detach().clone() for item in qat.parameters()]
     assert len(before) == 4
     losses = _train(net, "separable", qat, 8)
@@ -418,7 +420,7 @@ def test_a_recipe_that_matches_nothing_is_refused() -> None:
     assert "forward" not in vars(net)
 
 
-def test_training_goes_on_from_a_checkpoint(tmp_path: Any) -> None:
+def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     def start() -> tuple[nn.Module, TracedTraining]:
         net = make_net("separable")
         example = (batch_for("separable", 4),)
@@ -522,7 +524,10 @@ def test_a_module_of_one_batch_size_trains_at_that() -> None:
         ({"recipe": edgekit.Recipe(()), "example_inputs": (torch.ones(1),)}, "of weights alone"),
         ({"recipe": "w8a8", "steps": 9, "milestones": FROZEN, "example_inputs": (1,)}, "not both"),
         ({"recipe": "int4", "steps": 9}, "static ranges"),
-        ({"recipe": "w8a8", "example_inputs": (torch.ones(1),), "round_inputs": abs}, "weights alone"),
+        (
+            {"recipe": "w8a8", "example_inputs": (torch.ones(1),), "round_inputs": abs},
+            "weights alone",
+        ),
         ({"recipe": "float", "example_inputs": (batch_for("separable", 2),)}, "nothing is trained"),
     ],
 )

@@ -34,9 +34,7 @@ def top_k_divergence(
     chosen = ours.gather(-1, where)
     mass = _log_mass(likely, theirs)
     divergence_of_mass = _binary_kl(_log_mass(chosen, ours), mass)
-    within = _kl(
-        (chosen / temperature).log_softmax(-1), (likely / temperature).log_softmax(-1)
-    )
+    within = _kl((chosen / temperature).log_softmax(-1), (likely / temperature).log_softmax(-1))
     return (divergence_of_mass + mass.exp() * temperature**2 * within).mean()
 
 

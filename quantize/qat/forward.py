@@ -21,9 +21,20 @@ from edgekit.quantize.traced.trace import DROPOUTS, TracedModule
 class State(Protocol):
     """What a forward pass asks of the training."""
 
-    rounding: bool
-    observing: bool
-    frozen: bool
+    @property
+    def rounding(self) -> bool:
+        """Whether weights and values are rounded."""
+        ...
+
+    @property
+    def observing(self) -> bool:
+        """Whether ranges are observed."""
+        ...
+
+    @property
+    def frozen(self) -> bool:
+        """Whether batch norms use their running statistics."""
+        ...
 
     def observe(self, node: str, values: Tensor) -> None:
         """Take the values of a node."""
@@ -107,12 +118,12 @@ def _folded_norms(nodes: list[Node]) -> dict[str, LiveBatchNorm]:
 class Forward(Interpreter):
     """One forward pass."""
 
-    def __init__(self, graph: LiveGraph, state: State) -> None:
+    def __init__(self, graph: LiveGraph, state: State, device: torch.device) -> None:
         super().__init__(graph.placement.traced.graph_module)
         self._graph, self._state = graph, state
-        self._device: torch.device | None = None
+        self._device = device
 
-    def run_node(self, n: Node) -> Any:
+    def run_node(self, n: Node) -> object:
         """Run a node on the module's tensors, and round its value where it has codes."""
         if n.op == "get_attr":
             return self._attribute(str(n.target))
@@ -124,8 +135,6 @@ class Forward(Interpreter):
             result = self._layer(n, self._graph.layers[n.name])
         else:
             result = super().run_node(n)
-        if n.op == "placeholder":
-            self._device = result.device
         return self._value(n.name, result) if n.name in self._graph.placement.edges else result
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -135,7 +144,7 @@ class Forward(Interpreter):
             return super().fetch_args_kwargs_from_env(n)
         place = -1
 
-        def load(node: Node) -> Any:
+        def load(node: Node) -> Any:  # noqa: ANN401 - a tensor where torch has nodes
             nonlocal place
             place += 1
             value = self.env[node]
@@ -151,7 +160,7 @@ class Forward(Interpreter):
             return self._graph.read(name)
         found = self.fetch_attr(name)
         assert isinstance(found, Tensor)
-        return found if self._device is None else found.to(self._device)
+        return found.to(self._device)
 
     def _value(self, node: str, values: Tensor) -> Tensor:
         values = values.float()  # autocast gives fewer bits than codes need
@@ -162,7 +171,8 @@ class Forward(Interpreter):
         return fake_quantize_activation(values, self._state.parameters_of(node))
 
     def _norm(self, n: Node, norm: LiveBatchNorm) -> Tensor:
-        (values, *_), _ = self.fetch_args_kwargs_from_env(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        values: Tensor = args[0]
         owner = self._graph.model.get_submodule(norm.path)
         if owner.training and not self._state.frozen:
             return norm.normalise(self._graph.read, owner, values)

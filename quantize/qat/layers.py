@@ -111,9 +111,11 @@ class LiveBatchNorm:
             return self.momentum
         if owner.num_batches_tracked is not None:
             owner.num_batches_tracked.add_(1)
-        if owner.momentum is None:  # a plain mean of all batches
-            return 1.0 / float(owner.num_batches_tracked)
-        return float(owner.momentum)
+        if owner.momentum is not None:
+            return float(owner.momentum)
+        if owner.num_batches_tracked is None:
+            return 0.0  # what torch does then
+        return 1.0 / float(owner.num_batches_tracked)  # a plain mean of all batches
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ the largest weight of each channel would get no gradient, for the range ends at 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from edgekit.quantize.scales import ScaleGrid
 
 def fake_quantize_activation(values: Tensor, parameters: ActivationParameters) -> Tensor:
     """Return what `ActivationParameters.fake_quantize` does, with the estimator's gradient."""
-    result: Tensor = _Activation.apply(values, parameters.scale, parameters.zero_point)
+    result: Tensor = _Activation.apply(values, parameters.scale, parameters.zero_point)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -35,32 +35,44 @@ def fake_quantize_rows(
     3) times `step_gradient`: `round(w / s) - w / s` inside, the clamped code outside.
     """
     zeros = None if zero_points is None else zero_points[:, None]
-    result: Tensor = _Rows.apply(rows, scales[:, None], zeros, limits, step_gradient)
+    result: Tensor = _Rows.apply(rows, scales[:, None], zeros, limits, step_gradient)  # type: ignore[no-untyped-call]
     return result
 
 
 def round_scales(scales: Tensor, grid: ScaleGrid) -> Tensor:
     """Return learned scales [ranges] on the storable grid; the gradient passes."""
-    result: Tensor = _Scales.apply(scales, grid)
+    result: Tensor = _Scales.apply(scales, grid)  # type: ignore[no-untyped-call]
     return result
 
 
 def rounded(values: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     """Return `rounding(values)`; the gradient passes as if nothing were rounded."""
-    result: Tensor = _Identity.apply(values, rounding)
+    result: Tensor = _Identity.apply(values, rounding)  # type: ignore[no-untyped-call]
     return result
+
+
+class Context(Protocol):
+    """What torch gives a function: a place for what the gradient needs."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+    step_gradient: float
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors for the gradient."""
+        ...
 
 
 class _Activation(Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: float, zero_point: int) -> Tensor:
+    def forward(ctx: Context, values: Tensor, scale: float, zero_point: int) -> Tensor:
         codes = (values / scale).round_().add_(zero_point)
         clamped = codes.clamp(0, LEVELS - 1)
         ctx.save_for_backward(codes.eq(clamped))
         return clamped.sub_(zero_point).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (inside,) = ctx.saved_tensors
         return gradients[0] * inside, None, None
 
@@ -68,7 +80,7 @@ class _Activation(Function):
 class _Rows(Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         rows: Tensor,
         scales: Tensor,
         zeros: Tensor | None,
@@ -89,7 +101,9 @@ class _Rows(Function):
         return steps.mul_(scales)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(
+        ctx: Context, *gradients: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
         inside, slope = ctx.saved_tensors
         of_scales = None
         if slope is not None:
@@ -99,20 +113,20 @@ class _Rows(Function):
 
 class _Scales(Function):
     @staticmethod
-    def forward(ctx: Any, scales: Tensor, grid: ScaleGrid) -> Tensor:
+    def forward(ctx: Context, scales: Tensor, grid: ScaleGrid) -> Tensor:
         # The grid's rounding reads the bits of positive numbers; a step may have gone below 0.
         return grid.round(scales.clamp(0, grid.largest))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
 
 
 class _Identity(Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Context, values: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
         return rounding(values)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None

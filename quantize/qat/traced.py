@@ -22,7 +22,7 @@ from edgekit.quantize.observers import (
 from edgekit.quantize.qat.forward import Forward, LiveGraph
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.training import Prepared, Training
-from edgekit.quantize.qat.weights import WeightQuantizer
+from edgekit.quantize.qat.weights import TRAINING, WeightQuantizer
 from edgekit.quantize.traced.fold import fold_batch_norms
 from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
 from edgekit.quantize.traced.placement import Placement, place
@@ -138,13 +138,13 @@ class TracedTraining(Training, Prepared):
             if learn_scales:
                 quantizer.learn(self._graph.layers[name].folded(self._graph.read)[0])
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, *args: Any, **kwargs: Any) -> object:  # noqa: ANN401 - as the module's
         inputs = self._inputs(args, kwargs)
         self._graph.placement.traced.check_inputs(inputs)
         if self.observing:
             self._samples += len(inputs[0])
             self._batches += 1
-        return Forward(self._graph, self).run(*inputs)
+        return Forward(self._graph, self, inputs[0].device).run(*inputs)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Return the arguments in order, those given by name too."""
@@ -193,7 +193,7 @@ class TracedTraining(Training, Prepared):
         """Return a folded weight rounded, and its scales [ranges]."""
         quantizer = self._quantizers[weight]
         key = self.range_key(quantizer) if self.model.training else None
-        return quantizer.fake(values, key)
+        return quantizer.fake(values, TRAINING, key)
 
     def _error(self, node: str, error: Exception) -> EdgekitError:
         name = self._graph.placement.traced.names[node]

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.qat.milestones import Milestones
@@ -61,11 +60,7 @@ class Training:
             "recipe": self.recipe,
             "rules": self._rules,
             "steps": self.steps,
-            "scales": {
-                name: quantizer.learned.detach().clone()
-                for name, quantizer in self._quantizers.items()
-                if quantizer.learned is not None
-            },
+            "weights": {name: item.state() for name, item in self._quantizers.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -80,23 +75,15 @@ class Training:
                 f"the checkpoint is of recipe {state['recipe']!r} with other rules than "
                 f"{self.recipe!r}: prepare the model with the recipe it was trained with"
             )
-        learned = {
-            name: quantizer.learned
-            for name, quantizer in self._quantizers.items()
-            if quantizer.learned is not None
-        }
-        scales: Mapping[str, Tensor] = state["scales"]
-        if {name: tuple(item.shape) for name, item in scales.items()} != {
-            name: tuple(item.shape) for name, item in learned.items()
-        }:
+        weights: Mapping[str, Mapping[str, Any]] = state["weights"]
+        if _learned(weights) != _learned(self.state_dict()["weights"]):
             raise EdgekitError(
                 "the checkpoint has other learned scales: prepare the same model with the same "
                 "learn_scales"
             )
         self._restore(state)
-        with torch.no_grad():
-            for name, parameter in learned.items():
-                parameter.copy_(scales[name])
+        for name, quantizer in self._quantizers.items():
+            quantizer.restore(weights[name])
         self.steps = int(state["steps"])
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -105,3 +92,11 @@ class Training:
     def range_key(self, quantizer: WeightQuantizer) -> int | None:
         """Return what a range that is searched for stays the same for in training."""
         return self.steps // RANGE_EVERY if quantizer.searches else None
+
+
+def _learned(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...] | None]:
+    """Return the shape of each weight's learned scales, None where they are not learned."""
+    return {
+        name: tuple(state["learned"].shape) if "learned" in state else None
+        for name, state in weights.items()
+    }

@@ -5,7 +5,7 @@ nothing else of the model is touched. Parameters that two modules share stay one
 module rounds it as its own rule says.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from edgekit.errors import EdgekitError
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.straight_through import rounded
 from edgekit.quantize.qat.training import Prepared, Training
-from edgekit.quantize.qat.weights import WeightQuantizer
+from edgekit.quantize.qat.weights import INFERENCE, TRAINING, WeightQuantizer
 from edgekit.quantize.recipe import Recipe, Resolved, resolve, shared_rows
 from edgekit.quantize.storage import About, Stored, save_quantized
 
@@ -165,7 +165,12 @@ class _Layer(Prepared):
         if self._round_inputs is not None and args:
             args = (rounded(args[0], self._round_inputs), *args[1:])
         weight = getattr(self._module, self._leaf)
-        values, _ = self._quantizer.fake(weight, self._key(weight, training))
+        if training:
+            key = self._training.range_key(self._quantizer)
+            values, _ = self._quantizer.fake(weight, TRAINING, key)
+        else:  # as long as the weight is what it was
+            unchanged = weight._version, self._training.steps
+            values, _ = self._quantizer.fake(weight, INFERENCE, unchanged)
         # What stands in the instance's own dictionary hides the parameter of that name.
         vars(self._module)[self._leaf] = values
         try:
@@ -194,8 +199,3 @@ class _Layer(Prepared):
                 f"{self._quantizer.name}: training never ran the module that holds it "
                 f"({type(self._module).__name__}), so it was not rounded: give it float"
             )
-
-    def _key(self, weight: Tensor, training: bool) -> Hashable:
-        if training:
-            return self._training.range_key(self._quantizer)
-        return "eval", weight._version, self._training.steps

@@ -1,7 +1,8 @@
 """The fake quantization of one weight, and its codes in the end."""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from edgekit.quantize.grid import Grid
 from edgekit.quantize.qat.straight_through import fake_quantize_rows, round_scales
 from edgekit.quantize.ranges import Parameters, RangeMethod
 from edgekit.quantize.tensor import QuantizedTensor, scales_shape
+
+TRAINING, INFERENCE = "train", "eval"
+"""Modes, each of which keeps ranges of its own."""
 
 
 class WeightQuantizer:
@@ -35,7 +39,7 @@ class WeightQuantizer:
         self.learned: nn.Parameter | None = None
         self._grid, self._axis, self._group_size, self._method = grid, axis, group_size, method
         self._zeros: Tensor | None = None
-        self._kept: tuple[Hashable, Parameters] | None = None
+        self._kept: dict[str, tuple[Hashable, Parameters]] = {}
 
     @property
     def searches(self) -> bool:
@@ -51,17 +55,17 @@ class WeightQuantizer:
         self.learned = nn.Parameter(scales)
         return self.learned
 
-    def fake(self, weight: Tensor, key: Hashable = None) -> tuple[Tensor, Tensor]:
+    def fake(self, weight: Tensor, mode: str = "", key: Hashable = None) -> tuple[Tensor, Tensor]:
         """Return what the weight's codes stand for, and the scales `[ranges]`.
 
-        Ranges are those of the last call where that had the same `key`, unless it is None.
-        EdgekitError for a weight that cannot be quantized.
+        Ranges are those of the last call of the same `mode` where that had the same `key`, unless
+        it is None. EdgekitError for a weight that cannot be quantized.
         """
         rows = as_ranges(weight, self._axis, self._group_size)
         if self.learned is not None:
             scales, zeros = round_scales(self.learned, self._grid.scales), self._zeros
         else:
-            scales, zeros = self._parameters(weight, key)
+            scales, zeros = self._parameters(weight, mode, key)
         # Each scale's gradient is balanced against those of its weights (section 2.2 there).
         step_gradient = 1 / math.sqrt(rows.shape[1] * self._grid.high)
         limits = (self._grid.low, self._grid.high)
@@ -94,12 +98,31 @@ class WeightQuantizer:
         except ValueError as error:
             raise EdgekitError(f"{self.name}: cannot be quantized: {error}") from error
 
-    def _parameters(self, weight: Tensor, key: Hashable) -> Parameters:
+    def state(self) -> dict[str, Any]:
+        """Return the learned scales, or the ranges that training keeps for some steps."""
+        if self.learned is not None:
+            return {"learned": self.learned.detach().clone()}
+        if TRAINING not in self._kept:
+            return {}
+        key, (scales, zeros) = self._kept[TRAINING]
+        return {"kept": [key, scales, zeros]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        if self.learned is not None:
+            with torch.no_grad():
+                self.learned.copy_(state["learned"])
+        self._kept.clear()
+        if "kept" in state:
+            key, scales, zeros = state["kept"]
+            self._kept[TRAINING] = key, (scales, zeros)
+
+    def _parameters(self, weight: Tensor, mode: str, key: Hashable) -> Parameters:
         if key is None:
             return self._choose(weight)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, self._choose(weight)
-        return self._kept[1]
+        if mode not in self._kept or self._kept[mode][0] != key:
+            self._kept[mode] = key, self._choose(weight)
+        return self._kept[mode][1]
 
     def _choose(self, weight: Tensor) -> Parameters:
         try:

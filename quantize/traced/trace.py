@@ -157,7 +157,7 @@ def _dropouts(module: nn.Module, wanted: bool) -> Iterator[set[str]]:
         if wanted and isinstance(part, nn.modules.dropout._DropoutNd)
     }
     for part in found.values():
-        part.forward = torch.clone  # type: ignore[method-assign]
+        part.forward = torch.clone
     try:
         yield set(found)
     finally:
@@ -246,7 +246,9 @@ def _note_dropout(node: Node) -> None:
                 notes = dict(_notes(user))
                 notes[position] = [*before, str(_module_path(node)), *notes.get(position, [])]
                 user.meta[DROPOUTS] = notes
-    node.replace_all_uses_with(node.args[0])
+    x = node.args[0]
+    assert isinstance(x, Node)
+    node.replace_all_uses_with(x)
 
 
 def _notes(node: Node) -> dict[int, list[str]]:
