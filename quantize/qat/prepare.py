@@ -56,6 +56,10 @@ def prepare(
     weights are rounded, those of linear layers and embeddings: `recipe` is a preset (int8, int4),
     a scheme such as w4g32 or a `Recipe`, the result ends in codes by name.
 
+    Convolutions are quantized with `example_inputs` only. Ranges of minimum and maximum are those
+    of the weights as they are; ranges that are searched for (4 bits, by default) cost some ten
+    roundings, so in `train()` they are renewed every tenth step, in `eval()` whenever weights changed.
+
     After each step of the optimizer `step()` is called on what is returned, at the end `finalize()`.
     `steps`, the length of the training, gives static ranges their usual `milestones`. With
     `learn_scales` the optimizer must also get `parameters()` of what is returned. Raises

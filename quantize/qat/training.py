@@ -76,6 +76,8 @@ class Training:
                 f"{self.recipe!r}: prepare the model with the recipe it was trained with"
             )
         weights: Mapping[str, Mapping[str, Any]] = state["weights"]
+        if set(weights) != set(self._quantizers):
+            raise EdgekitError("the checkpoint is of another module: its weights differ")
         if _learned(weights) != _learned(self.state_dict()["weights"]):
             raise EdgekitError(
                 "the checkpoint has other learned scales: prepare the same model with the same "
