@@ -390,6 +390,47 @@ def test_a_dropout_before_a_batch_norm_is_refused() -> None:
         prepare(net, "w8a8", (torch.randn(2, 3, 4, 4),))
 
 
+def test_two_batch_norms_on_one_layer_are_refused() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    with pytest.raises(EdgekitError, match="^2: is a batch norm on another one"):
+        prepare(net, "w8a8", (torch.randn(2, 3, 4, 4),))
+
+
+class _Shared(nn.Module):
+    """A convolution used twice, with a batch norm of its own each time, and one that stands alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.first, self.second, self.alone = (nn.BatchNorm2d(4) for _ in range(3))
+        self.scale = nn.Parameter(torch.ones(1, 4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(self.conv(x)))
+        x = self.alone(x + x) * self.scale
+        result: Tensor = self.second(self.conv(x)).flatten(1)
+        return result
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+def test_layers_that_share_a_weight_have_codes_of_their_own(scheme: str) -> None:
+    torch.manual_seed(0)
+    net, twin = _Shared().train(), _Shared().train()
+    twin.load_state_dict(net.state_dict())
+    x = torch.randn(8, 4, 5, 5)
+    qat = prepare(net, scheme, (x,), milestones=Milestones(0, 1), learn_scales=True)
+    torch.testing.assert_close(net(x), twin(x), rtol=1e-5, atol=1e-5)
+    qat.step()
+    for _ in range(3):
+        net(x).square().mean().backward()
+    assert all(item.grad is not None for item in [*net.parameters(), *qat.parameters()])
+    net.eval()
+    prepared = net(x)
+    network = qat.finalize(max_batch=8)
+    assert torch.equal(network.simulate(x)[0], prepared)
+    assert len(network.weights) == 3
+
+
 def test_schemes_mix_by_pattern() -> None:
     recipe = LayerRecipe(
         (

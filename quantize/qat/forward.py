@@ -64,8 +64,9 @@ class LiveGraph:
         self.norms: dict[str, LiveBatchNorm] = {}
         self.skipped: set[str] = set()
         originals = {node.name: node for node in traced.graph_module.graph.nodes}
-        folded = _folded_norms(list(originals.values()))
-        for node in placement.traced.graph_module.graph.nodes:
+        nodes = list(placement.traced.graph_module.graph.nodes)
+        folded = _folded_norms(list(originals.values()), {node.name for node in nodes})
+        for node in nodes:
             original = originals.get(node.name)
             if original is None or original.op != "call_function":
                 continue
@@ -99,13 +100,18 @@ class LiveGraph:
         return found
 
 
-def _folded_norms(nodes: list[Node]) -> dict[str, LiveBatchNorm]:
-    """Return the batch norms that fold, by the name of the layer's node."""
+def _folded_norms(nodes: list[Node], left: set[str]) -> dict[str, LiveBatchNorm]:
+    """Return the batch norms that fold, by the name of the layer's node; `left` are the others'."""
     norms: dict[str, LiveBatchNorm] = {}
     for node in nodes:
-        before = layer_before(node) if node.target == BATCH_NORM else None
-        if before is None:
+        if node.target != BATCH_NORM or node.name in left:
             continue
+        before = layer_before(node)
+        if before is None:
+            raise EdgekitError(
+                f"{LiveBatchNorm.of(node).path}: is a batch norm on another one: training through "
+                "two that fold into one layer is not possible; take one out"
+            )
         if DROPOUTS in node.meta:
             raise EdgekitError(
                 f"{before.weight.target}: a dropout stands between this layer and its batch norm: "
