@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import table
-from edgekit.calibration import imatrix_of_text
 from edgekit.exporters.imatrix import Imatrix
 from edgekit.files import read_text
+from edgekit.importance import imatrix_of_text
 from edgekit.models.source import resolve_model
 
 EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")

@@ -7,6 +7,7 @@ from edgekit.devices.fit import GIB, USABLE_RAM, Fit
 from edgekit.devices.probe import Cache, Cluster, Machine, probe
 from edgekit.devices.profile import LOCAL, DeviceProfile, bundled_profiles, find_profile
 from edgekit.tables import markdown_table, plain_table
+from edgekit.words import counted
 
 UNKNOWN = "unknown"
 
@@ -126,7 +127,8 @@ def _memory_table(fit: Fit) -> str:
 
 
 def _decode_line(fit: Fit, bandwidth: tuple[float, str] | None) -> str:
-    reads = f"{fit.bytes_per_token / 1e6:,.1f} MB per token after {fit.depth} positions"
+    depth = counted(fit.depth, "position")
+    reads = f"{fit.bytes_per_token / 1e6:,.1f} MB per token after {depth}"
     if bandwidth is None:
         return f"Decoding reads {reads}; its ceiling is unknown without a bandwidth (--bandwidth)."
     speed, kind = bandwidth

@@ -5,11 +5,12 @@ import sys
 from io import TextIOWrapper
 from pathlib import Path
 
-from edgekit.interrupts import interrupts_end_the_process
+from edgekit.interrupts import clean_up_on_sigterm, interrupts_end_the_process
 
 
 def main() -> None:
     """Run the command; Ctrl-C while its modules are still being imported leaves no traceback."""
+    clean_up_on_sigterm()
     with interrupts_end_the_process():
         from edgekit.cli import main as command
     _repair_streams()

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError
 from edgekit.progress import Progress
+from edgekit.quality import Budget, Method, Quality
 from edgekit.quiet import quiet_imports
 
 with quiet_imports():
     from edgekit.exporters.artifact import check_output
     from edgekit.exporters.llama_formats import find_format, format_recipe
     from edgekit.exporters.target import Options
-    from edgekit.model_export import export_plan, plan_export
+    from edgekit.model_export import export_plan, plan_export, prepared
     from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
     from edgekit.quantize.scheme import Scheme
 
@@ -29,7 +30,12 @@ def export(
     output: Path | str,
     *,
     target: str = ...,
-    recipe: Recipe | str = ...,
+    recipe: Recipe | str | None = ...,
+    codes: Path | str | None = ...,
+    calibrate: Path | str | None = ...,
+    method: Method | None = ...,
+    bits: float | None = ...,
+    target_size: int | None = ...,
     context: int | None = ...,
     revision: str | None = ...,
     random_weights: bool = ...,
@@ -78,6 +84,10 @@ def export_model(
     target: str = "executorch",
     recipe: Recipe | str | None = None,
     codes: Path | str | None = None,
+    calibrate: Path | str | None = None,
+    method: Method | None = None,
+    bits: float | None = None,
+    target_size: int | None = None,
     context: int | None = None,
     revision: str | None = None,
     random_weights: bool = False,
@@ -90,20 +100,27 @@ def export_model(
     """Export a model, verify the file in its engine, and return the artifact at `output`.
 
     `model` is a name of `edgekit models`, a hub id or a local folder; `recipe` a preset (int8,
-    int4, float; int8 by default), a scheme (w8, w4g128, ...), one of llama.cpp's own formats (Q4_K_M, ...) for
-    target gguf, with the file of an `imatrix` or without, or a `Recipe`; `abi` and `portable` are
-    for target onnx; `codes`, instead of a recipe, is a file of `edgekit quantize` or of
-    `save_quantized`, whose codes are packed as they are; `progress` is told each stage.
+    int4, float; int8 by default), a scheme (w8, w4g128, ...), one of llama.cpp's own formats
+    (Q4_K_M, ...) for target gguf, with the file of an `imatrix` or without, or a `Recipe`; `abi`
+    and `portable` are for target onnx; `progress` is told each stage.
+
+    `calibrate` is a text by which GPTQ, or another `method`, chooses the codes; `bits` per weight
+    or `target_size` in bytes, instead of a recipe, a budget for mixed precision. `codes`, instead
+    of all these, is a file of `edgekit quantize` or `save_quantized`, packed as it is.
+
     Raises `EdgekitError` for a mistake and `VerificationError` for a file that does not compute
     what the model computes; both leave nothing at `output`.
     """
-    if codes is not None and recipe is not None:
-        raise EdgekitError(
-            "codes and recipe exclude each other: the file's tensors are what they are"
-        )
+    quality = _quality(calibrate, method, bits, target_size)
+    if codes is not None and (recipe is not None or quality != Quality()):
+        raise EdgekitError("codes are chosen already: leave out the recipe and how to choose them")
+    if quality.budget is not None and recipe is not None:
+        raise EdgekitError("a budget and a recipe exclude each other: a budget chooses the schemes")
     check_output(Path(output), force)
     recipe = "int8" if recipe is None else recipe
     form = find_format(recipe) if isinstance(recipe, str) else None
+    if form is not None and quality != Quality():
+        raise EdgekitError(f"{form.name} is llama.cpp's own format, which llama.cpp quantizes")
     options = Options(
         llama_format=None if form is None else form.name,
         imatrix=None if imatrix is None else Path(imatrix),
@@ -119,9 +136,23 @@ def export_model(
         random_weights=random_weights,
         options=options,
         codes=None if codes is None else Path(codes),
+        quality=quality,
     )
-    export_plan(plan, Path(output), force, progress)
+    with prepared(plan, Path(output)) as (ready, _made):
+        export_plan(ready, Path(output), force, progress)
     return Artifact.open(output)
+
+
+def _quality(
+    calibrate: Path | str | None,
+    method: Method | None,
+    bits: float | None,
+    target_size: int | None,
+) -> Quality:
+    if bits is not None and target_size is not None:
+        raise EdgekitError("bits and target_size exclude each other: give one of them")
+    budget = None if bits is None and target_size is None else Budget(target_size, bits)
+    return Quality(None if calibrate is None else Path(calibrate), method, budget)
 
 
 def _recipe(given: Recipe | str) -> Recipe:

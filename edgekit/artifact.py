@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 import stat
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from typing import Any
 
 from edgekit.errors import EdgekitError
 from edgekit.files import os_reason
+from edgekit.models.config import load_json_object
 
 MANIFEST = "edgekit.json"
+_CONFIG = "config.json"
 TARGET_OF = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
 """Whose a model file is that comes without a manifest, by the end of its name."""
 FORMAT_VERSION = 1
+_TRANSFORMERS_JS = "onnx"
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_DEPTH = 32
 _MAX_DIMS = 8
@@ -31,9 +35,18 @@ _TYPES: dict[str, type] = {
     "versions": dict,
     "files": dict,
 }
+_MODULE_TYPES: dict[str, type] = {"inputs": list}
 _LANGUAGE_MODEL_TYPES: dict[str, type] = {"context": int, "bos_id": int, "eos_ids": list}
 MODULE = "module"
 """The `kind` of an artifact that takes tensors rather than tokens; others do not state one."""
+
+MODULE_DTYPES = ("float32", "int64")
+"""What the inputs of a module may be."""
+_MAX_ELEMENTS = 1 << 28
+
+
+class DamagedArtifact(EdgekitError):
+    """A file of an artifact is missing or has another length than its manifest says."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +61,11 @@ class Artifact:
         """Read and check the manifest; EdgekitError where the folder is no whole artifact."""
         folder = Path(path)
         if not folder.is_dir():
-            what = "is a file, not an artifact folder" if folder.exists() else "does not exist"
-            raise EdgekitError(f"{folder}: {what}; make one with `edgekit export`")
+            raise EdgekitError(f"{folder}: {_no_folder(folder)}")
+        if not os.path.lexists(folder / MANIFEST):
+            raise EdgekitError(
+                f"{folder}: holds no {MANIFEST}, so it is no artifact; {_hint(folder)}"
+            )
         manifest = _read_manifest(folder / MANIFEST)
         for name, facts in manifest["files"].items():
             _check_file(folder, name, facts)
@@ -57,6 +73,8 @@ class Artifact:
             raise EdgekitError(
                 f"{folder / MANIFEST}: file {manifest['file']!r:.60} is not in files"
             )
+        if manifest.get("kind") != MODULE:
+            _check_ids(folder, manifest)
         return cls(folder, manifest)
 
     @property
@@ -79,8 +97,8 @@ class Artifact:
         """Positions the model file has room for; EdgekitError for a module."""
         if self.is_module:
             raise EdgekitError(
-                f"{self.folder}: is a module, not a language model: run it with "
-                "edgekit.load_module, from Python"
+                f"{self.folder}: is a module, not a language model: `edgekit bench` measures it, "
+                "`edgekit inspect` and `verify` take it, and edgekit.load_module runs it from Python"
             )
         return int(self.manifest["context"])
 
@@ -107,6 +125,25 @@ def sha256_of(path: Path) -> str:
     """Return the hexadecimal sha256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _no_folder(path: Path) -> str:
+    if not path.exists():
+        return "does not exist; make one with `edgekit export`"
+    if not path.is_file():
+        return "is no regular file: neither an artifact folder nor a model file"
+    return "is a file, not an artifact folder; make one with `edgekit export`"
+
+
+def _hint(folder: Path) -> str:
+    """Say what to do with a folder without a manifest; Transformers.js keeps models in `onnx/`."""
+    places = (folder, folder / _TRANSFORMERS_JS)
+    files = [
+        file for place in places for end in TARGET_OF for file in sorted(place.glob(f"*{end}"))
+    ]
+    if files:
+        return f"name a model file in it, such as {files[0]}"
+    return "make one with `edgekit export`"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -152,7 +189,7 @@ def _finite(text: str) -> float:
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     is_module = manifest.get("kind") == MODULE
-    for key, kind in (_TYPES if is_module else _TYPES | _LANGUAGE_MODEL_TYPES).items():
+    for key, kind in (_TYPES | (_MODULE_TYPES if is_module else _LANGUAGE_MODEL_TYPES)).items():
         value = manifest.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise EdgekitError(f"{path}: {key} must be {_json_name(kind)}, got {value!r:.60}")
@@ -163,7 +200,9 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         )
     if not isinstance(manifest["model"].get("id"), str):
         raise EdgekitError(f"{path}: model.id must be a string")
-    if not is_module:
+    if is_module:
+        _check_module(path, manifest)
+    else:
         _check_language_model(path, manifest)
     for row in manifest["tensors"]:
         _check_row(path, row)
@@ -175,6 +214,38 @@ def _check_language_model(path: Path, manifest: dict[str, Any]) -> None:
     for token in (manifest["bos_id"], *manifest["eos_ids"]):
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
             raise EdgekitError(f"{path}: bos_id and eos_ids must be token ids, got {token!r:.60}")
+
+
+def _check_ids(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse ids that are no tokens of the model, as far as `config.json` tells their number."""
+    if _CONFIG not in manifest["files"]:
+        return
+    size = load_json_object(folder / _CONFIG).get("vocab_size")
+    for token in (manifest["bos_id"], *manifest["eos_ids"]):
+        if type(size) is int and token >= size:
+            raise EdgekitError(
+                f"{folder / MANIFEST}: bos_id and eos_ids must be token ids below {size}, the "
+                f"vocabulary of {_CONFIG}, got {token}"
+            )
+
+
+def _check_module(path: Path, manifest: dict[str, Any]) -> None:
+    largest = manifest.get("max_batch")
+    if largest is not None and not _is_count(largest):
+        raise EdgekitError(f"{path}: max_batch must be a size or null, got {largest!r:.60}")
+    inputs = manifest["inputs"]
+    for item in inputs:
+        shape = item.get("shape") if isinstance(item, dict) else None
+        if (
+            not isinstance(shape, list)
+            or not 1 <= len(shape) <= _MAX_DIMS
+            or not all(_is_count(size) for size in shape)
+            or math.prod(shape) > _MAX_ELEMENTS
+            or item.get("dtype") not in MODULE_DTYPES
+        ):
+            raise EdgekitError(f"{path}: inputs must hold dtype and shape: {item!r:.80}")
+    if not inputs:
+        raise EdgekitError(f"{path}: inputs must not be empty")
 
 
 def _check_row(path: Path, row: object) -> None:
@@ -210,9 +281,9 @@ def _check_file(folder: Path, name: str, facts: object) -> None:
         raise EdgekitError(f"{manifest}: files[{name!r:.60}] must hold bytes and sha256")
     path = folder / name
     if not path.is_file():
-        raise EdgekitError(f"{path}: is missing, though {MANIFEST} lists it")
+        raise DamagedArtifact(f"{path}: is missing, though {MANIFEST} lists it")
     if path.stat().st_size != facts["bytes"]:
-        raise EdgekitError(
+        raise DamagedArtifact(
             f"{path}: has {path.stat().st_size} bytes, {MANIFEST} says {facts['bytes']}: "
             "it is truncated or was replaced; export again"
         )

@@ -6,7 +6,7 @@ Command files import click alone, so `edgekit --help` answers at once; each impo
 No traceback reaches a user: every error is one printable line on stderr, whatever stands in the
 names that it repeats. Exit status: 0 success, 1 a failed verification, 2 a mistake or a machine
 that cannot do it (full disk, no memory), 70 a defect of edgekit, 130 Ctrl-C, 141 a reader that
-closed the pipe. EDGEKIT_TRACEBACK=1 gives the tracebacks.
+closed the pipe, 143 SIGTERM. EDGEKIT_TRACEBACK=1 gives the tracebacks.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from edgekit import __version__
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, Terminated
 
 COMMANDS = (
     "export",
@@ -84,6 +84,8 @@ def _errors_in_one_line() -> Iterator[None]:
         _end(str(error), error.exit_status)
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED)
+    except Terminated as error:
+        _end("terminated", error.exit_status)
     except BrokenPipeError:
         _discard(sys.stdout)
         sys.exit(READER_GONE)

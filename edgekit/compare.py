@@ -8,22 +8,30 @@ from typing import Any
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.weights import NamedTensors, TensorComparison, compare_weights, read_weights
+from edgekit.exporters.stored_size import StoredSize
+from edgekit.exporters.weights import (
+    NamedTensors,
+    TensorComparison,
+    compare_weights,
+    read_weights,
+    stored_size,
+)
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.progress import Steps, no_steps
 from edgekit.quantize.recipe import tied_shapes
-from edgekit.runtime.bench import bench, check_contexts, plan
+from edgekit.runtime.bench import bench, check_contexts, load_each, plan
 from edgekit.runtime.engine import check_threads
 from edgekit.runtime.evaluate import (
-    DEFAULT_CONTEXT,
+    DEFAULT_CHUNK,
     Evaluation,
     check_chunk_length,
     evaluate_each,
 )
 from edgekit.runtime.model_files import ModelFile, find_model_file
 from edgekit.runtime.record import ArtifactResult, Record, ShapeResult, spread
+from edgekit.runtime.table import disturbances
 from edgekit.tables import markdown_table
 
 _NOTHING = "-"
@@ -33,12 +41,12 @@ _NOTHING = "-"
 class Compared:
     """One artifact's row: its place in the benchmark, its evaluation, its parameters.
 
-    `evaluation` is None without a text, `parameters` where their number is not known, and
-    `unread`, which says why weights could not be read back, where they could.
+    `evaluation` is None without a text, `size` where the file does not tell, and `unread`, which
+    says why weights could not be read back, where they could.
     """
 
     result: ArtifactResult
-    parameters: int | None
+    size: StoredSize | None
     evaluation: Evaluation | None
     unread: str | None
 
@@ -49,8 +57,13 @@ class Compared:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits of the model's files over the model's parameters."""
-        return 8 * self.result.file_bytes / self.parameters if self.parameters else None
+        """Bits of the tensors' bytes over the number of weights, as `inspect` has them."""
+        return None if self.size is None else self.size.bits_per_weight
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Memory while the tests ran; None where none ran."""
+        return self.result.memory.peak if self.result.tests else None
 
     @property
     def kld(self) -> float | None:
@@ -73,7 +86,8 @@ class Compared:
             "model": dict(self.result.model),
             "file_bytes": self.result.file_bytes,
             "bits_per_weight": self.bits_per_weight,
-            "peak_bytes": self.result.memory.peak,
+            "weight_bytes": None if self.size is None else self.size.nbytes,
+            "peak_bytes": self.peak_bytes,
             "tokens_per_second": {
                 kind: None if test is None else {"test": test.shape.name, **spread(test.rates)}
                 for kind, test in speeds.items()
@@ -127,9 +141,10 @@ class Comparison:
         }
 
     def text(self) -> str:
-        """Return the table, and a line for what could not be known."""
+        """Return the table, and a line for what could not be known or disturbed a speed."""
         table = markdown_table(*self.table(), align="llrrrrrrrl")
         notes = [f"{one.name}: {one.unread}" for one in self.artifacts if one.unread]
+        notes += disturbances(self.record)
         return "\n\n".join([table, "\n".join(notes)] if notes else [table])
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -141,7 +156,7 @@ class Comparison:
         return headers, [self._row(one) for one in self.artifacts]
 
     def _row(self, one: Compared) -> list[str]:
-        bits, peak = one.bits_per_weight, one.result.memory.peak
+        bits, peak = one.bits_per_weight, one.peak_bytes
         evaluation = one.evaluation
         return [
             one.name,
@@ -166,7 +181,7 @@ def compare(
     text: str | None = None,
     reference: str | None = None,
     *,
-    context: int = DEFAULT_CONTEXT,
+    context: int = DEFAULT_CHUNK,
     chunks: int | None = None,
     prompt: int = 512,
     generate: int = 128,
@@ -179,13 +194,15 @@ def compare(
 
     An artifact is a folder that `edgekit export` wrote, or what `find_model_file` takes besides.
     `text` and `tokenizer` are those of `evaluate`, `reference` the model that the artifacts stand
-    for, `prompt`, `generate` and `repetitions` the benchmark's. Raises `EdgekitError` for what one
+    for, `prompt`, `generate` and `repetitions` the benchmark's; 0 and 0 tokens leave speed and
+    memory out. Raises `EdgekitError` for what one
     of these refuses; what needs no weights is checked before any is read.
     """
     show = progress or no_steps
     check_threads(threads)
     check_chunk_length(context)
-    check_contexts(artifacts, plan((prompt,), (generate,), (0,)))
+    timed = prompt > 0 or generate > 0
+    check_contexts(artifacts, plan((prompt,), (generate,), (0,)) if timed else [])
     files = [find_model_file(path) for path in artifacts]
     source = None if reference is None else resolve_model(reference)
     weights = _compare_weights(files, source, show)
@@ -204,18 +221,22 @@ def compare(
                 progress=_prefixed(show, "quality: "),
             )
         ]
-    record = bench(
-        artifacts,
-        (prompt,),
-        (generate,),
-        repetitions=repetitions,
-        threads=threads,
-        progress=_prefixed(show, "speed: "),
+    record = (
+        bench(
+            artifacts,
+            (prompt,),
+            (generate,),
+            repetitions=repetitions,
+            threads=threads,
+            progress=_prefixed(show, "speed: "),
+        )
+        if timed
+        else load_each(artifacts, threads)
     )
     rows = tuple(
-        Compared(result, parameters, evaluation, unread)
-        for result, parameters, evaluation, unread in zip(
-            record.artifacts, weights.parameters, evaluations, weights.unread, strict=True
+        Compared(result, size, evaluation, unread)
+        for result, size, evaluation, unread in zip(
+            record.artifacts, weights.sizes, evaluations, weights.unread, strict=True
         )
     )
     read = tuple(record.artifacts[index].name for index in weights.read)
@@ -224,12 +245,12 @@ def compare(
 
 @dataclass(frozen=True)
 class _Weights:
-    """What reading the files' weights brought: per file the parameters and why it was not read.
+    """What reading the files' weights brought: per file its size and why it was not read.
 
     `read` are the indices of the files that were, whose weights `tensors` compares.
     """
 
-    parameters: list[int | None]
+    sizes: list[StoredSize | None]
     unread: list[str | None]
     read: list[int]
     tensors: list[TensorComparison]
@@ -251,11 +272,8 @@ def _compare_weights(
             progress(len(tensors), len(tensors), f"weights: {tensor.tensor}")
         if not any(unread[index] for index in read):
             break
-    parameters = [
-        config.parameter_count if config is not None and unread[index] is None else _stated(file)
-        for index, (file, config) in enumerate(zip(files, configs, strict=True))
-    ]
-    return _Weights(parameters, unread, read, tensors)
+    sizes = [_size(file, config) for file, config in zip(files, configs, strict=True)]
+    return _Weights(sizes, unread, read, tensors)
 
 
 def _guarded(
@@ -282,10 +300,12 @@ def _common_config(files: Sequence[ModelFile], source: ModelSource | None) -> Mo
     return next((config for file in files if (config := _config(file)) is not None), None)
 
 
-def _stated(file: ModelFile) -> int | None:
-    """Return the number of parameters that the manifest states."""
-    count = None if file.manifest is None else file.manifest["model"].get("parameters")
-    return count if type(count) is int and count > 0 else None
+def _size(file: ModelFile, config: ModelConfig | None) -> StoredSize | None:
+    """Return the bytes of a file's tensors; None where they cannot be told from the rest."""
+    try:
+        return stored_size(file.engine, file.path, config)
+    except EdgekitError:
+        return None
 
 
 def _float_reader(source: ModelSource | None) -> Callable[[str], Tensor | None] | None:
@@ -307,4 +327,5 @@ def _speed(test: ShapeResult | None) -> str:
     speed = spread(test.rates)
     mean, deviation = speed["mean"] or 0.0, speed["stdev"]
     decimals = 0 if mean >= 1000 else 1
-    return f"{mean:,.{decimals}f}" + ("" if deviation is None else f" ± {deviation:,.{decimals}f}")
+    spread_text = "" if deviation is None else f" ± {deviation:,.{decimals}f}"
+    return f"{mean:,.{decimals}f}{spread_text}" + (" !" if test.disturbed else "")

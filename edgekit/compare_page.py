@@ -8,6 +8,8 @@ from edgekit.exporters.weights import TensorComparison, sqnr_db
 from edgekit.plots import Axis, Point, bars, lines, marker, scatter
 from edgekit.quantize.recipe import EMBEDDING, HEAD
 from edgekit.runtime.record import spread
+from edgekit.runtime.table import disturbances
+from edgekit.words import counted
 
 # Okabe and Ito's colours, which the colour-blind tell apart, a little deeper in light and lighter
 # in dark, so that each stands out from the ground by a contrast of 3 to 1 or more.
@@ -92,18 +94,20 @@ def _series(index: int) -> int:
 def _introduction(comparison: Comparison) -> Iterator[str]:
     record = comparison.record
     threads = record.settings.threads
+    repeated = record.settings.repetitions
+    timed = f"{counted(repeated, 'repetition')}, interleaved" if repeated else "speed not measured"
     yield (
-        f"{record.machine['cpu'] or 'unknown CPU'}, {threads} thread{'s' * (threads != 1)}, "
-        f"{record.settings.repetitions} repetitions, interleaved; read bandwidth "
-        f"{record.bandwidth.limit:.1f} GB/s; edgekit {record.edgekit_version}, "
+        f"{record.machine['cpu'] or 'unknown CPU'}, {counted(threads, 'thread')}, {timed}; "
+        f"read bandwidth {record.bandwidth.limit:.1f} GB/s; edgekit {record.edgekit_version}, "
         f"{record.timestamp_utc}"
     )
+    yield from disturbances(record)
     found = comparison.artifacts[0].evaluation
     if found is not None:
         against = "" if found.reference is None else f", against {found.reference} in float"
         yield (
-            f"Quality on {found.tokens:,} tokens, second half of {found.chunks:,} chunks of "
-            f"{found.context}{against}."
+            f"Quality on {counted(found.tokens, 'token')}, second half of "
+            f"{counted(found.chunks, 'chunk')} of {found.context}{against}."
         )
 
 
@@ -273,7 +277,7 @@ def _weights(comparison: Comparison) -> Iterator[str]:
         return
     headers, rows = _tensor_rows(comparison)
     yield (
-        f"<details><summary>{len(rows)} tensors one by one</summary>"
+        f"<details><summary>{counted(len(rows), 'tensor')} one by one</summary>"
         f"{_table(headers, rows, texts=(0,))}</details>"
     )
 

@@ -19,6 +19,15 @@ class Interrupted(EdgekitError):
     exit_status = 130
 
 
+class Terminated(SystemExit):
+    """SIGTERM came; what is half-written is removed on the way out (exit 143).
+
+    No `Exception`, as KeyboardInterrupt is none: nothing may go on after it.
+    """
+
+    exit_status = 143  # 128 + SIGTERM, what a shell reports
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """Return what a library says, without its line breaks and stack frames; never empty."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

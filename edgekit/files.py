@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,8 +56,13 @@ def check_parent(path: Path) -> None:
     parent = path.absolute().parent
     if not parent.is_dir():
         raise EdgekitError(f"{parent}: does not exist, so {path.name} cannot be made in it")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise EdgekitError(f"{parent}: is not writable, so {path.name} cannot be made in it")
+    try:  # of some file systems only the attempt says it: root may write to /proc, by its modes
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise EdgekitError(
+            f"{parent}: is not writable ({os_reason(error)}), so {path.name} cannot be made in it"
+        ) from error
 
 
 @contextmanager

@@ -56,14 +56,22 @@ class GenaiConfig:
             raise EdgekitError(f"{root.path}: filename {name!r:.60} is no plain name of a file")
         if not (folder / name).is_file():
             raise EdgekitError(f"{folder / name}: is missing, though {CONFIG} names it")
+        bos_id, eos_ids = model.count("bos_token_id", least=0), model.counts("eos_token_id")
+        size = model.count("vocab_size")
+        for token in (bos_id, *eos_ids):
+            if token is not None and size is not None and token >= size:
+                raise EdgekitError(
+                    f"{root.path}: bos_token_id and eos_token_id must be below its vocab_size "
+                    f"{size}, got {token}"
+                )
         return cls(
             folder=folder,
             model_path=folder / name,
             context=min((limit for limit in limits if limit is not None), default=None),
-            bos_id=model.count("bos_token_id", least=0),
-            eos_ids=model.counts("eos_token_id"),
+            bos_id=bos_id,
+            eos_ids=eos_ids,
             head_size=decoder.count("head_size"),
-            vocab_size=model.count("vocab_size"),
+            vocab_size=size,
             inputs=decoder.group("inputs").texts(),
             outputs=decoder.group("outputs").texts(),
         )

@@ -1,23 +1,29 @@
 """`export`: from a model's name to a verified artifact folder."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgekit import __version__
 from edgekit.artifact import sha256_of
+from edgekit.calibrated import workspace_of
 from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import copy_tokenizer, new_artifact, write_manifest
 from edgekit.exporters.gguf_weights import StoredWeights
 from edgekit.exporters.llama_formats import FORMATS
 from edgekit.exporters.llama_quantize import quantizer_version
 from edgekit.exporters.target import Job, Options, Target, Weights, find_target
+from edgekit.mixed import CANDIDATES, CountBytes, Mixed
 from edgekit.models.codes import CodesFile
 from edgekit.models.source import ModelSource, resolve_model
-from edgekit.progress import Progress
-from edgekit.quantize.recipe import Recipe, Resolved, method_of, resolve, tied_shapes
+from edgekit.progress import Progress, Steps
+from edgekit.quality import Quality
+from edgekit.quantization import Made, choose_recipe, write_codes
+from edgekit.quantize.recipe import Recipe, Resolved, Rule, method_of, resolve, tied_shapes
+from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.table import table_json
 from edgekit.runtime.engine import EngineMissing, import_engine
 from edgekit.verification import expected_logits, verification_tokens, verify_file
@@ -34,7 +40,8 @@ class Plan:
     """What an export will write, known before any weight is read.
 
     `rows` say what edgekit quantizes, `table` what the file will hold (`table_json`): one of
-    llama.cpp's formats is made of float rows. With `codes` nothing is quantized.
+    llama.cpp's formats is made of float rows. With `codes` nothing is quantized. `mixed` is what
+    the budget of `quality` chose.
     """
 
     source: ModelSource
@@ -46,6 +53,8 @@ class Plan:
     target: str
     options: Options
     codes: CodesFile | None = None
+    quality: Quality = field(default_factory=Quality)
+    mixed: Mixed | None = None
 
     @property
     def writer(self) -> Target:
@@ -67,17 +76,26 @@ def plan_export(
     random_weights: bool = False,
     options: Options | None = None,
     codes: Path | None = None,
+    quality: Quality | None = None,
+    steps: Steps | None = None,
 ) -> Plan:
     """Resolve names, schemes and limits; every refusal that needs no weights happens here.
 
     `recipe` is `format_recipe`'s where the options name one of llama.cpp's formats, and has no
-    meaning for `codes`, a file whose codes are packed as they are.
+    meaning for `codes`, a file whose codes are packed as they are. For a budget the cost of each
+    tensor is measured here, and `steps` is told.
     """
+    quality = quality or Quality()
     options = options or Options()
     writer = find_target(target, options)
     source = resolve_model(model, revision=revision, random_weights=random_weights)
     stored = None if codes is None else CodesFile.open(codes, source.config)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
+    mixed = None
+    if codes is None and options.llama_format is None:
+        recipe, mixed = choose_recipe(
+            source, recipe, quality, _schemes(writer, shapes), _counter(writer), steps
+        )
     rows: Sequence[Resolved] = resolve(recipe, shapes) if stored is None else stored.rows
     if stored is not None:
         recipe, tied = Recipe((), stored.about.recipe), dict(stored.tied)
@@ -88,7 +106,52 @@ def plan_export(
     if not least <= context <= limit:
         raise EdgekitError(f"--context {context}: {source.id} takes {least} to {limit} tokens")
     table = _table(source, rows, tied, options)
-    return Plan(source, recipe, rows, tied, table, context, target, options, stored)
+    return Plan(source, recipe, rows, tied, table, context, target, options, stored, quality, mixed)
+
+
+def _schemes(writer: Target, shapes: Mapping[str, tuple[int, ...]]) -> list[Scheme]:
+    """Return the schemes that a target can hold, embedding and head included."""
+    found = []
+    for scheme in map(Scheme.parse, CANDIDATES):
+        try:
+            writer.check_rows(resolve(Recipe((Rule(".*", scheme),)), shapes))
+        except EdgekitError:
+            continue
+        found.append(scheme)
+    return found
+
+
+def _counter(writer: Target) -> CountBytes:
+    """Return what counts the bytes of a table in the target's file."""
+
+    def count(rows: Sequence[Resolved], tied: Mapping[str, str]) -> int:
+        once = writer.stored_once(rows, tied)
+        return sum(writer.stored_bytes(row) for row in rows if row.tensor not in once)
+
+    return count
+
+
+@contextmanager
+def prepared(
+    plan: Plan, output: Path, steps: Steps | None = None
+) -> Iterator[tuple[Plan, Made | None]]:
+    """Give the plan to export, and what was found while its codes were chosen.
+
+    Where a calibration or a budget was asked for, codes are written to a hidden file beside
+    `output`, which is there until the block ends; what is done of a calibration outlives a kill.
+    Else the plan is as it was.
+    """
+    if plan.codes is not None or not plan.quality.given:
+        yield plan, None
+        return
+    with workspace_of(output) as workspace:
+        path = workspace / "codes.safetensors"
+        try:
+            made = write_codes(plan.source, plan.recipe, plan.quality, path, workspace, steps)
+            codes = CodesFile.open(path, plan.source.config)
+            yield replace(plan, codes=codes, rows=codes.rows, tied=codes.tied), made
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _table(
@@ -100,6 +163,12 @@ def _table(
 
     form = FORMATS[options.llama_format]
     return planned_table(source.config, rows, tied, form, options.imatrix)
+
+
+def _check_table(path: Path, table: list[dict[str, Any]]) -> None:
+    from edgekit.exporters.gguf import check_table
+
+    check_table(path, table)
 
 
 def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[str, Any]:
@@ -137,6 +206,8 @@ def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> di
         writer.write(job, folder, progress)
         weights.clear()
         path = folder / plan.model_file
+        if plan.options.llama_format is not None:
+            _check_table(path, plan.table)
         if missing is None and plan.options.llama_format is not None:
             progress("computing the reference")
             expected = expected_logits(source, StoredWeights(path, source.config), tokens, writer)

@@ -137,5 +137,5 @@ def _tensor(values: Any, where: str) -> Tensor:  # noqa: ANN401 - a tensor or an
         return values
     try:
         return torch.from_numpy(np.array(values))  # copied: a mapped file is not writable
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # of types and byte orders that torch lacks
         raise EdgekitError(f"{where}: {one_line(error)}") from error

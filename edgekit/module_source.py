@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgekit.artifact import MODULE_DTYPES
 from edgekit.errors import EdgekitError, one_line
 from edgekit.quiet import quiet_imports
 from edgekit.user_code import Factory
@@ -13,8 +14,6 @@ with quiet_imports():
     from safetensors import SafetensorError, safe_open
     from torch import Tensor, nn
 
-DTYPES = {"float32": torch.float32, "int64": torch.int64}
-"""Types of inputs that the engines' files take."""
 _SHAPE = re.compile(r"[1-9]\d{0,8}(x[1-9]\d{0,8}){0,7}")
 _MOST_ELEMENTS = 1 << 28
 _SEED = 0
@@ -59,8 +58,8 @@ def example_inputs(shapes: Sequence[str], dtypes: Sequence[str]) -> tuple[Tensor
 def _example(text: str, dtype: str, generator: torch.Generator) -> Tensor:
     if _SHAPE.fullmatch(text) is None:
         raise EdgekitError(f"--example-shape {text!r:.60} is no shape such as 1x3x32x32")
-    if dtype not in DTYPES:
-        raise EdgekitError(f"--example-dtype {dtype!r:.60}: allowed are {', '.join(DTYPES)}")
+    if dtype not in MODULE_DTYPES:
+        raise EdgekitError(f"--example-dtype {dtype!r:.60}: allowed are {', '.join(MODULE_DTYPES)}")
     shape, elements = [int(size) for size in text.split("x")], 1
     for size in shape:
         elements *= size
@@ -93,9 +92,11 @@ def load_weights(module: nn.Module, path: Path) -> None:
     foreign = [name for name in held if name not in state]
     name = type(module).__name__
     if lacking or foreign:
-        said = [f"lacks {_some(lacking)}"] * bool(lacking) + [f"has {_some(foreign)}"] * bool(
-            foreign
-        )
+        said = [
+            f"{verb} {_some(names)}"
+            for verb, names in (("lacks", lacking), ("has", foreign))
+            if names
+        ]
         raise EdgekitError(f"{path}: is no state dict of {name}: it {' and '.join(said)}")
     for key, value in held.items():
         if value.shape != state[key].shape:

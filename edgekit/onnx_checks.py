@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from edgekit.onnx_file import Graph, Node, UnsoundModel
+from edgekit.onnx_model import Graph, Node, UnsoundModel
 
 _FILE_NAME = re.compile(r"\w[\w.+-]{0,254}", re.ASCII)
 

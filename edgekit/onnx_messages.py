@@ -1,4 +1,4 @@
-"""From the messages of onnx/onnx.proto to the classes of `onnx_file`; weights are stepped over."""
+"""From the messages of onnx/onnx.proto to the classes of `onnx_model`; weights are stepped over."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TypeVar
 
-from edgekit.onnx_file import Attribute, Dim, Graph, Node, Tensor, UnsoundModel, Value
+from edgekit.onnx_model import Attribute, Dim, Graph, Node, Tensor, UnsoundModel, Value
 from edgekit.protobuf import BYTES, Field, Message, ProtobufError, integer
 
 # Name and bits of an element by its number in TensorProto.DataType.

@@ -10,6 +10,11 @@ Steps = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what comes next or the figures so far)."""
 
 
+def somebody_looks() -> bool:
+    """Whether stderr is a terminal; Python has None for it where the caller closed it."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def no_steps(done: int, total: int, label: str) -> None:
     """Tell nobody."""
 
@@ -19,7 +24,7 @@ def stage_printer() -> Progress:
     start = time.monotonic()
 
     def show(stage: str) -> None:
-        if sys.stderr is not None and sys.stderr.isatty():
+        if somebody_looks():
             print(f"[{time.monotonic() - start:6.1f} s] {stage}", file=sys.stderr, flush=True)
 
     return show

@@ -6,10 +6,12 @@ stay float: what is measured is the weight's own scheme. Figures are kept in the
 they are computed, so that an interrupted run goes on where it stopped.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,22 @@ import torch
 from torch import Tensor
 
 from edgekit.artifact import MANIFEST, Artifact
+from edgekit.artifact_model import model_of
 from edgekit.errors import EdgekitError
 from edgekit.exporters.reference_text import TEXT
 from edgekit.files import new_file, os_reason
+from edgekit.models.activations import unrounded
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.lfm2 import LFM2
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
+from edgekit.models.weights import ReadWeight
 from edgekit.progress import Steps, no_steps
 from edgekit.quantize.recipe import EMBEDDING, HEAD, tied_shapes
 from edgekit.quantize.scheme import FLOAT, Scheme
-from edgekit.runtime.divergence import mean, score_rows
+from edgekit.runtime.divergence import Estimate, mean, score_rows
 from edgekit.tables import markdown_table
+from edgekit.words import counted
 
 VERSION = 1
 """Of the computation: another one does not read these figures from the cache."""
@@ -92,7 +98,7 @@ class Sensitivity:
         headers = ["tensor", "mean KLD", "error", "bytes saved", "KLD per MB saved"]
         return (
             f"{self.model}: divergence from the float model with one tensor at {self.scheme}, "
-            f"{self.positions} positions of {self.tokens} tokens\n\n"
+            f"{counted(self.positions, 'position')} of {counted(self.tokens, 'token')}\n\n"
             f"{markdown_table(headers, rows, align='lrrrr')}"
         )
 
@@ -110,8 +116,14 @@ def sensitivity(
     """
     if scheme.is_float:
         raise EdgekitError("--scheme float costs nothing: give one that quantizes, such as w4g32")
+    return sensitivity_of(_source(name), scheme, text, progress)
+
+
+def sensitivity_of(
+    source: ModelSource, scheme: Scheme, text: str, progress: Steps | None = None
+) -> Sensitivity:
+    """Do what `sensitivity` does for a model that is found already."""
     show = progress or no_steps
-    source = _source(name)
     tokens = _tokens(source, text)
     tensors = _tensors(source, scheme)
     cache = _Cache.open(source, scheme, tokens)
@@ -128,29 +140,34 @@ def sensitivity(
     return Sensitivity(source.id, scheme.name, len(tokens), positions, tuple(costs), cache.path)
 
 
+def divergence_of(source: ModelSource, weights: ReadWeight, text: str) -> Estimate:
+    """Return the divergence with all tensors quantized, over the positions of `sensitivity`."""
+    tokens = _tokens(source, text)
+    run = _FloatRun.of(source, tokens)
+    model = build_eager(source.config, weights, len(tokens), unrounded)
+    with torch.inference_mode():
+        logits = model.all_logits(torch.tensor([tokens]), torch.zeros(1, dtype=torch.long))
+    return run.divergence(logits)
+
+
 def _source(name: str) -> ModelSource:
     if not (Path(name) / MANIFEST).is_file():
         return resolve_model(name)
-    model = Artifact.open(name).manifest["model"]
-    try:
-        source = resolve_model(model["id"], model.get("revision"))
-    except EdgekitError as error:
-        raise EdgekitError(
-            f"{name}: the model it was made of is not to be had: {error}; give the model itself"
-        ) from error
-    if source.checkpoint.sha256() != model.get("sha256"):
-        raise EdgekitError(
-            f"{name}: was made of other weights than those of {source.id}: give the model itself"
-        )
+    source = model_of(Artifact.open(name), None, "give the model itself")
+    if source.folder is None:
+        raise EdgekitError(f"{name}: random weights have no tokenizer to read a text with")
     return source
 
 
 def _tokens(source: ModelSource, text: str) -> list[int]:
-    assert source.folder is not None  # without random weights there is one
+    if source.folder is None:
+        raise EdgekitError(f"{source.id}: random weights have no tokenizer to read a text with")
     most = min(MAX_TOKENS, source.config.max_context)
     tokens = Tokenizer.load(source.folder).encode_plain(text)[:most]
     if len(tokens) < 2 * FIRST:
-        raise EdgekitError(f"the text has {len(tokens)} tokens; at least {2 * FIRST} are needed")
+        raise EdgekitError(
+            f"the text has {counted(len(tokens), 'token')}; at least {2 * FIRST} are needed"
+        )
     return tokens
 
 
@@ -201,11 +218,15 @@ class _FloatRun:
             logits = self._logits(self._last_state(name))
         finally:
             self.override.clear()
+        kld = self.divergence(logits)
+        return kld.value, kld.error
+
+    def divergence(self, logits: Tensor) -> Estimate:
+        """Return the mean divergence of logits `[tokens, vocab]` from the float model's."""
         targets = [*self.tokens[FIRST + 1 :], 0]  # the last has none; its KLD needs none
         scores = score_rows(logits[FIRST:].numpy(), targets, self.logits[FIRST:].numpy())
         assert scores.kld is not None
-        kld = mean(scores.kld)
-        return kld.value, kld.error
+        return mean(scores.kld)
 
     def _last_state(self, name: str) -> Tensor:
         if name == HEAD:
@@ -264,9 +285,18 @@ class _Cache:
         return cls(path, key, _read_figures(path, key))
 
     def keep(self, tensor: str, figures: tuple[float, float]) -> None:
-        self.figures[tensor] = figures
-        with new_file(self.path) as scratch:
+        """Add to what is kept, which another process may have added to meanwhile."""
+        with _locked(self.path.with_suffix(".lock")), new_file(self.path) as scratch:
+            self.figures = _read_figures(self.path, self.key) | self.figures | {tensor: figures}
             scratch.write_text(json.dumps({**self.key, "figures": self.figures}, indent=1) + "\n")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes and threads out that lock the same file."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cache_folder() -> Path:

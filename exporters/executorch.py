@@ -49,6 +49,11 @@ def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
     return [row.tensor for row in rows if row.tensor in twins and row.scheme.bits != 4]
 
 
+def stored_bytes(row: Resolved) -> int:
+    """Return the bytes of a tensor in the file: what the table counts."""
+    return row.nbytes
+
+
 def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:
     """Round the inputs of a linear as XNNPACK does."""
     return per_token(x, weight)

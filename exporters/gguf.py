@@ -16,8 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgekit.errors import EdgekitError
-from edgekit.exporters.gguf_blocks import BLOCK, FLOAT_TYPES, block_pieces, block_type, float_pieces
+from edgekit.errors import EdgekitError, VerificationError
+from edgekit.exporters.gguf_blocks import (
+    BLOCK,
+    BLOCK_BYTES,
+    FLOAT_TYPES,
+    block_pieces,
+    block_type,
+    float_pieces,
+)
 from edgekit.exporters.gguf_names import gguf_name
 from edgekit.exporters.gguf_tokenizer import STAND_IN, stand_in_metadata, tokenizer_metadata
 from edgekit.exporters.gguf_writer import PlannedTensor, Value, write_gguf, write_hollow_gguf
@@ -25,6 +32,7 @@ from edgekit.exporters.imatrix import Imatrix
 from edgekit.exporters.llama_formats import FORMATS, LlamaFormat
 from edgekit.exporters.llama_quantize import StoredTensor, planned_tensors, quantize_gguf
 from edgekit.exporters.target import Job, Options
+from edgekit.gguf_file import GgufFile
 from edgekit.models.activations import per_block
 from edgekit.models.config import ModelConfig
 from edgekit.models.tokenizer import TOKENIZER_FILE
@@ -64,6 +72,13 @@ def check_rows(rows: Sequence[Resolved]) -> None:
 def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
     """Return the tensors whose bytes the file holds under another's name: a tied head."""
     return list(shared_rows(rows, tied))
+
+
+def stored_bytes(row: Resolved) -> int:
+    """Return the bytes of a tensor in the file: a block of 32 has its own scale always."""
+    if row.scheme.is_float:
+        return row.nbytes
+    return math.prod(row.shape) // BLOCK * BLOCK_BYTES[block_type(row.scheme)]
 
 
 def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:
@@ -128,6 +143,26 @@ def planned_table(
     return [
         _table_row(row, made[gguf_name(tied.get(row.tensor, row.tensor))], tied) for row in rows
     ]
+
+
+def check_table(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """VerificationError where a written file does not store what `planned_table` said."""
+    stored = {name: (each.type, each.nbytes) for name, each in GgufFile.open(path).tensors.items()}
+    planned = {
+        gguf_name(row["tensor"]): (row["scheme"], row["bytes"])
+        for row in table
+        if "same_as" not in row
+    }
+    for name in [*planned, *stored]:
+        if planned.get(name) != stored.get(name):
+            raise VerificationError(
+                f"{name}: llama.cpp was to store it as {_said(planned.get(name))}, and the file "
+                f"has {_said(stored.get(name))}"
+            )
+
+
+def _said(stored: tuple[str, int] | None) -> str:
+    return "nothing" if stored is None else f"{stored[0]}, {stored[1]:,} bytes"
 
 
 def _table_row(row: Resolved, made: StoredTensor, tied: Mapping[str, str]) -> dict[str, Any]:

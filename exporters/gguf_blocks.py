@@ -21,6 +21,7 @@ from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, as_rows
 
 BLOCK = 32
+BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 CHUNK_WEIGHTS = 1 << 22
 """Weights packed at once: some MB of working copies, whatever the tensor's size."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from edgekit.errors import EdgekitError, VerificationError
 from edgekit.exporters.tokenizer_corpus import TEXTS, texts_with
+from edgekit.llama_vocabulary import llama_token_ids
 from edgekit.models.tokenizer import Tokenizer
 
 _SHOWN = 8  # ids of each side, and characters of a text, in a message
@@ -31,7 +32,7 @@ def check_tokenizer(path: Path, folder: Path, texts: Sequence[str] = TEXTS) -> d
     total = 0
     with _vocabulary(path) as vocabulary:
         for text, encoding in zip(corpus, expected, strict=True):
-            found = vocabulary.encode(text)
+            found = llama_token_ids(vocabulary, text.encode(), add_special=True, parse_special=True)
             if found != encoding.ids:
                 raise VerificationError(f"tokenizer: {_difference(text, encoding.ids, found)}")
             total += len(found)
@@ -58,26 +59,8 @@ def _difference(text: str, expected: Sequence[int], found: Sequence[int]) -> str
     )
 
 
-class _Vocabulary:
-    def __init__(self, vocab: Any) -> None:  # noqa: ANN401 - a pointer of llama.cpp's
-        self._vocab = vocab
-        self._ids = (ctypes.c_int32 * 256)()
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids, special tokens in the text and around it included."""
-        import llama_cpp
-
-        raw = text.encode()
-        arguments = (self._vocab, raw, len(raw))
-        count = llama_cpp.llama_tokenize(*arguments, self._ids, len(self._ids), True, True)
-        if count < 0:
-            self._ids = (ctypes.c_int32 * -count)()
-            count = llama_cpp.llama_tokenize(*arguments, self._ids, len(self._ids), True, True)
-        return self._ids[:count]
-
-
 @contextmanager
-def _vocabulary(path: Path) -> Iterator[_Vocabulary]:
+def _vocabulary(path: Path) -> Iterator[Any]:  # a pointer of llama.cpp's
     """Load a file's tokenizer and nothing else of it."""
     import llama_cpp
 
@@ -88,7 +71,7 @@ def _vocabulary(path: Path) -> Iterator[_Vocabulary]:
     if model is None:
         raise EdgekitError(f"{path}: llama.cpp cannot read its tokenizer")
     try:
-        yield _Vocabulary(llama_cpp.llama_model_get_vocab(model))
+        yield llama_cpp.llama_model_get_vocab(model)
     finally:
         llama_cpp.llama_model_free(model)
 

@@ -1,6 +1,7 @@
 """The weights of a GGUF by their checkpoint names, as its engine multiplies them."""
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf_names import checkpoint_names
+from edgekit.exporters.stored_size import StoredSize
 from edgekit.gguf_file import GgufFile, GgufTensor
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.recipe import EMBEDDING, HEAD
@@ -34,6 +36,19 @@ def weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
                 "model's"
             )
         yield name, _floats(file, tensor).view(expected)
+
+
+def stored_size(path: Path, config: ModelConfig | None = None) -> StoredSize:
+    """Return the bytes of all tensors and the weights in them; `config` is not needed."""
+    return size_of(GgufFile.open(path))
+
+
+def size_of(file: GgufFile) -> StoredSize:
+    """Return the same of an open file."""
+    tensors = file.tensors.values()
+    return StoredSize(
+        sum(tensor.nbytes for tensor in tensors), sum(prod(tensor.shape) for tensor in tensors)
+    )
 
 
 def _floats(file: GgufFile, tensor: GgufTensor) -> Tensor:

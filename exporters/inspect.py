@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from edgekit.artifact import MANIFEST, TARGET_OF, Artifact
+from edgekit.artifact import MANIFEST, TARGET_OF, Artifact, DamagedArtifact
 from edgekit.errors import EdgekitError, VerificationError
 from edgekit.genai_config import GenaiConfig, is_genai_folder
 
@@ -54,12 +54,10 @@ def inspect(path: Path, check: bool = False) -> Report:
         return _bare_file(path)
     if is_genai_folder(path) and not (path / MANIFEST).exists() and not check:
         return _bare_file(GenaiConfig.open(path).model_path)
-    artifact = Artifact.open(path)
+    artifact = open_unchanged(path) if check else Artifact.open(path)
     if artifact.target not in INSPECTORS:
         known = ", ".join(INSPECTORS)
         raise EdgekitError(f"{path}: target {artifact.target!r} cannot be inspected, only {known}")
-    if check:
-        check_files(artifact)
     checked = len(artifact.manifest["files"]) if check else None
     return _inspector(artifact.target).report(artifact.model_path, artifact.manifest, checked)
 
@@ -79,13 +77,20 @@ def _inspector(target: str) -> Inspector:
     return cast(Inspector, importlib.import_module(INSPECTORS[target]))
 
 
-def check_files(artifact: Artifact) -> None:
-    """Compare every file with its sha256; VerificationError names those that differ."""
+def open_unchanged(path: Path) -> Artifact:
+    """Open an artifact and compare every file with its length and sha256 in the manifest.
+
+    VerificationError names those that differ or are missing.
+    """
     try:
+        artifact = Artifact.open(path)
         damaged = artifact.damaged_files()
+    except DamagedArtifact as error:
+        raise VerificationError(str(error)) from error
     except OSError as error:
-        raise EdgekitError(f"{artifact.folder}: cannot be read: {error.strerror}") from error
+        raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
     if damaged:
         raise VerificationError(
-            f"{artifact.folder}: damaged since it was exported: {', '.join(damaged)}; export again"
+            f"{path}: damaged since it was exported: {', '.join(damaged)}; export again"
         )
+    return artifact

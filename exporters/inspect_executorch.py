@@ -3,12 +3,13 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
+from edgekit.exporters.inspect_layers import Arithmetic
 from edgekit.exporters.inspect_tables import (
     TABLES,
     Component,
@@ -19,6 +20,7 @@ from edgekit.exporters.inspect_tables import (
     components,
     count_table,
     introduction,
+    is_module,
     joined,
     name_shared,
     report_json,
@@ -27,7 +29,7 @@ from edgekit.exporters.inspect_tables import (
     weight_table,
 )
 from edgekit.exporters.pte import FORWARD, Method, Program, Span
-from edgekit.exporters.xnnpack_graph import BACKEND, GraphConstant, read_graph
+from edgekit.exporters.xnnpack_graph import BACKEND, Graph, GraphConstant, read_graph
 
 _EMBEDDING_OPERATOR = re.compile(r".*::embedding(_byte|_4bit|_2bit)?\b.*")
 _STORAGE = {
@@ -38,6 +40,13 @@ _STORAGE = {
     "fp32": "float32",
 }
 
+_LAYERS = frozenset(
+    {
+        *("Conv2d", "DepthwiseConv2d", "ConvTranspose2d", "FullyConnected"),
+        *("aten::convolution.out", "aten::linear.out", "aten::addmm.out", "aten::mm.out"),
+    }
+)
+_MOVES = frozenset({"Convert", "StaticTranspose", "StaticReshape", "Copy", "aten::sym_size.int"})
 _INTEGER_FILTERS, _BIASES = ("qcint8", "qint8"), ("qcint32", "qint32")
 
 
@@ -46,8 +55,9 @@ class Report:
     """What `edgekit inspect` shows.
 
     `operators` are calls outside the delegates in one run of `forward`, `nodes` the delegates'
-    own; `planned_bytes` is the memory for activations and state; `manifest` is None for a bare
-    file; `weights` rows are (kind, scheme, tensors, bytes) of the manifest's table.
+    own; `arithmetic` is that of a module, None for a language model, whose layers take floats;
+    `planned_bytes` is the memory for activations and state; `manifest` is None for a bare file;
+    `weights` rows are (kind, scheme, tensors, bytes) of the manifest's table.
     """
 
     path: Path
@@ -56,6 +66,7 @@ class Report:
     delegates: dict[str, int]
     nodes: dict[str, int]
     operators: dict[str, int]
+    arithmetic: Arithmetic | None
     planned_bytes: int
     metadata: dict[str, Any]
     weights: WeightRows
@@ -78,6 +89,7 @@ class Report:
         if self.nodes:
             parts.append(count_table("operators inside", "nodes", self.nodes))
         parts.append(count_table("operators outside the delegates", "calls", self.operators))
+        parts += self.arithmetic.text() if self.arithmetic else []
         parts.append(value_table("metadata", self.metadata))
         return joined([*parts, *checks(self.manifest, self.checked_files)])
 
@@ -104,12 +116,29 @@ def report(path: Path, manifest: dict[str, Any] | None, checked: int | None) -> 
         delegates=dict(Counter(delegate.backend for delegate in forward.delegates)),
         nodes=dict(nodes.most_common()),
         operators=forward.operators,
+        arithmetic=_arithmetic(graphs, forward) if is_module(manifest) else None,
         planned_bytes=forward.planned_bytes,
         metadata=_finite(path, program.constant_methods),
         weights=weight_rows(manifest),
         manifest=manifest,
         checked_files=checked,
     )
+
+
+def _arithmetic(graphs: Sequence[Graph], forward: Method) -> Arithmetic:
+    """Outside the delegates every operator of ATen works on floats."""
+    inside = [
+        (node, result == "fp32")
+        for graph in graphs
+        for node, result in zip(graph.nodes, graph.results, strict=True)
+    ]
+    outside = [
+        (name, True)
+        for name, count in forward.operators.items()
+        for _ in range(count)
+        if name.startswith("aten::")
+    ]
+    return Arithmetic.of([*inside, *outside], _LAYERS, _MOVES)
 
 
 def _finite(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
+from edgekit.exporters.gguf_weights import size_of
 from edgekit.exporters.inspect_tables import (
     Component,
     WeightRows,
@@ -72,15 +73,14 @@ def report(path: Path, manifest: dict[str, Any] | None, checked: int | None) -> 
     """Report on a GGUF; EdgekitError where it is foreign or corrupt."""
     file = GgufFile.open(path)
     tensors = list(file.tensors.values())
-    count = sum(math.prod(tensor.shape) for tensor in tensors)
-    bits = 8 * sum(tensor.nbytes for tensor in tensors)
+    size = size_of(file)
     return Report(
         path=path,
         file_bytes=file.file_bytes,
         components=_components(file, tensors),
         types=dict(Counter(tensor.type for tensor in tensors).most_common()),
-        parameters=count,
-        bits_per_weight=bits / count if count else 0.0,
+        parameters=size.weights,
+        bits_per_weight=size.bits_per_weight,
         metadata={key: _brief(path, key, value) for key, value in file.metadata.items()},
         weights=weight_rows(manifest),
         manifest=manifest,

@@ -1,11 +1,13 @@
 """What an ONNX artifact, a folder of onnxruntime-genai or a bare `.onnx` is made of."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
+from edgekit.exporters.inspect_layers import Arithmetic
 from edgekit.exporters.inspect_tables import (
     TABLES,
     Component,
@@ -16,6 +18,7 @@ from edgekit.exporters.inspect_tables import (
     components,
     count_table,
     introduction,
+    is_module,
     joined,
     name_shared,
     report_json,
@@ -24,9 +27,18 @@ from edgekit.exporters.inspect_tables import (
     weight_table,
 )
 from edgekit.exporters.onnx_names import SCALES, ZERO_POINTS
-from edgekit.onnx_file import Node, OnnxFile
+from edgekit.onnx_file import OnnxFile
+from edgekit.onnx_model import Node
 
 _TOKENS = "input_ids"
+_LAYERS = frozenset(
+    {
+        *("QLinearConv", "QGemm", "QLinearMatMul"),
+        *("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"),
+        *("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
+    }
+)
+_MOVES = frozenset({"DequantizeLinear", "Transpose", "Reshape"})
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class Report:
     operators: dict[str, int]
     run: dict[str, int]
     not_run: str | None
+    arithmetic: Arithmetic | None
     opsets: dict[str, int]
     metadata: dict[str, Any]
     weights: WeightRows
@@ -63,6 +76,7 @@ class Report:
             count_table("operators in the file", "nodes", self.operators),
             count_table("operators as ONNX Runtime runs them", "nodes", self.run),
             *([self.not_run] if self.not_run else []),
+            *(self.arithmetic.text() if self.arithmetic else []),
             value_table("operator sets", {name or "ai.onnx": v for name, v in self.opsets.items()}),
             value_table("metadata", self.metadata),
         ]
@@ -71,12 +85,12 @@ class Report:
 
 def report(path: Path, manifest: dict[str, Any] | None, checked: int | None) -> Report:
     """Report on a model; EdgekitError where it is no sound ONNX file."""
-    from edgekit.exporters.onnx_optimised import operators_run
+    from edgekit.exporters.onnx_optimised import kernels_run
 
     model = OnnxFile.open(path)
-    run, not_run = dict[str, int](), None
+    kernels, not_run = list[tuple[str, bool]](), None
     try:
-        run = operators_run(path)
+        kernels = kernels_run(path)
     except EdgekitError as error:
         not_run = str(error)
     files = [path, *model.external_files()]
@@ -89,8 +103,9 @@ def report(path: Path, manifest: dict[str, Any] | None, checked: int | None) -> 
         file_bytes=sum(sizes),
         components=components(name_shared(parts), sum(sizes)),
         operators=model.operators(),
-        run=run,
+        run=dict(Counter(name for name, _ in kernels).most_common()),
         not_run=not_run,
+        arithmetic=Arithmetic.of(kernels, _LAYERS, _MOVES) if is_module(manifest) else None,
         opsets=model.opsets,
         metadata={"ir_version": model.ir_version, "producer": model.producer, **model.metadata},
         weights=weight_rows(manifest),

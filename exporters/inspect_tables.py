@@ -91,13 +91,20 @@ def report_json(report: Weighed) -> dict[str, Any]:
     return facts | {"path": str(report.path), "weights": rows}
 
 
+def is_module(manifest: Mapping[str, Any] | None) -> bool:
+    """Whether a manifest is that of a module."""
+    return manifest is not None and manifest.get("kind") == MODULE
+
+
 def introduction(path: Path, file_bytes: int, manifest: Mapping[str, Any] | None) -> list[str]:
     """Return what the file is, and by what it was made where there is a manifest."""
     size = f"{path}: {file_bytes:,} bytes ({file_bytes / 1e6:,.1f} MB)"
     if manifest is None:
         return [size]
     model, recipe = manifest["model"]["id"], manifest.get("recipe")
-    if manifest.get("kind") == MODULE:
+    if manifest.get("codes_sha256") is not None:
+        recipe = f"{recipe}, codes by {manifest.get('method')}"
+    if is_module(manifest):
         largest = manifest.get("max_batch")
         takes = f"a module, batches of {f'up to {largest}' if largest else 'one size'}"
     else:
@@ -146,7 +153,8 @@ def checks(manifest: Mapping[str, Any] | None, checked: int | None) -> list[str]
     verification = (manifest or {}).get("verification")
     parts = [value_table("verification", verification)] if isinstance(verification, dict) else []
     if checked is not None:
-        parts.append(f"All {checked} files have the content that was exported.")
+        whole = "The file has" if checked == 1 else f"All {checked} files have"
+        parts.append(f"{whole} the content that was exported.")
     return parts
 
 

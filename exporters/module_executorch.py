@@ -5,8 +5,10 @@ XNNPACK's partitioner knows its integer kernels. Codes of activations are int8 t
 `QuantizedNetwork` less 128, zero points too.
 """
 
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -21,18 +23,19 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  # registers quan
 from torch.export import Dim, export
 from torch.fx import GraphModule, Node
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, one_line
 from edgekit.quantize.observers import ActivationParameters
 from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.network import QuantizedLayer, QuantizedNetwork
-from edgekit.quantize.traced.operators import EMBEDDING, TRANSPOSED
-from edgekit.quantize.traced.trace import TracedModule, copy_graph
+from edgekit.quantize.traced.operators import EMBEDDING, TRANSPOSED, operator_name
+from edgekit.quantize.traced.trace import TracedModule, at, copy_graph
 
 MODEL_FILE = "model.pte"
 ENGINE = "ExecuTorch"
 PACKAGES = ("executorch", "torch")
 
 _decomposed_ops = torch.ops.quantized_decomposed
+_OPERATOR = re.compile(r"aten\.\w+")
 _SHIFT = 128
 _CHOICE = 16
 LARGEST_RATIO, SMALLEST_RATIO = 256.0, 2.0**-32
@@ -77,7 +80,7 @@ def write_module(network: QuantizedNetwork, path: Path, progress: Callable[[str]
     progress("tracing")
     program = _export(on_codes(network), network.traced)
     progress("lowering to XNNPACK")
-    with torch.no_grad(), warnings.catch_warnings():
+    with _refusals(network.traced), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         progress("planning memory")
@@ -90,6 +93,25 @@ def write_module(network: QuantizedNetwork, path: Path, progress: Callable[[str]
     progress("writing the program")
     with path.open("wb") as file:
         lowered.write_to_file(file)
+
+
+@contextmanager
+def _refusals(traced: TracedModule) -> Iterator[None]:
+    """Turn what ExecuTorch raises for an operator that it cannot lower into one line naming it."""
+    try:
+        yield
+    except Exception as error:  # its passes raise what they like
+        named = {_packet(node): node for node in traced.graph_module.graph.nodes}
+        for name in _OPERATOR.findall(str(error)):
+            node = named.get(name)
+            what = name if node is None else f"{operator_name(node)}{at(node)}"
+            raise EdgekitError(f"target executorch has no form of {what}") from error
+        raise EdgekitError(f"executorch cannot lower the module: {one_line(error)}") from error
+
+
+def _packet(node: Node) -> str:
+    """Return what ExecuTorch's messages call an operator, without its overload."""
+    return str(getattr(node.target, "overloadpacket", ""))
 
 
 def _export(module: nn.Module, traced: TracedModule) -> torch.export.ExportedProgram:

@@ -8,7 +8,7 @@ import onnx
 from onnx import helper
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.onnx_module_graph import ELEMENT_TYPES, OnnxGraph
+from edgekit.exporters.onnx_module_graph import ELEMENT_TYPES, ModuleGraph
 from edgekit.quantize.traced.network import QuantizedNetwork
 from edgekit.quantize.traced.operators import EMBEDDING, LINEAR, rank
 
@@ -47,7 +47,7 @@ def write_module(network: QuantizedNetwork, path: Path, progress: Callable[[str]
     check_network(network)
     progress("writing the graph")
     model = helper.make_model(
-        OnnxGraph(network).build(),
+        ModuleGraph(network).build(),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="edgekit",

@@ -1,6 +1,7 @@
 """Target `onnx`: a model for ONNX Runtime, in the folder of onnxruntime-genai or Transformers.js."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -63,6 +64,21 @@ def requires(options: Options) -> dict[str, str]:
     # GatherBlockQuantized of uint8 comes with 1.23, CausalConvWithState with 1.25.1.
     least = "1.25.1" if options.abi == "genai" else "1.23"
     return {"opset": str(OPSET), "com.microsoft": "1", "onnxruntime": f">={least}"}
+
+
+def stored_bytes(row: Resolved) -> int:
+    """Return the bytes of a tensor in the file: a block has a scale of float32 of its own.
+
+    And a zero point where the scheme has one.
+    """
+    if row.scheme.bits is None:
+        return row.nbytes
+    from edgekit.exporters.onnx_packing import block_size
+
+    count = math.prod(row.shape)
+    blocks = count // block_size(row.shape[1], row.scheme.group_size)
+    zero_points = 0 if row.scheme.symmetric else blocks * row.scheme.bits // 8
+    return count * row.scheme.bits // 8 + 4 * blocks + zero_points
 
 
 def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:

@@ -29,6 +29,7 @@ from edgekit.quantize.observers import LEVELS, ActivationParameters
 from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.network import QuantizedLayer, QuantizedNetwork
 from edgekit.quantize.traced.operators import (
+    AVERAGES,
     CLAMPS,
     EMBEDDING,
     KEEPS_RANGE,
@@ -43,11 +44,9 @@ ELEMENT_TYPES = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT6
 """What inputs and outputs may be."""
 _SMALL = 16
 """Constants of up to as many elements are stored once."""
-_ARITHMETIC = (aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim)
-"""Of the operators that keep their operand's range, those that compute new values."""
 
 
-class OnnxGraph:
+class ModuleGraph:
     """A graph under construction: each value is a float tensor, or codes, by name."""
 
     def __init__(self, network: QuantizedNetwork) -> None:
@@ -153,7 +152,7 @@ class OnnxGraph:
 
     def _stays_codes(self, node: Node) -> bool:
         """Whether a node only moves, joins or selects codes of one edge."""
-        if node.target not in KEEPS_RANGE or node.target in _ARITHMETIC:
+        if node.target not in KEEPS_RANGE or node.target in AVERAGES:
             return False
         here = self._network.edges.get(node.name)
         return here is not None and all(item in self._codes for item in operands(node))

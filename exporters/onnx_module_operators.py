@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.traced.operators import arguments, aten, numbers, operator_name, rank
-from edgekit.quantize.traced.trace import source_of
+from edgekit.quantize.traced.trace import at, source_of
 
 Attribute = int | float | str | list[int]
 Constant = Tensor | float | list[int]
@@ -35,10 +35,7 @@ def translate(writer: Writer, node: Node, names: list[str]) -> str:
     """Add what computes a node; EdgekitError for an operator that has no translation here."""
     found = TRANSLATIONS.get(node.target)
     if found is None:
-        raise EdgekitError(
-            f"target onnx has no form of {operator_name(node)}"
-            + (f" ({source_of(node)})" if source_of(node) else "")
-        )
+        raise EdgekitError(f"target onnx has no form of {operator_name(node)}{at(node)}")
     return found(writer, node, names)
 
 

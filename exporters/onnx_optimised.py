@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -31,6 +32,14 @@ _TYPES = {
 def operators_run(path: Path) -> dict[str, int]:
     """Return the operators of one run with the number of their calls, most frequent first.
 
+    EdgekitError as `kernels_run`.
+    """
+    return dict(Counter(name for name, _ in kernels_run(path)).most_common())
+
+
+def kernels_run(path: Path) -> list[tuple[str, bool]]:
+    """Return the operator of each call of one run, and whether its results are float.
+
     EdgekitError where ONNX Runtime refuses the model or does not run it with one token.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -45,8 +54,13 @@ def operators_run(path: Path) -> dict[str, int]:
             events = json.loads(Path(session.end_profiling()).read_bytes())
         except Exception as error:  # the exceptions of onnxruntime share no other base
             raise EdgekitError(f"{path}: onnxruntime does not run it: {one_line(error)}") from error
-    kernels = (event for event in events if event["name"].endswith("_kernel_time"))
-    return dict(Counter(event["args"]["op_name"] for event in kernels).most_common())
+    kernels = (event["args"] for event in events if event["name"].endswith("_kernel_time"))
+    return [(kernel["op_name"], "float" in _types(kernel)) for kernel in kernels]
+
+
+def _types(kernel: dict[str, Any]) -> set[str]:
+    """Return the types of a kernel's results: the profile has `[{"uint8": [1, 8]}]`."""
+    return {name for result in kernel["output_type_shape"] for name in result}
 
 
 def check_fast(path: Path) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 from edgekit.errors import EdgekitError, one_line
 from edgekit.exporters.onnx_names import SCALES, WEIGHT, ZERO_POINTS, parts
 from edgekit.exporters.onnx_packing import Packed, unpack_matrix
+from edgekit.exporters.stored_size import StoredSize
 from edgekit.models.config import ModelConfig
 from edgekit.onnx_file import OnnxFile
-from edgekit.onnx_file import Tensor as Constant
+from edgekit.onnx_model import Tensor as Constant
 from edgekit.quantize.packing import unpack
 from edgekit.quantize.recipe import EMBEDDING, HEAD, tied_shapes
 from edgekit.quantize.tensor import QuantizedTensor
@@ -32,6 +33,14 @@ def weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     for name in shapes:
         if name not in tied or not reader.equal(name, tied[name]):
             yield name, reader.read(name)
+
+
+def stored_size(path: Path, config: ModelConfig | None) -> StoredSize:
+    """Return the bytes of the model's constants; EdgekitError as `weights`."""
+    if config is None:
+        raise EdgekitError(f"{path}: nothing says which model's tensors it holds")
+    shapes, _ = tied_shapes(config.tensor_shapes())
+    return StoredSize(_Reader(OnnxFile.open(path), shapes).nbytes(), config.parameter_count)
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,19 @@ class _Reader:
         bits, signed = _CODES[constant.dtype]
         stored = torch.frombuffer(data, dtype=torch.uint8)
         return unpack(stored, bits, prod(constant.shape), signed).reshape(constant.shape)
+
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors; those that lie in one place once."""
+        spots = dict[tuple[str | None, int], int]()
+        for name in self._shapes:
+            if name not in self._places:
+                raise self._error(f"holds no {name}")
+            constant = self._places[name].constant
+            for part in (constant, constant + SCALES, constant + ZERO_POINTS):
+                found = self._constants.get(part)
+                if found is not None and found.offset is not None:
+                    spots[found.location, found.offset] = found.stored_bytes
+        return sum(spots.values())
 
     def _error(self, what: str) -> EdgekitError:
         return EdgekitError(f"{self._model.path}: {what}")

@@ -8,6 +8,7 @@ out is refused rather than guessed at.
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.pte import FORWARD, Constant, KernelCall, Method, Program, Span
+from edgekit.exporters.stored_size import StoredSize
 from edgekit.exporters.xnnpack_graph import BACKEND, GraphConstant, read_graph
 from edgekit.models.config import ModelConfig
 from edgekit.models.weights import Weight, floats
@@ -96,6 +98,17 @@ def weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         yield name, _restored(program, name, found, shape)
     if config.tie_embeddings and not _same(table.read(program), head.read(program)):
         yield HEAD, _restored(program, HEAD, [head], (config.vocab_size, config.hidden_size))
+
+
+def stored_size(path: Path, config: ModelConfig | None) -> StoredSize:
+    """Return the bytes of the model's tensors; EdgekitError as `weights`."""
+    if config is None:
+        raise EdgekitError(f"{path}: nothing says which model's tensors it holds")
+    program = Program.open(path)
+    matrices = _named_matrices(program, config).values()
+    found = [embedding(program), *chain(*matrices), *_named_vectors(program, config).values()]
+    spans = {span for weight in found for span in (weight.data, weight.scales) if span is not None}
+    return StoredSize(sum(span.size for span in spans), config.parameter_count)
 
 
 def _restored(

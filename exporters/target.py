@@ -138,6 +138,10 @@ class Target(Protocol):
         """Return the tensors whose bytes the file holds under another's name."""
         ...
 
+    def stored_bytes(self, row: Resolved) -> int:
+        """Return the bytes that a tensor takes in the file, padding and names left out."""
+        ...
+
     def fake_quantize(self, x: Tensor, weight: QuantizedTensor) -> Tensor:
         """Round the inputs `[n, columns]` of a linear as the engine does at run time."""
         ...

@@ -11,6 +11,7 @@ from edgekit.errors import EdgekitError, VerificationError
 from edgekit.logits import Logits, log_softmax, row_kld
 from edgekit.models.lfm2 import LFM2
 from edgekit.tables import markdown_table
+from edgekit.words import counted
 
 MAX_KLD = 0.003
 """Most nats that the engine's distribution may stray, on average, from the eager quantized model.
@@ -156,10 +157,14 @@ def figures_text(found: Mapping[str, Any]) -> str:
         for name, key in (("quantized model", "quantized"), ("float model", "float"))
     ]
     table = markdown_table(["", "mean KLD", "same top-1"], rows)
-    text = f"verified over {found['positions']} positions of {found['tokens']} tokens\n{table}"
+    text = (
+        f"verified over {counted(found['positions'], 'position')} of "
+        f"{counted(found['tokens'], 'token')}\n{table}"
+    )
     if "tokenizer" in found:
         texts, tokens = found["tokenizer"]["texts"], found["tokenizer"]["tokens"]
-        text += f"\ntokenizer: the model's own ids in {texts:,} texts of {tokens:,} tokens"
+        corpus = f"{counted(texts, 'text')} of {counted(tokens, 'token')}"
+        text += f"\ntokenizer: the model's own ids in {corpus}"
     return text
 
 

@@ -17,11 +17,13 @@ from edgekit.quantize.observers import LEVELS
 from edgekit.quantize.traced.network import QuantizedNetwork
 from edgekit.tables import markdown_table
 
-MAX_STEPS = 0.5
+MAX_STEPS = 1.0
 """Most steps of an output's codes that an engine may stray, root mean square over the outputs.
 
 Both compute the same sums of the same codes, but round at ties differently, so that here and
-there a code differs by one. A scale or a zero point that is lost moves outputs by dozens.
+there a code differs by one: a layer after an average of four codes, a quarter of which are ties
+that engines leave to the noise of float sums, strays by 0.6. A scale or a zero point that is lost
+moves outputs by dozens.
 """
 SHARE_OF_QUANTIZATION = 0.5
 """Where quantization itself moves the outputs further than that, the bound is this share of it.
@@ -33,7 +35,7 @@ LEAST_STEP = 1e-5
 
 REFERENCE_FILE = "reference.safetensors"
 """In an artifact: inputs and what they must give, for `edgekit verify` on any machine."""
-_REFERENCE_BYTES = 1 << 20
+_REFERENCE_BYTES = 1 << 17
 """As many inputs as fit are kept, but one at least."""
 
 
@@ -145,16 +147,18 @@ def verify_module(
     Every batch size that a caller may rely on runs: the rows given, one alone, and the largest.
     """
     largest = network.traced.max_batch
-    sizes = [len(inputs[0])] if largest is None else sorted({1, len(inputs[0]), largest})
+    if largest is None:
+        return compare(engine, [Case.of(network, inputs)])
+    sizes = sorted({1, len(inputs[0]), largest})
     return compare(engine, (Case.of(network, _rows(inputs, size)) for size in sizes))
 
 
 def reference_case(network: QuantizedNetwork, inputs: tuple[Tensor, ...]) -> Case:
     """Return the case that an artifact keeps: some of the inputs, all where the batch is fixed."""
-    rows = len(inputs[0])
-    if network.traced.max_batch is not None:
-        size = sum(item[0].numel() * item.element_size() for item in inputs)
-        rows = max(1, min(rows, _REFERENCE_BYTES // size))
+    if network.traced.max_batch is None:
+        return Case.of(network, inputs)
+    size = sum(item[0].numel() * item.element_size() for item in inputs)
+    rows = max(1, min(len(inputs[0]), _REFERENCE_BYTES // size))
     return Case.of(network, _rows(inputs, rows))
 
 
@@ -194,7 +198,11 @@ def figures_text(found: Mapping[str, Any]) -> str:
         [name, f"{rms:.3f}", "-" if largest is None else f"{largest:.1f}"]
         for name, rms, largest in rows
     ]
-    table = markdown_table(["steps of the outputs' codes", "rms", "largest"], cells, "lrr")
+    quantized = found["quantization_rms_steps"] > 0
+    unit = (
+        "steps of the outputs' codes" if quantized else f"in {LEAST_STEP:g} of the largest output"
+    )
+    table = markdown_table([unit, "rms", "largest"], cells, "lrr")
     return f"verified over {found['outputs']:,} outputs, batches of {sizes}\n{table}"
 
 

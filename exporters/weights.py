@@ -5,16 +5,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
+from edgekit.exporters.stored_size import StoredSize
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.tensor import CHUNK_ELEMENTS, as_rows
 
-# Each module offers `weights(path, config)`, which yields checkpoint names with float32 tensors.
+# Each module offers `weights(path, config)`, which yields checkpoint names with float32 tensors, and
+# `stored_size(path, config)`.
 READERS = {
     "executorch": "edgekit.exporters.pte_weights",
     "gguf": "edgekit.exporters.gguf_weights",
@@ -30,14 +33,26 @@ def read_weights(target: str, path: Path, config: ModelConfig) -> NamedTensors:
     Raises `EdgekitError` for a target whose weights cannot be read back, for a damaged file, and
     for one that does not hold the model of `config`.
     """
+    found: NamedTensors = _reader(target, path).weights(path, config)
+    return found
+
+
+def stored_size(target: str, path: Path, config: ModelConfig | None) -> StoredSize:
+    """Return in how many bytes a model file stores how many weights.
+
+    `config` is the model's; a GGUF needs none. Raises `EdgekitError` as `read_weights` does.
+    """
+    found: StoredSize = _reader(target, path).stored_size(path, config)
+    return found
+
+
+def _reader(target: str, path: Path) -> ModuleType:
     if target not in READERS:
         raise EdgekitError(
             f"{path}: weights of target {target!r} cannot be read back, only those of "
             f"{', '.join(READERS)}"
         )
-    module = importlib.import_module(READERS[target])
-    found: NamedTensors = module.weights(path, config)
-    return found
+    return importlib.import_module(READERS[target])
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,21 @@ _NODES = (
     "Copy",
     "Cos",
 )
+# Where each keeps its output_id, by the tables of schema.fbs.
+_PAIR, _SINGLE, _CONVOLUTION, _POOLING, _CONCATENATION = 2, 1, 18, 11, 5
+_OUTPUT_SLOT = {
+    **dict.fromkeys(("Add", "Div", "Minimum", "Multiply", "Subtract", "Maximum", "PReLU"), _PAIR),
+    **dict.fromkeys(("BatchMatrixMultiply", "LeakyReLU", "ELU"), _PAIR),
+    **dict.fromkeys(("Conv2d", "DepthwiseConv2d", "ConvTranspose2d"), _CONVOLUTION),
+    **dict.fromkeys(("AvgPooling2d", "MaxPooling2d"), _POOLING),
+    **dict.fromkeys([f"Concatenate{count}" for count in (2, 3, 4, 5)], _CONCATENATION),
+    **dict.fromkeys(("FullyConnected", "StaticTranspose", "StaticResizeBilinear2D"), 3),
+    "StaticReshape": 3,
+    "StaticConstantPad": 4,
+    "StaticSlice": 4,
+    "ScaledDotProductAttention": 5,
+    "ArgMaxPooling2d": 7,
+}
 _HEADER_BYTES = 30
 _QUANTIZED_VALUE = 2  # union XValueUnion
 _PER_CHANNEL, _PER_GROUP = 1, 4  # union XNNQuantParams
@@ -106,9 +121,10 @@ class GraphConstant:
 
 @dataclass(frozen=True)
 class Graph:
-    """One delegate's graph."""
+    """One delegate's graph; `results` are the datatypes of the nodes' results, in order."""
 
     nodes: tuple[str, ...]
+    results: tuple[str, ...]
     constants: tuple[GraphConstant, ...]
 
 
@@ -130,17 +146,25 @@ def _parse(program: Program, delegate: Delegate) -> Graph:
         raise FlatbufferError("its graph reaches beyond its blob")
     root = Flatbuffer(program.read(Span(blob.offset + start, size))).root(b"XN01")
     spans = [_span(program, delegate, data, entry) for entry in root.tables(8)]
-    nodes, filters = list[str](), set[int]()
+    datatypes = dict(map(_datatype, root.tables(2)))
+    nodes, results, filters = list[str](), list[str](), set[int]()
     for node in root.tables(1):
         kind = node.number(0, "B")
         if not 1 <= kind <= len(_NODES):
             raise FlatbufferError(f"unknown node {kind}")
         nodes.append(_NODES[kind - 1])
         operator = node.table(1)
-        if operator is not None and nodes[-1] == FULLY_CONNECTED:
+        if operator is None:
+            raise FlatbufferError(f"a node {nodes[-1]} is empty")
+        if nodes[-1] == FULLY_CONNECTED:
             filters.add(operator.number(1, "I"))
+        result = operator.number(_OUTPUT_SLOT.get(nodes[-1], _SINGLE), "I")
+        if result not in datatypes:
+            raise FlatbufferError(f"a node {nodes[-1]} gives no value")
+        results.append(datatypes[result])
     constants = (_constant(value, spans, filters) for value in root.tables(2))
-    return Graph(tuple(nodes), tuple(found for found in constants if found is not None))
+    found = tuple(constant for constant in constants if constant is not None)
+    return Graph(tuple(nodes), tuple(results), found)
 
 
 def _span(program: Program, delegate: Delegate, base: int, entry: Table) -> Span:
@@ -158,21 +182,33 @@ def _span(program: Program, delegate: Delegate, base: int, entry: Table) -> Span
     return Span(delegate.blob.offset + offset, size)
 
 
-def _constant(value: Table, spans: list[Span], filters: set[int]) -> GraphConstant | None:
+def _tensor(value: Table) -> tuple[Table, Table, bool]:
+    """Return a value's table, the tensor in it, and whether it is quantized."""
     outer = value.table(1)
     quantized = value.number(0, "B") == _QUANTIZED_VALUE
     tensor = outer.table(0) if outer is not None and quantized else outer
     if outer is None or tensor is None:
         raise FlatbufferError("a value is empty")
-    index = tensor.number(3, "I")
-    if index == 0:
-        return None
+    return outer, tensor, quantized
+
+
+def _datatype(value: Table) -> tuple[int, str]:
+    """Return a value's id and XNNPACK's name of its type."""
+    _, tensor, _ = _tensor(value)
     datatype = tensor.number(0, "h")
     if not 0 <= datatype < len(_DATATYPES):
         raise FlatbufferError(f"unknown datatype {datatype}")
+    return tensor.number(6, "I"), _DATATYPES[datatype]
+
+
+def _constant(value: Table, spans: list[Span], filters: set[int]) -> GraphConstant | None:
+    outer, tensor, quantized = _tensor(value)
+    index = tensor.number(3, "I")
+    if index == 0:
+        return None
     scales, group_size = _scales(outer, spans) if quantized else (None, None)
     return GraphConstant(
-        _DATATYPES[datatype],
+        _datatype(value)[1],
         tensor.numbers(2, "I"),
         _at(spans, index),
         scales,

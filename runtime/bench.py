@@ -32,7 +32,7 @@ from edgekit.runtime.record import (
     Shape,
     ShapeResult,
 )
-from edgekit.runtime.traffic import Weights, weights_of
+from edgekit.runtime.traffic import Holdings, holdings_of
 from edgekit.runtime.worker_process import WorkerProcess, worker_processes
 
 DEFAULT_SEED = 0
@@ -74,6 +74,13 @@ def bench(
     return _run(subjects, shapes, settings, machine, progress or no_steps)
 
 
+def load_each(artifacts: Sequence[Path], threads: int | None = None) -> Record:
+    """Load every artifact and run none: a record of what is known of them without a test."""
+    check_threads(threads)
+    settings = Settings((), (), (), 0, physical_cores() if threads is None else threads, 0.0, 0)
+    return _run(_open(artifacts), [], settings, probe(), no_steps)
+
+
 def plan(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]) -> list[Shape]:
     """Return the tests in llama-bench's order; raises `EdgekitError` when none is left."""
     tests = [("pp", n) for n in prompts] + [("tg", n) for n in generates]
@@ -93,7 +100,7 @@ def check_contexts(artifacts: Sequence[Path], shapes: Sequence[Shape]) -> None:
 
     Raises `EdgekitError` for what is no model file, too.
     """
-    for name, path in zip(_distinct_names(artifacts), artifacts, strict=True):
+    for name, path in zip(distinct_names(artifacts), artifacts, strict=True):
         file = find_model_file(path)
         if file.longest is not None:
             _check_context(name, file, shapes, file.longest)
@@ -105,7 +112,7 @@ class _Subject:
 
     name: str
     file: ModelFile
-    weights: Weights
+    holdings: Holdings
 
 
 @dataclass(frozen=True)
@@ -122,12 +129,12 @@ def _open(paths: Sequence[Path]) -> list[_Subject]:
         raise EdgekitError("bench needs at least one artifact folder")
     files = [find_model_file(path) for path in paths]
     return [
-        _Subject(name, file, weights_of(file))
-        for name, file in zip(_distinct_names(paths), files, strict=True)
+        _Subject(name, file, holdings_of(file))
+        for name, file in zip(distinct_names(paths), files, strict=True)
     ]
 
 
-def _distinct_names(paths: Sequence[Path]) -> list[str]:
+def distinct_names(paths: Sequence[Path]) -> list[str]:
     """Name artifacts by folder; by path where folders share a name; numbered where paths do."""
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
@@ -197,7 +204,7 @@ def _load(
 ) -> dict[str, Any]:
     """Load with room for the longest test, where the file's own number is less and leaves it."""
     file = subject.file
-    context = file.room(max(shape.positions for shape in shapes))
+    context = file.room(max((shape.positions for shape in shapes), default=0))
     reply = worker.load(file.engine, str(file.path.resolve()), threads, context)
     _check_context(subject.name, file, shapes, reply["context"])
     return reply
@@ -262,8 +269,8 @@ def _artifact_result(
         name=subject.name,
         path=str(file.place),
         target=file.engine,
-        model=subject.weights.model,
-        schemes=subject.weights.schemes,
+        model=subject.holdings.model,
+        schemes=subject.holdings.schemes,
         file_bytes=file.file_bytes,
         context=load["context"],
         engine=load["engine"],
@@ -272,6 +279,6 @@ def _artifact_result(
         import_ns=load["import_ns"],
         load_ns=load["load_ns"],
         memory=Memory(peak=peak, before_load=load["before_load_bytes"]),
-        traffic=subject.weights.traffic,
+        traffic=subject.holdings.traffic,
         tests=tuple(tests),
     )

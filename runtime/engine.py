@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgekit.errors import EdgekitError
 from edgekit.logits import Logits
+from edgekit.words import counted
 
 TokenIds = NDArray[np.int64]
 
@@ -246,8 +247,8 @@ def check_first(first: int, count: int) -> None:
 
 def _does_not_fit(count: int, position: int, context: int) -> str:
     if position == 0:
-        return f"prompt of {count} tokens does not fit the context of {context}"
-    tokens = "1 token" if count == 1 else f"{count} tokens"
+        return f"prompt of {counted(count, 'token')} does not fit the context of {context}"
+    tokens = counted(count, "token")
     return f"{tokens} after the {position} processed do not fit the context of {context}"
 
 

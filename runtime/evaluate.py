@@ -29,9 +29,10 @@ from edgekit.runtime.divergence import (
     score_rows,
 )
 from edgekit.runtime.subjects import Subject, open_subject
+from edgekit.words import counted
 
-DEFAULT_CONTEXT = 512
-LEAST_CONTEXT = 4
+DEFAULT_CHUNK = 512
+LEAST_CHUNK = 4
 """With fewer tokens a chunk has none to score after its first half."""
 
 
@@ -78,7 +79,7 @@ def evaluate(
     text: str,
     reference: str | None = None,
     *,
-    context: int = DEFAULT_CONTEXT,
+    context: int = DEFAULT_CHUNK,
     chunks: int | None = None,
     threads: int | None = None,
     tokenizer: Path | None = None,
@@ -88,8 +89,8 @@ def evaluate(
 
     Both are a folder that `edgekit export` wrote, what `find_model_file` takes besides, or a model
     (a name of `edgekit models`, a hub id or a folder), which runs in torch as the float model it
-    is. `chunks` bounds how many chunks of `context` tokens are scored; `tokenizer` is the folder of
-    a tokenizer to use for files instead of their own. Raises `EdgekitError` for a text that is too short, a context that
+    is. `chunks` bounds how many chunks of `context` tokens are scored; `tokenizer` is a
+    tokenizer.json, or the folder of one, to use for files instead of their own. Raises `EdgekitError` for a text that is too short, a context that
     does not fit, a reference with other tokens, and logits that are not finite.
     """
     return evaluate_each(
@@ -109,7 +110,7 @@ def evaluate_each(
     text: str,
     reference: str | None = None,
     *,
-    context: int = DEFAULT_CONTEXT,
+    context: int = DEFAULT_CHUNK,
     chunks: int | None = None,
     threads: int | None = None,
     tokenizer: Path | None = None,
@@ -155,8 +156,8 @@ def cut(tokens: Sequence[int], context: int, limit: int | None, bos: int | None)
     count = len(tokens) // context
     if count == 0:
         raise EdgekitError(
-            f"the text has {len(tokens)} tokens, but a chunk is {context}: give a longer text or "
-            "a smaller --context"
+            f"the text has {counted(len(tokens), 'token')}, but a chunk is {context}: give a longer "
+            "text or a smaller --context"
         )
     chunks = [
         list(tokens[start : start + context])
@@ -170,8 +171,8 @@ def cut(tokens: Sequence[int], context: int, limit: int | None, bos: int | None)
 
 def check_chunk_length(context: int) -> None:
     """Raise `EdgekitError` for chunks of so few tokens that none is left to score."""
-    if context < LEAST_CONTEXT:
-        raise EdgekitError(f"--context must be at least {LEAST_CONTEXT}, not {context}")
+    if context < LEAST_CHUNK:
+        raise EdgekitError(f"--context must be at least {LEAST_CHUNK}, not {context}")
 
 
 def _enter(

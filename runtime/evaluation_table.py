@@ -3,6 +3,7 @@
 from edgekit.runtime.divergence import Divergence, Estimate
 from edgekit.runtime.evaluate import Evaluation
 from edgekit.tables import markdown_table
+from edgekit.words import counted
 
 _NOTHING = "-"
 
@@ -22,8 +23,8 @@ def _introduction(result: Evaluation) -> str:
         against = f" against {result.reference} in {result.reference_engine}"
     return (
         f"{result.name} in {result.engine} {result.engine_version}{against}\n"
-        f"{result.tokens:,} tokens scored: second half of {result.chunks:,} chunks of "
-        f"{result.context} from a text of {result.text_tokens:,} tokens"
+        f"{counted(result.tokens, 'token')} scored: second half of "
+        f"{counted(result.chunks, 'chunk')} of {result.context} from a text of {counted(result.text_tokens, 'token')}"
     )
 
 

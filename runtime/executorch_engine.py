@@ -1,6 +1,7 @@
 """Runs a language model's `.pte` through ExecuTorch's own Python binding."""
 
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from importlib import metadata
 from io import StringIO
 from pathlib import Path
@@ -28,6 +29,9 @@ from edgekit.runtime.executorch_binding import (
 
 Constant = int | bool | list[int]
 
+OURS = "get_prefill_chunk"
+"""A constant method that only programs of edgekit's have."""
+
 INT64 = 4  # executorch/runtime/core/portable_type/scalar_type.h
 
 
@@ -43,15 +47,11 @@ class ExecutorchEngine(OneSequenceEngine):
     def __init__(self, path: Path, threads: int | None = None) -> None:
         """Load a file; `threads` sizes the one pool that all engines of this process share."""
         super().__init__()
+        self._path, self._stale = path, False
         check_program_file(path)
-        with chatter() as log:
-            try:
-                set_threads(threads or physical_cores())
-                self._load(path)
-            except RuntimeError as error:
-                log.seek(0)
-                said = reason(error, log.read())
-                raise EdgekitError(f"executorch cannot load {path}: {said}") from error
+        with _reasons(path):
+            set_threads(threads or physical_cores())
+            self._load(path)
         OPEN_ENGINES.add(self)
 
     def _load(self, path: Path) -> None:
@@ -88,10 +88,10 @@ class ExecutorchEngine(OneSequenceEngine):
         self.vocab_size = int(meta.output_tensor_meta(0).sizes()[-1])
         stated = self.metadata.get("get_max_context_len", self.metadata.get("get_max_seq_len"))
         self.context = self.longest_chunk if stated is None else cast(int, stated)
-        chunk = self.metadata.get("get_prefill_chunk", self.longest_chunk)
+        chunk = self.metadata.get(OURS, self.longest_chunk)
         if not isinstance(chunk, int) or not 1 <= chunk <= self.longest_chunk:
             raise EdgekitError(
-                f"{path}: get_prefill_chunk must be 1 to {self.longest_chunk}, not {chunk!r:.60}"
+                f"{path}: {OURS} must be 1 to {self.longest_chunk}, not {chunk!r:.60}"
             )
         self.default_chunk = chunk
         stated_ends = self.metadata.get("get_eos_ids", self.metadata.get("get_eos_id"))
@@ -104,6 +104,7 @@ class ExecutorchEngine(OneSequenceEngine):
         given = self._tokens[:, : len(tokens)]
         given.copy_(torch.from_numpy(tokens))
         self._input_pos.fill_(position)
+        self._stale = True
         log = StringIO()
         try:
             with redirect_stderr(log):  # the binding logs through it
@@ -118,6 +119,21 @@ class ExecutorchEngine(OneSequenceEngine):
         # A program that returns logits for every token is accepted: the last row is ours.
         return cast(Logits, output.float().reshape(-1, self.vocab_size)[-1].numpy())
 
+    def reset(self) -> None:
+        """Forget every token.
+
+        A program of edgekit's starts anew whenever it is run at position 0. Others may not: what
+        export_llm writes keeps a short convolution's inputs, so such a program is loaded again.
+        """
+        super().reset()
+        if self._stale and OURS not in self.metadata:
+            self._method = self._program = None  # two copies of packed weights are too many
+            check_program_file(self._path)
+            with _reasons(self._path):
+                self._program = load_program(self._path)
+                self._method = self._program.load_method(FORWARD)
+        self._stale = False
+
     def close(self) -> None:
         """Unmap the file and free the program's memory."""
         super().close()
@@ -128,6 +144,18 @@ class ExecutorchEngine(OneSequenceEngine):
 def open_engine(model_path: Path, threads: int | None, context: int | None) -> ExecutorchEngine:
     """Open a `.pte` file; its context was fixed when it was exported."""
     return ExecutorchEngine(model_path, threads)
+
+
+@contextmanager
+def _reasons(path: Path) -> Iterator[None]:
+    """Turn what the binding raises while it loads a file into one line with the reason."""
+    with chatter() as log:
+        try:
+            yield
+        except RuntimeError as error:
+            log.seek(0)
+            said = reason(error, log.read())
+            raise EdgekitError(f"executorch cannot load {path}: {said}") from error
 
 
 def _is_language_model(meta: binding.MethodMeta) -> bool:

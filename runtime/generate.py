@@ -10,6 +10,7 @@ from edgekit.logits import Logits
 from edgekit.models.tokenizer import TextTokenizer
 from edgekit.runtime.engine import Engine, check_tokens
 from edgekit.runtime.sampling import Sampler, SamplingParams
+from edgekit.words import counted
 
 Reason = Literal["eos", "stop", "length", "context", "interrupted"]
 
@@ -48,9 +49,10 @@ class GenerationResult:
         """Return the figures and the reason of the end in one line."""
         cached = f" ({self.cached_tokens} of them kept)" if self.cached_tokens else ""
         return (
-            f"prompt {self.prompt_tokens} tokens{cached} at {_shown(self.prefill_rate)}, "
+            f"prompt {counted(self.prompt_tokens, 'token')}{cached} at {_shown(self.prefill_rate)}, "
             f"first token after {self.ttft_ns / 1e6:.0f} ms; "
-            f"{self.generated_tokens} tokens at {_shown(self.decode_rate)}; {_ENDS[self.reason]}"
+            f"{counted(self.generated_tokens, 'token')} at {_shown(self.decode_rate)}; "
+            f"{_ENDS[self.reason]}"
         )
 
     def to_dict(self) -> dict[str, Any]:

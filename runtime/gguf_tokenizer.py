@@ -10,6 +10,7 @@ import llama_cpp.llama_cpp as llama
 
 from edgekit.errors import EdgekitError
 from edgekit.gguf_file import GgufFile
+from edgekit.llama_vocabulary import llama_token_ids
 from edgekit.models.chat_template import ChatTemplate
 from edgekit.models.tokenizer import TextStream, render_chat, utf8
 from edgekit.runtime import llama_library
@@ -35,7 +36,7 @@ class GgufTokenizer:
         self._vocab = llama.llama_model_get_vocab(model)
         if llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_NONE:
             raise EdgekitError(
-                f"{path}: holds no tokenizer; name a folder with one: --tokenizer DIR"
+                f"{path}: holds no tokenizer; name a tokenizer.json: --tokenizer PATH"
             )
         self._size = llama.llama_vocab_n_tokens(self._vocab)
         self.bos_id = _known(llama.llama_vocab_bos(self._vocab))
@@ -65,15 +66,9 @@ class GgufTokenizer:
         return TextStream(self._piece)
 
     def _encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
-        data = utf8(text)
-        size = len(data) + 2  # a token has at least one byte, besides those at the two ends
-        tokens = (ctypes.c_int32 * size)()
-        count = llama.llama_tokenize(
-            self._vocab, data, len(data), tokens, size, add_special, parse_special
+        return llama_token_ids(
+            self._vocab, utf8(text), add_special=add_special, parse_special=parse_special
         )
-        if count < 0:
-            raise EdgekitError(f"llama.cpp cannot tokenize a text of {len(data):,} bytes")
-        return tokens[:count]
 
     def _piece(self, token: int) -> bytes:
         """Return a token's bytes, none for a special one."""

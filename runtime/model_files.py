@@ -60,21 +60,26 @@ class ModelFile:
         """Open the file in its engine, with room for `needed` positions or its own number."""
         return load_engine(self.engine, self.path, threads, self.room(needed))
 
-    def tokenizer(self, folder: Path | None = None) -> TextTokenizer:
-        """Return the tokenizer of a folder; by default the GGUF's own, or what lies beside."""
-        if folder is not None:
-            return Tokenizer.load(folder)
+    def tokenizer(self, given: Path | None = None) -> TextTokenizer:
+        """Return the tokenizer of a folder or a tokenizer.json.
+
+        By default the GGUF's own, or what lies beside the file.
+        """
+        if given is not None:
+            return Tokenizer.load(_tokenizer_file(given))
         if self.manifest is None and self.engine == "gguf":
             from edgekit.runtime.gguf_tokenizer import GgufTokenizer
 
             return GgufTokenizer(self.path)
         beside = self.place if self.place.is_dir() else self.path.parent
-        if not (beside / TOKENIZER_FILE).is_file():
-            raise EdgekitError(
-                f"{self.place}: has no {TOKENIZER_FILE} beside it; name the folder that holds its "
-                "tokenizer: --tokenizer DIR"
-            )
-        return Tokenizer.load(beside)
+        # Transformers.js keeps models one folder below their tokenizer
+        for folder in (beside, *([beside.parent] if beside.name == "onnx" else [])):
+            if (folder / TOKENIZER_FILE).is_file():
+                return Tokenizer.load(folder)
+        raise EdgekitError(
+            f"{self.place}: has no {TOKENIZER_FILE} beside it; name its tokenizer.json, or the "
+            "folder that holds it: --tokenizer PATH"
+        )
 
     def end_ids(self, engine: Engine, tokenizer: TextTokenizer) -> tuple[int, ...]:
         """Return the tokens that end a text: as stated beside the file, in it, by the tokenizer."""
@@ -105,6 +110,15 @@ def find_model_file(place: Path) -> ModelFile:
 def is_model_file(place: Path) -> bool:
     """Whether `find_model_file` is to be asked for a path, rather than a model's name or folder."""
     return place.is_file() or (place / MANIFEST).is_file() or is_genai_folder(place)
+
+
+def _tokenizer_file(given: Path) -> Path:
+    file = given / TOKENIZER_FILE if given.is_dir() else given
+    if not file.is_file() or file.suffix != ".json":
+        raise EdgekitError(
+            f"--tokenizer takes a {TOKENIZER_FILE}, or the folder that holds one, not {given}"
+        )
+    return file
 
 
 def _genai_folder(place: Path) -> ModelFile:

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self, cast
 
 import numpy as np
@@ -62,15 +62,20 @@ class ClosesItself:
 
 def load_module(target: str, path: Path, threads: int | None = None) -> ModuleEngine:
     """Open a module's file in the target's engine; `threads` None is the engine's choice."""
+    return cast(ModuleEngine, import_module_engine(target).open_module(path, threads))
+
+
+def import_module_engine(target: str) -> ModuleType:
+    """Import a target's engine with its libraries; EdgekitError for a target without one."""
     if target not in MODULE_ENGINES:
         raise EdgekitError(
-            f"no engine runs modules of target {target!r}: allowed are {', '.join(MODULE_ENGINES)}"
+            f"no engine runs modules of target {target!r:.60}: allowed are "
+            f"{', '.join(MODULE_ENGINES)}"
         )
     try:
-        engine = importlib.import_module(MODULE_ENGINES[target])
+        return importlib.import_module(MODULE_ENGINES[target])
     except ModuleNotFoundError as error:
         raise EngineMissing(f"the {target} engine needs {error.name}") from error
-    return cast(ModuleEngine, engine.open_module(path, threads))
 
 
 def contiguous(inputs: Sequence[Array]) -> list[Array]:

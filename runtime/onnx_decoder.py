@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from edgekit.errors import EdgekitError
 from edgekit.genai_config import GenaiConfig
-from edgekit.onnx_file import Dim, Node, OnnxFile, Value
+from edgekit.onnx_file import OnnxFile
+from edgekit.onnx_model import Dim, Node, Value
 
 ATTENTION = "com.microsoft::GroupQueryAttention"
 # (genai's name of the input, of the output, the names in the graph), the layer as %d

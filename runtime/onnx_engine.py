@@ -21,7 +21,8 @@ from edgekit.artifact import MANIFEST, Artifact
 from edgekit.errors import EdgekitError, one_line
 from edgekit.genai_config import GenaiConfig, is_genai_folder
 from edgekit.logits import Logits
-from edgekit.onnx_file import OnnxFile, Value
+from edgekit.onnx_file import OnnxFile
+from edgekit.onnx_model import Value
 from edgekit.runtime.engine import (
     DEFAULT_CONTEXT,
     OneSequenceEngine,

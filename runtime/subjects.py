@@ -24,7 +24,7 @@ def open_subject(
     """Open an artifact or a foreign file in its engine, or a model, in torch as the float model.
 
     `context` is the number of positions a model needs; an artifact has those of its file.
-    `tokenizer` is the folder of another tokenizer for a file. Raises `EdgekitError` where there is
+    `tokenizer` is another tokenizer.json for a file, or its folder. Raises `EdgekitError` where there is
     neither.
     """
     check_threads(threads)

@@ -1,11 +1,27 @@
 """A benchmark record as Markdown: what was measured, on what, and what disturbed it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from edgekit.runtime.record import ArtifactResult, Record, Sample, ShapeResult
+from edgekit.runtime.record import ArtifactResult, Gate, Interference, Record, ShapeResult
 from edgekit.tables import markdown_table
+from edgekit.words import counted
 
 _NOTHING = "-"
+
+
+class Repetition(Protocol):
+    """What the notes need of a timed repetition."""
+
+    @property
+    def interference(self) -> Interference:
+        """What else the CPUs did."""
+        ...
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """The readiness checks before it."""
+        ...
 
 
 def render(record: Record) -> str:
@@ -13,21 +29,34 @@ def render(record: Record) -> str:
     parts = [_machine_line(record), _artifact_table(record), _speed_table(record)]
     if len(record.artifacts) > 1:
         parts.append(_ratio_table(record))
-    parts += ["\n".join(_notes(record))]
+    parts += ["\n".join([*disturbances(record), *_cache_notes(record)])]
     return "\n\n".join(part for part in parts if part)
 
 
 def _machine_line(record: Record) -> str:
-    machine, settings, bandwidth = record.machine, record.settings, record.bandwidth
-    isa = ", ".join(machine["isa"] or ()) or "ISA features unreadable"
-    threads = _count(settings.threads, "thread")
-    order = ", interleaved" if len(record.artifacts) > 1 else ""
+    settings, bandwidth = record.settings, record.bandwidth
+    line = machine_line(
+        record.machine,
+        settings.threads,
+        settings.repetitions,
+        len(record.artifacts) > 1,
+        f"edgekit {record.edgekit_version}; {record.timestamp_utc}",
+    )
     return (
-        f"{machine['cpu'] or 'unknown CPU'} ({isa}); {threads}; "
-        f"{_count(settings.repetitions, 'repetition')}{order}; edgekit {record.edgekit_version}; "
-        f"{record.timestamp_utc}\n"
-        f"read bandwidth {bandwidth.before.gb_per_s:.1f} GB/s before, "
-        f"{bandwidth.after.gb_per_s:.1f} after ({threads})"
+        f"{line}\nread bandwidth {bandwidth.before.gb_per_s:.1f} GB/s before, "
+        f"{bandwidth.after.gb_per_s:.1f} after ({counted(settings.threads, 'thread')})"
+    )
+
+
+def machine_line(
+    machine: Mapping[str, Any], threads: int, repetitions: int, interleaved: bool, made: str
+) -> str:
+    """Return the CPU, the threads and the order of the repetitions in one line."""
+    isa = ", ".join(machine["isa"] or ()) or "ISA features unreadable"
+    order = ", interleaved" if interleaved else ""
+    return (
+        f"{machine['cpu'] or 'unknown CPU'} ({isa}); {counted(threads, 'thread')}; "
+        f"{counted(repetitions, 'repetition')}{order}; {made}"
     )
 
 
@@ -47,11 +76,11 @@ def _artifact_table(record: Record) -> str:
             artifact.name,
             str(artifact.model["id"] or _NOTHING),
             _schemes(artifact),
-            _megabytes(artifact.file_bytes),
+            megabytes(artifact.file_bytes),
             f"{artifact.engine} {artifact.engine_version}",
             f"{artifact.load_ns / 1e6:.1f}",
-            _megabytes(artifact.memory.peak),
-            _megabytes(artifact.memory.before_load),
+            megabytes(artifact.memory.peak),
+            megabytes(artifact.memory.before_load),
         ]
         for artifact in record.artifacts
     ]
@@ -118,37 +147,39 @@ def _ratio_table(record: Record) -> str:
     )
 
 
-def _notes(record: Record) -> list[str]:
-    """Say what disturbed the run: load beside it, gates that did not pass, weights in cache."""
+def disturbances(record: Record) -> list[str]:
+    """Say what disturbed the run: load beside it, which `!` marks, and gates that did not pass."""
     samples = [
         sample
         for artifact in record.artifacts
         for test in artifact.tests
         for sample in test.samples
     ]
-    return [*_load_note(samples), *_gate_notes(samples), *_cache_notes(record)]
+    return [*load_note(samples), *gate_notes(samples)]
 
 
-def _load_note(samples: Sequence[Sample]) -> list[str]:
+def load_note(samples: Sequence[Repetition]) -> list[str]:
+    """Say how much of the CPUs another load took, where it is visible."""
     seen = [sample.interference for sample in samples if sample.interference.visible]
     if not seen:
         return []
     other = max(one.other or 0.0 for one in seen)
     waited = max(one.waited or 0.0 for one in seen)
     return [
-        f"! other load was visible in {len(seen)} of {len(samples)} repetitions: up to "
+        f"! other load was visible in {len(seen)} of {counted(len(samples), 'repetition')}: up to "
         + f"{other:.0%} of the CPUs, and threads waited up to {waited:.0%} of their time"
     ]
 
 
-def _gate_notes(samples: Sequence[Sample]) -> list[str]:
+def gate_notes(samples: Sequence[Repetition]) -> list[str]:
+    """Say which readiness checks did not pass, and how often."""
     failed: dict[tuple[str, str], list[float]] = {}
     for sample in samples:
         for gate in sample.gates:
             if gate.passed is False:
                 failed.setdefault((gate.name, gate.limit), []).append(gate.value or 0.0)
     return [
-        f"{name} was not {limit} before {len(values)} of {len(samples)} repetitions "
+        f"{name} was not {limit} before {len(values)} of {counted(len(samples), 'repetition')} "
         + f"(up to {max(values):,.0f})"
         for (name, limit), values in failed.items()
     ]
@@ -160,8 +191,8 @@ def _cache_notes(record: Record) -> list[str]:
     last = max((cache["level"] for cache in caches), default=0)
     size = sum(cache["bytes"] * cache["instances"] for cache in caches if cache["level"] == last)
     return [
-        f"{artifact.name}: the weights of a token ({_megabytes(artifact.traffic.weight_bytes)} MB)"
-        + f" fit the last-level cache ({_megabytes(size)} MB): bandwidth is no limit to it"
+        f"{artifact.name}: the weights of a token ({megabytes(artifact.traffic.weight_bytes)} MB)"
+        + f" fit the last-level cache ({megabytes(size)} MB): bandwidth is no limit to it"
         for artifact in record.artifacts
         if artifact.traffic is not None and artifact.traffic.weight_bytes <= size
     ]
@@ -178,9 +209,6 @@ def _decimals(rate: float) -> int:
     return 0 if rate >= 1000 else 2
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
-
-
-def _megabytes(size: int | None) -> str:
+def megabytes(size: int | None) -> str:
+    """Return a size in MB, or a dash."""
     return _NOTHING if size is None else f"{size / 1e6:.1f}"

@@ -12,7 +12,7 @@ from edgekit.runtime.record import Traffic
 
 
 @dataclass(frozen=True)
-class Weights:
+class Holdings:
     """Which model a file holds and in what; nothing where nobody says it.
 
     `model` has at least the key `id`; `schemes` counts tensors and bytes.
@@ -23,7 +23,7 @@ class Weights:
     traffic: Traffic | None
 
 
-def weights_of(file: ModelFile) -> Weights:
+def holdings_of(file: ModelFile) -> Holdings:
     """Read an artifact's manifest, and a GGUF's own table, which counts what is in the file."""
     table = open_checked(file.path) if file.engine == "gguf" else None
     traffic = None if table is None else file_traffic(table)
@@ -31,10 +31,10 @@ def weights_of(file: ModelFile) -> Weights:
         rows = file.manifest["tensors"]
         if table is None:
             traffic = decode_traffic(rows, ModelConfig.load(file.place))
-        return Weights(file.manifest["model"], count_schemes(rows), traffic)
+        return Holdings(file.manifest["model"], count_schemes(rows), traffic)
     if table is not None:
-        return Weights({"id": model_name(table)}, count_types(table), traffic)
-    return Weights({"id": None}, {}, None)
+        return Holdings({"id": model_name(table)}, count_types(table), traffic)
+    return Holdings({"id": None}, {}, None)
 
 
 def decode_traffic(rows: Iterable[Mapping[str, Any]], config: ModelConfig) -> Traffic:

@@ -2,8 +2,9 @@
 
 It reads one JSON request per line from stdin and answers each with one JSON line, and ends when
 stdin does. `{"op": "load", "engine", "model", "threads", "context"}` loads an engine;
-`{"op": "measure", "kind", "tokens", "depth", "seed"}` times one repetition of a test. A failure
-is answered as `{"error": "one line"}`. One process per artifact makes load time and peak memory
+`{"op": "measure", "kind", "tokens", "depth", "seed"}` times one repetition of a test. Of modules,
+`{"op": "load_module", "target", "model", "threads"}` loads one and `{"op": "run_module", "inputs",
+"seed", "runs", "at_least_ns"}` times a burst of runs. A failure is answered as `{"error": "one line"}`. One process per artifact makes load time and peak memory
 that artifact's own.
 """
 
@@ -22,6 +23,7 @@ from typing import Any, TextIO
 from edgekit.errors import EdgekitError
 from edgekit.runtime.accounting import Clocks, interference, peak_bytes
 from edgekit.runtime.engine import Engine, import_engine, load_engine
+from edgekit.runtime.module_engine import ModuleEngine
 from edgekit.runtime.record import Shape
 
 
@@ -42,6 +44,7 @@ class Worker:
     def __init__(self) -> None:
         """Start without an engine."""
         self._engine: Engine | None = None
+        self._module: ModuleEngine | None = None
         self._threads = 1
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +54,11 @@ class Worker:
                 return self._load(
                     request["engine"], request["model"], request["threads"], request["context"]
                 )
+            if request["op"] == "load_module":
+                return self._load_module(request["target"], request["model"], request["threads"])
+            if request["op"] == "run_module":
+                names = ("inputs", "seed", "runs", "at_least_ns")
+                return self._run_module(**{name: request[name] for name in names})
             return self._measure(
                 Shape(request["kind"], request["tokens"], request["depth"]), request["seed"]
             )
@@ -59,6 +67,9 @@ class Worker:
 
     def close(self) -> None:
         """Release the engine."""
+        if self._module is not None:
+            self._module.close()
+            self._module = None
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -80,6 +91,22 @@ class Worker:
             "context": self._engine.context,
             "affinity": sorted(os.sched_getaffinity(0)),
         }
+
+    def _load_module(self, target: str, model: str, threads: int) -> dict[str, Any]:
+        from edgekit.runtime.module_worker import load
+
+        self._threads = threads
+        self._module, reply = load(target, model, threads)
+        return reply
+
+    def _run_module(
+        self, inputs: list[dict[str, Any]], seed: int, runs: int, at_least_ns: int
+    ) -> dict[str, Any]:
+        from edgekit.runtime.module_worker import time_runs
+
+        if self._module is None:
+            raise EdgekitError("nothing is loaded")
+        return time_runs(self._module, inputs, seed, runs, at_least_ns, self._threads)
 
     def _measure(self, shape: Shape, seed: int) -> dict[str, Any]:
         if self._engine is None:

@@ -60,6 +60,24 @@ class WorkerProcess:
         }
         return self._ask(request, shape.name)
 
+    def load_module(self, target: str, model: str, threads: int) -> dict[str, Any]:
+        """Load a module's file; returns the worker's reply."""
+        request = {"op": "load_module", "target": target, "model": model, "threads": threads}
+        return self._ask(request, "loading the module")
+
+    def run_module(
+        self, inputs: list[dict[str, Any]], seed: int, runs: int, at_least_ns: int
+    ) -> dict[str, Any]:
+        """Time a burst of runs; returns the worker's reply."""
+        request = {
+            "op": "run_module",
+            "inputs": inputs,
+            "seed": seed,
+            "runs": runs,
+            "at_least_ns": at_least_ns,
+        }
+        return self._ask(request, "running the module")
+
     def close(self) -> None:
         """End the process, also in the middle of a computation; nothing is left to save."""
         self._process.kill()

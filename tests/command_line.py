@@ -56,14 +56,19 @@ def killed_at(stage: str, stages: Sequence[str], words: Sequence[str]) -> tuple[
     return tuple(named)
 
 
-def interrupted_when(begun: Callable[[], bool], words: Sequence[str]) -> str:
-    """Run the command, send Ctrl-C when it has begun; its stderr."""
+def interrupted_when(
+    begun: Callable[[], bool],
+    words: Sequence[str],
+    number: signal.Signals = signal.SIGINT,
+    status: int = 130,
+) -> str:
+    """Run the command, send Ctrl-C or another signal when it has begun; its stderr."""
     command = [sys.executable, "-m", "edgekit", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         assert process.stderr is not None
         while not begun():
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         errors = process.stderr.read().decode()
-        assert process.wait(timeout=120) == 130
+        assert process.wait(timeout=120) == status
     return errors

@@ -81,7 +81,28 @@ def test_a_folder_that_is_not_there_and_a_file(folder: Path) -> None:
 
 def test_no_manifest(folder: Path) -> None:
     (folder / "edgekit.json").unlink()
-    assert_refused(folder, "edgekit.json: cannot be read")
+    assert_refused(folder, "holds no edgekit.json, so it is no artifact; name a model file in it, ")
+    (folder / "onnx").mkdir()
+    (folder / "model.pte").rename(folder / "onnx" / "model_q4.onnx")
+    assert_refused(folder, "such as .*/artifact/onnx/model_q4.onnx")
+    (folder / "onnx" / "model_q4.onnx").unlink()
+    assert_refused(folder, "make one with `edgekit export`")
+
+
+def test_what_is_no_file_and_no_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, place in (("a.gguf", "/dev/null"), ("b.gguf", tmp_path / "pipe")):
+        (tmp_path / name).symlink_to(place)
+        assert_refused(tmp_path / name, "is no regular file: neither an artifact folder nor a")
+
+
+def test_ids_beyond_the_vocabulary(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 10}))
+    write_manifest(folder, MANIFEST)
+    assert Artifact.open(folder).eos_ids == (7, 9)
+    for change in ({"bos_id": 1 << 40}, {"bos_id": 10}, {"eos_ids": [7, 10]}):
+        write_manifest(folder, MANIFEST | change)
+        assert_refused(folder, "must be token ids below 10, the vocabulary of config.json, got ")
 
 
 def test_a_manifest_that_is_a_folder(folder: Path) -> None:

@@ -59,6 +59,25 @@ class Remembering(nn.Module):
         return cast(Tensor, self.head((seen * weight[:, None] / CONTEXT).sum(0, keepdim=True)))
 
 
+class Accumulating(nn.Module):
+    """Keeps its state whatever the position, as a short convolution in a foreign program does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = nn.Embedding(VOCAB, 16)
+        self.head = nn.Linear(16, VOCAB)
+        for parameter in self.parameters():
+            parameter.data.normal_(generator=generator)
+        self.register_buffer("total", torch.zeros(1, 16))
+        self.requires_grad_(False)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        total = cast(Tensor, self.total)
+        total.add_(self.embedding(tokens).sum(1))
+        return cast(Tensor, self.head(total) + 0 * input_pos)
+
+
 class Sum(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
@@ -171,6 +190,30 @@ def test_reset_forgets(engine: OneSequenceEngine) -> None:
     assert engine.position == 0
     tokens = some_tokens(5)
     np.testing.assert_allclose(engine.prefill(tokens), expected(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_reset_forgets_what_a_foreign_program_keeps(tmp_path: Path) -> None:
+    path = write_program(tmp_path / "m.pte", Accumulating(), model_inputs(2), None, CHUNK)
+    tokens = some_tokens(3)
+    exact = Accumulating()(torch.tensor([tokens]), torch.zeros(1, dtype=torch.int64))[0]
+    with ExecutorchEngine(path, threads=1) as engine:
+        for _ in range(3):
+            np.testing.assert_allclose(engine.prefill(tokens), exact, rtol=1e-4, atol=1e-4)
+            engine.reset()
+        engine.prefill(tokens)
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(EdgekitError, match=r"m\.pte: "):
+            engine.reset()
+
+
+def test_a_program_of_our_own_is_not_loaded_again(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExecutorchEngine(program, threads=1) as engine:
+        engine.prefill(some_tokens(3))
+        monkeypatch.setattr("edgekit.runtime.executorch_engine.load_program", None)
+        engine.reset()
+        engine.prefill(some_tokens(3))
 
 
 def test_logits_stay_what_they_were(engine: OneSequenceEngine) -> None:

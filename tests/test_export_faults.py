@@ -296,7 +296,15 @@ def test_a_killed_export_leaves_no_artifact(small_model: Path, place: Path, stag
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing(small_model: Path, place: Path) -> None:
-    errors = interrupted_when(lambda: any(place.iterdir()), arguments(small_model, place / "out"))
-    assert errors == "edgekit: interrupted\n"
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_leaves_nothing(
+    small_model: Path, place: Path, number: signal.Signals, status: int, word: str
+) -> None:
+    errors = interrupted_when(
+        lambda: any(place.iterdir()), arguments(small_model, place / "out"), number, status
+    )
+    assert errors == f"edgekit: {word}\n"
     assert list(place.iterdir()) == []

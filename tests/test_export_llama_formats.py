@@ -21,6 +21,7 @@ from edgekit.exporters.llama_formats import FORMATS
 from edgekit.exporters.llama_quantize import quantize_gguf
 from edgekit.gguf_file import GgufFile
 from edgekit.models.source import resolve_model
+from edgekit.progress import Progress
 
 FORMAT = ("--target", "gguf", "--scheme", "q4_k_m")
 
@@ -88,6 +89,23 @@ def test_the_file_is_the_float_file_quantized_and_the_plan_tells_it(
 
 
 @pytest.mark.usefixtures("unverified")
+def test_a_file_that_is_not_what_was_planned_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_format(
+        source: Path, output: Path, form: object, progress: Progress, imatrix: Path | None
+    ) -> object:
+        return quantize_gguf(source, output, FORMATS["Q6_K"], progress, imatrix=imatrix)
+
+    monkeypatch.setattr("edgekit.exporters.gguf.quantize_gguf", other_format)
+    done = run("lfm2-tiny", *FORMAT, "-o", tmp_path / "artifact", "--json")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "blk.0.shortconv.in_proj.weight: llama.cpp was to store it as Q4_K, " in done.stderr
+    assert "and the file has Q6_K, " in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("unverified")
 def test_from_python(tmp_path: Path) -> None:
     artifact = export_model("lfm2-tiny", tmp_path / "artifact", target="gguf", recipe="iq4_nl")
     assert artifact.manifest["recipe"] == "IQ4_NL"
@@ -148,7 +166,10 @@ def test_a_type_that_does_not_fit_is_told_in_the_table(tmp_path: Path) -> None:
             ["--target", "executorch", "--scheme", "Q4_K"],
             "--scheme Q4_K_M is one of llama.cpp's own formats, which target executorch cannot hold",
         ),
-        (["--target", "gguf", "--scheme", "Q9_K"], "unknown scheme 'Q9_K'"),
+        (["--target", "gguf", "--scheme", "Q9_K"], "unknown format 'Q9_K': of llama.cpp's own"),
+        (["--target", "gguf", "--scheme", "Q3_K_S"], "there are Q4_0, Q8_0, Q4_K_M, Q5_K_M, "),
+        (["--target", "gguf", "--scheme", "iq2_xs"], "schemes are float, w8, "),
+        (["--target", "gguf", "--scheme", "w5"], "unknown scheme 'w5'"),
         (["--target", "gguf", "--int8", "--imatrix", "i"], "--imatrix is for llama.cpp's own"),
         (["--target", "executorch", "--int8", "--imatrix", "i"], "--imatrix is for llama.cpp's"),
         ([*FORMAT, "--int8"], "--int8 and --scheme exclude each other"),

@@ -42,6 +42,12 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+def test_a_place_that_only_looks_writable_is_refused_before_any_work() -> None:
+    with pytest.raises(EdgekitError, match="/proc: is not writable .*, so x cannot be made in it"):
+        check_output_file(Path("/proc/x"), force=False)
+
+
 def test_an_output_is_refused_before_any_work(tmp_path: Path) -> None:
     file, link, dangling = tmp_path / "file", tmp_path / "link", tmp_path / "dangling"
     file.touch()

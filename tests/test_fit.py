@@ -219,7 +219,7 @@ def test_command_as_text() -> None:
     assert "w4g32, on galaxy-s25" in result.stdout
     assert "| KV cache, 2048 positions   |  50.3 |" in result.stdout
     assert "| 12 GB                       | fits    |" in result.stdout
-    assert "after 1000 positions at 84.8 GB/s, peak)." in result.stdout
+    assert "after 1,000 positions at 84.8 GB/s, peak)." in result.stdout
 
 
 def test_unknown_bandwidth_and_ram_can_be_given() -> None:

@@ -83,6 +83,14 @@ def test_a_folder_is_known_by_its_configuration(tmp_path: Path) -> None:
         (genai(head_size=1e9), "head_size must be an integer of 1 to"),
         (genai(inputs={"past_conv_names": 3}), "past_conv_names must be a string, got 3"),
         (genai(inputs=[]), "must hold objects, got"),
+        (
+            {"model": genai()["model"] | {"bos_token_id": 1 << 20}},
+            "must be below its vocab_size 65536, got 1048576",
+        ),
+        (
+            {"model": genai()["model"] | {"eos_token_id": [7, 65_536]}},
+            "must be below its vocab_size",
+        ),
         (genai() | {"search": {"max_length": -1}}, "max_length must be an integer of 1 to"),
     ],
 )

@@ -287,6 +287,10 @@ def f32(name: str, value: float) -> tuple[str, int, bytes]:
         (f32("lfm2.attention.layer_norm_rms_epsilon", float("nan")), "epsilon is nan"),
         (("lfm2.rope.scaling.type", make.STRING, make.text("odd")), "scaling.type is 'odd'"),
         (u32("tokenizer.ggml.bos_token_id", 999_999), "bos_token_id is 999999"),
+        (
+            ("tokenizer.ggml.eos_token_id", make.UINT64, struct.pack("<Q", 1 << 40)),
+            "eos_token_id is 1099511627776",
+        ),
         (u32("split.count", 2), "one of 2 parts"),
     ],
 )

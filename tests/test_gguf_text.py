@@ -107,7 +107,7 @@ def test_a_file_without_a_tokenizer_is_refused(path: Path, tmp_path: Path) -> No
     field = b"tokenizer.ggml.model\x08\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00gpt2"
     assert field in content
     other.write_bytes(content.replace(field, field[:-4] + b"none"))
-    with pytest.raises(EdgekitError, match="m.gguf: holds no tokenizer; name a folder with one"):
+    with pytest.raises(EdgekitError, match="m.gguf: holds no tokenizer; name a tokenizer.json"):
         GgufTokenizer(other)
 
 

@@ -34,7 +34,9 @@ def seen(samples: Tensor, exact: Tensor | None = None) -> Inputs:
     return inputs
 
 
-def by_elimination(weight: Tensor, samples: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+def by_elimination(
+    weight: Tensor, samples: Tensor, scales: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
     """Optimal Brain Surgeon, in float64: after each column, invert what is left of H anew."""
     hessian = (samples.t() @ samples / len(samples)).double()
     order = hessian.diagonal().argsort(descending=True).tolist()
@@ -44,20 +46,26 @@ def by_elimination(weight: Tensor, samples: Tensor, scales: Tensor, low: int, hi
         inverse = torch.linalg.inv(hessian[order][:, order])
         column, *rest = order
         scale = scales[:, column]
-        result[:, column] = (left[:, column] / scale).round().clamp(low, high) * scale
+        code = (left[:, column] / scale).round().clamp(low[:, column], high[:, column])
+        result[:, column] = code * scale
         error = (left[:, column] - result[:, column]) / inverse[0, 0]
         left[:, rest] -= error[:, None] * inverse[0, 1:]
         order = rest
     return result
 
 
-@pytest.mark.parametrize("name", ["w4", "w4g32", "w8"])
+@pytest.mark.parametrize("name", ["w4", "w4g32", "w8", "w4g32a"])
 def test_it_is_optimal_brain_surgeon(weight: Tensor, samples: Tensor, name: str) -> None:
     scheme = Scheme.parse(name)
     found = gptq(weight, seen(samples), scheme)
     scales = found.scales.reshape(ROWS, -1)
-    spread = scales.repeat_interleave(COLUMNS // scales.shape[1], dim=1).double()
-    expected = by_elimination(weight, samples, spread, scheme.grid.low, scheme.grid.high)
+    size = COLUMNS // scales.shape[1]
+    spread = scales.repeat_interleave(size, dim=1).double()
+    zeros = torch.zeros(1) if found.zero_points is None else found.zero_points
+    shift = zeros.double().expand(scales.shape).repeat_interleave(size, dim=1)
+    expected = by_elimination(
+        weight, samples, spread, scheme.grid.low - shift, scheme.grid.high - shift
+    )
     # A value on the edge between two codes may fall to either side of it.
     same = (found.dequantize() - expected).abs() < 1e-6
     assert same.double().mean() > 0.995
@@ -82,6 +90,17 @@ def test_it_makes_up_for_inputs_that_strayed(weight: Tensor, samples: Tensor) ->
     found = gptq(weight, seen(1.1 * samples, samples), scheme).dequantize()
     wanted = weight @ samples.t()
     assert float((1.1 * found @ samples.t() - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_it_makes_up_for_what_the_residual_lacks(weight: Tensor, samples: Tensor) -> None:
+    """The sum of residual and output is what counts; here the residual lost a share of X."""
+    scheme = Scheme.parse("w8")
+    lost = samples @ (0.3 * weight).t()
+    inputs = Inputs(COLUMNS)
+    inputs.add(samples, samples, lost)
+    found = gptq(weight, inputs, scheme).dequantize() @ samples.t()
+    wanted = (samples @ weight.t() + lost).t()
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02
 
 
 def test_columns_that_are_never_used_are_rounded_to_nearest(

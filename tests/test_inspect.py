@@ -129,6 +129,24 @@ def test_check_names_every_damaged_file(copy: Path) -> None:
     )
 
 
+def test_check_of_a_file_of_another_length_fails(copy: Path) -> None:
+    path = copy / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_only_one_line(run(copy, "--check"), "tokenizer.json: has ", "export again", status=1)
+    assert_only_one_line(run(copy), "tokenizer.json: has ", status=2)
+    path.unlink()
+    assert_only_one_line(run(copy, "--check"), "tokenizer.json: is missing", status=1)
+
+
+def test_a_model_is_told_from_an_artifact(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_text("{}")
+    for model in ("lfm2-tiny", tmp_path):
+        assert_only_one_line(
+            run(model), f"{model}: is a model, not an artifact: give --sensitivity"
+        )
+
+
 def test_check_of_a_bare_file_is_refused(tiny_artifact: Path) -> None:
     assert_only_one_line(run(tiny_artifact / "model.pte", "--check"), "--check needs the artifact")
 

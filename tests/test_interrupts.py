@@ -49,6 +49,28 @@ def test_ctrl_c_during_the_imports_ends_a_command(name: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
+def test_sigterm_ends_work_in_order_and_imports_at_once() -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from edgekit.interrupts import *\n"
+        "clean_up_on_sigterm()\n"
+        "if sys.argv[1] == 'imports':\n"
+        "    with interrupts_end_the_process():\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "with interrupts_end_the_process():\n"
+        "    pass\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "finally:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('cleaned')\n"
+    )
+    in_order = _python(script, "work")
+    assert (in_order.returncode, in_order.stdout, in_order.stderr) == (143, "cleaned\n", "")
+    at_once = _python(script, "imports")
+    assert (at_once.returncode, at_once.stdout, at_once.stderr) == (-signal.SIGTERM, "", "")
+
+
 def test_the_usual_handler_is_there_again_afterwards() -> None:
     script = (
         "import os, signal\n"

@@ -104,7 +104,7 @@ def test_a_folder_of_onnxruntime_genai(genai_folder: Path) -> None:
         ("none", "none: does not exist"),
         ("m.bin", "m.bin: is no artifact folder and no file of those that end in .gguf, .onnx, "),
         ("m.gguf", "m.gguf: is not a GGUF file"),
-        ("folder", "edgekit.json: cannot be read"),
+        ("folder", "folder: holds no edgekit.json"),
     ],
 )
 def test_what_is_nothing_to_run_is_refused(tmp_path: Path, name: str, words: str) -> None:
@@ -138,17 +138,38 @@ def test_generation_ends_where_the_file_says(stock: Path) -> None:
 
 
 def test_a_bare_program_needs_a_tokenizer(program: Path) -> None:
-    words = "bare.pte: has no tokenizer.json beside it; name the folder that holds its tokenizer: "
+    words = "bare.pte: has no tokenizer.json beside it; name its tokenizer.json, or the folder "
     assert_only_one_line(run("run", program, PROMPT), words)
 
 
 def test_a_bare_program_is_its_artifact(program: Path, tiny_artifact: Path, tmp_path: Path) -> None:
     expected = run_json("run", tiny_artifact, PROMPT, *GREEDY)["text"]
-    assert run_json("run", program, PROMPT, *GREEDY, "--tokenizer", FOLDER)["text"] == expected
+    for given in (FOLDER, FOLDER / "tokenizer.json"):
+        assert run_json("run", program, PROMPT, *GREEDY, "--tokenizer", given)["text"] == expected
     beside = shutil.copyfile(program, tmp_path / "m.pte")
     for name in TOKENIZER_FILES:
         shutil.copyfile(FOLDER / name, tmp_path / name)
     assert run_json("run", beside, PROMPT, *GREEDY)["text"] == expected
+
+
+def test_a_tokenizer_that_is_none(program: Path, tmp_path: Path) -> None:
+    for given in (tmp_path, tmp_path / "none.json", program):
+        done = run("run", program, PROMPT, "--tokenizer", given)
+        words = "--tokenizer takes a tokenizer.json, or the folder that holds one, not "
+        assert_only_one_line(done, words, str(given))
+
+
+def test_a_folder_of_transformers_js(tmp_path: Path) -> None:
+    """Models in `onnx/`, the tokenizer in the folder around it, and nothing of edgekit's."""
+    (tmp_path / "onnx").mkdir()
+    save(Form(), tmp_path / "onnx" / "model.onnx")
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(FOLDER / name, tmp_path / name)
+    hint = f"name a model file in it, such as {tmp_path / 'onnx' / 'model.onnx'}"
+    for command in (("run", tmp_path, PROMPT), ("inspect", tmp_path)):
+        assert_only_one_line(run(*command), hint)
+    facts = run_json("run", tmp_path / "onnx" / "model.onnx", PROMPT, "-n", 2, "-t", 1)
+    assert facts["generated_tokens"] == 2
 
 
 def test_a_prompt_beyond_the_context_of_a_bare_program(program: Path) -> None:
@@ -239,6 +260,12 @@ def test_fit_of_an_artifact(tiny_artifact: Path) -> None:
 def test_an_artifact_is_not_planned_anew(tiny_artifact: Path, option: tuple[str, ...]) -> None:
     words = "is an artifact, which has its recipe and --context already"
     assert_only_one_line(run("fit", tiny_artifact, "--no-measure", *option), words)
+
+
+def test_fit_of_a_bare_file_is_refused(stock: Path) -> None:
+    assert_only_one_line(
+        run("fit", stock, "--no-measure"), "is a single file, whose model fit does"
+    )
 
 
 def test_fit_of_a_gguf_artifact(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from traced_nets import batch_for, make_net, quantized
+from traced_nets import batch_for, make_net, quantized, steps_apart
 
 import edgekit
 from edgekit.artifact import Artifact
@@ -75,7 +75,7 @@ def test_a_module_is_no_language_model(tmp_path: Path) -> None:
         Artifact.open(artifact.folder)
 
 
-def test_inspect_shows_integer_layers_and_verify_declines(tmp_path: Path) -> None:
+def test_inspect_shows_integer_layers_and_verify_needs_no_weights(tmp_path: Path) -> None:
     artifact = _export(tmp_path / "net", "executorch", max_batch=8)
     report = inspect(artifact.folder, check=True)
     said = report.text()
@@ -83,8 +83,11 @@ def test_inspect_shows_integer_layers_and_verify_declines(tmp_path: Path) -> Non
     parts = {part["name"] for part in report.to_dict()["components"]}
     assert {"convolutions, int8 per channel", "linears, int8 per channel", "biases, int32"} <= parts
     assert not any("float" in part or "norms" in part for part in parts)
-    with pytest.raises(EdgekitError, match="is a module"):
-        verify_artifact(artifact.folder, None, lambda stage: None)
+    with pytest.raises(EdgekitError, match="is verified without --model"):
+        verify_artifact(artifact.folder, "lfm2-tiny", lambda stage: None)
+    found = verify_artifact(artifact.folder, None, lambda stage: None)["verification"]
+    assert found["verified"]
+    assert found["batches"] == [4]
 
 
 def test_a_saved_calibration_gives_the_same_file(tmp_path: Path) -> None:
@@ -98,7 +101,29 @@ def test_a_saved_calibration_gives_the_same_file(tmp_path: Path) -> None:
 def test_a_float_module_needs_no_calibration(tmp_path: Path) -> None:
     artifact = _export(tmp_path / "net", recipe="float", calibration=None)
     assert {row["scheme"] for row in artifact.manifest["tensors"]} == {"float"}
-    assert sorted(artifact.manifest["files"]) == ["model.onnx"]
+    assert sorted(artifact.manifest["files"]) == ["model.onnx", "reference.safetensors"]
+
+
+def test_one_name_exports_models_and_modules(tmp_path: Path) -> None:
+    x = batch_for("residual", 2)
+    artifact = edgekit.export(
+        make_net("residual"), (x,), tmp_path / "net", target="onnx", recipe="float"
+    )
+    assert artifact.manifest["model"] == {"id": "Residual"}
+    with pytest.raises(EdgekitError, match="nowhere"):
+        edgekit.export("nowhere", tmp_path / "model", target="onnx")
+
+
+def test_a_finished_network_is_exported_as_it_is(tmp_path: Path) -> None:
+    network, x = quantized("residual", "w8a8"), (batch_for("residual", 4),)
+    artifact = edgekit.export_network(
+        network, x, tmp_path / "net", target="onnx", name="mine", recipe="trained"
+    )
+    assert (artifact.manifest["model"], artifact.manifest["recipe"]) == ({"id": "mine"}, "trained")
+    assert "calibration.json" not in artifact.manifest["files"]
+    with edgekit.load_module("onnx", artifact.model_path, threads=1) as engine:
+        (actual,) = engine.run([x[0].numpy()])
+    assert float(steps_apart(network, [actual], x[0]).max()) <= 1.01
 
 
 @pytest.mark.parametrize(

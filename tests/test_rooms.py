@@ -17,19 +17,20 @@ ROOT = Path(__file__).parents[1]
 # own version string. Everything left out is forbidden: quantize knows no file format, a runtime
 # runs files that it did not make, and no library code knows the command line.
 ROOMS = {
-    "quantize": r"edgekit\.(errors|files|limits|tables)|torch|numpy|safetensors",
+    "quantize": r"edgekit\.(errors|files|limits|tables|words)|torch|numpy|safetensors",
     "edgekit/models": (
-        r"edgekit\.(errors|limits|quantize)|torch|numpy|safetensors|tokenizers|jinja2|huggingface_hub"
+        r"edgekit\.(errors|limits|progress|quantize)|torch|numpy|safetensors|tokenizers|jinja2"
+        r"|huggingface_hub"
     ),
     "exporters": (
-        r"edgekit|edgekit\.(artifact|errors|files|genai_config|gguf_file|logits|models|onnx_file"
-        r"|progress|pte_header|quantize|quiet|tables)"
-        r"|torch|torchao|numpy|executorch|gguf|onnx|onnxruntime|llama_cpp"
+        r"edgekit|edgekit\.(artifact|errors|files|genai_config|gguf_file|llama_vocabulary|logits|models|onnx_(file|model)"
+        r"|progress|pte_header|quantize|quiet|tables|words)"
+        r"|torch|torchao|numpy|safetensors|executorch|gguf|onnx|onnxruntime|llama_cpp"
     ),
-    "devices": r"edgekit\.(errors|tables)|numpy",
+    "devices": r"edgekit\.(errors|tables|words)|numpy",
     "runtime": (
-        r"edgekit|edgekit\.(artifact|devices|errors|files|genai_config|gguf_file|logits|models"
-        r"|onnx_file|progress|pte_header|quantize|tables)"
+        r"edgekit|edgekit\.(artifact|devices|errors|files|genai_config|gguf_file|llama_vocabulary|logits|models"
+        r"|onnx_(file|model)|progress|pte_header|quantize|tables|words)"
         r"|torch|numpy|executorch|onnxruntime|llama_cpp"
     ),
     "edgekit/commands": r"edgekit\..+|click",

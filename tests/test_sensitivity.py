@@ -94,7 +94,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(
 
     with pytest.raises(Killed):
         sensitivity("lfm2-tiny", W4, SHORT, kill_at_the_third)
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.json")
     kept = json.loads(file.read_text())["figures"]
     assert len(kept) == 3
 
@@ -119,11 +119,35 @@ def test_a_cache_that_is_not_ours_is_measured_anew(
 ) -> None:
     monkeypatch.setattr(module._FloatRun, "cost", lambda self, name, scheme: (1.0, 0.5))
     sensitivity("lfm2-tiny", W4, SHORT)
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.json")
     facts = json.loads(file.read_text())
     file.write_text("{" if change is None else json.dumps(facts | change))
     monkeypatch.setattr(module._FloatRun, "cost", lambda self, name, scheme: (2.0, 0.5))
     assert {cost.kld for cost in sensitivity("lfm2-tiny", W4, SHORT).costs} == {2.0}
+
+
+def test_two_runs_at_once_keep_each_others_figures(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first tensor is measured another run ends, whose other figures must stay."""
+    monkeypatch.setattr(module._FloatRun, "cost", lambda self, name, scheme: (1.0, 0.5))
+    whole = len(sensitivity("lfm2-tiny", W4, SHORT).costs)
+    (file,) = cache.glob("*.json")
+    finished = file.read_text()
+    file.unlink()
+
+    def overtaken(self: object, name: str, scheme: Scheme) -> tuple[float, float]:
+        if file.exists():
+            raise KeyboardInterrupt
+        file.write_text(finished)
+        return (2.0, 0.5)
+
+    monkeypatch.setattr(module._FloatRun, "cost", overtaken)
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity("lfm2-tiny", W4, SHORT)
+    figures = json.loads(file.read_text())["figures"]
+    assert len(figures) == whole
+    assert sorted(kld for kld, _ in figures.values()) == [*[1.0] * (whole - 1), 2.0]
 
 
 def test_other_schemes_and_texts_have_their_own_figures(
@@ -132,7 +156,7 @@ def test_other_schemes_and_texts_have_their_own_figures(
     monkeypatch.setattr(module._FloatRun, "cost", lambda self, name, scheme: (1.0, 0.5))
     for scheme, text in ((W4, SHORT), (Scheme.parse("w8"), SHORT), (W4, TEXT)):
         sensitivity("lfm2-tiny", scheme, text)
-    assert len(list(cache.iterdir())) == 3
+    assert len(list(cache.glob("*.json"))) == 3
 
 
 def test_an_artifact_stands_for_the_model_it_was_made_of(

@@ -1,6 +1,7 @@
 """Tokenizer: exact against transformers, a stream that equals `decode`, sandboxed templates."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,17 @@ def test_ids_are_those_of_transformers(
     ids = tokenizer.encode(text, add_special)
     assert ids == reference.encode(text, add_special_tokens=add_special)
     assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+def test_plain_ids_leave_those_of_other_threads_alone(tokenizer: Tokenizer) -> None:
+    text = "<|im_start|>" * 50
+    expected, plain = tokenizer.encode(text), tokenizer.encode_plain(text)
+    assert len(plain) > len(expected)
+    with ThreadPoolExecutor(2) as pool:
+        ours = pool.submit(lambda: [tokenizer.encode_plain(text) for _ in range(500)])
+        theirs = pool.submit(lambda: [tokenizer.encode(text) for _ in range(500)])
+        assert all(ids == plain for ids in ours.result())
+        assert all(ids == expected for ids in theirs.result())
 
 
 def test_text_comes_back(tokenizer: Tokenizer) -> None:

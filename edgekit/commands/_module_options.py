@@ -11,6 +11,7 @@ import click
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
+    from edgekit.commands._quality_options import QualityChoice
     from edgekit.commands._recipe_options import RecipeChoice
     from edgekit.module_export import Data
     from edgekit.quantize.traced.placement import Placement
@@ -19,14 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModuleChoice:
-    """What the user said of a module's inputs, weights and calibration."""
+    """What the user said of a module's inputs and weights."""
 
     example_shape: tuple[str, ...] = ()
     example_dtype: tuple[str, ...] = ()
     max_batch: int | None = None
     weights: Path | None = None
-    calibrate: str | None = None
-    method: str | None = None
 
     def refuse_for_a_model(self) -> None:
         """Raise EdgekitError where the user gave any of it for a language model."""
@@ -45,23 +44,21 @@ class ModuleChoice:
         module = make_module(factory, self.weights)
         return type(module).__name__, place_module(module, example, recipe, self.max_batch)
 
-    def data(self, placement: "Placement") -> "Data":
-        """Return the calibration data; EdgekitError where some are needed and none are named."""
-        from edgekit.module_data import open_data
 
-        if self.calibrate is not None:
-            return open_data(self.calibrate, placement.traced)
-        if placement.edges:
-            raise EdgekitError(
-                "quantized activations need --calibrate: a .npy, .npz or .safetensors file of "
-                "inputs, a folder of them, path/to/data.py:function, or a saved calibration .json"
-            )
-        return None
+def calibration_data(chosen: "QualityChoice", placement: "Placement") -> "Data":
+    """Return the calibration data; EdgekitError where some are needed and none are named."""
+    from edgekit.module_data import open_data
 
-    @property
-    def observer(self) -> str:
-        """How the ranges of activations are found."""
-        return self.method or "moving-average"
+    if chosen.calibrate is not None:
+        if chosen.method is not None and chosen.calibrate.endswith(".json"):
+            raise EdgekitError(f"--method means nothing to {chosen.calibrate}, which has ranges")
+        return open_data(chosen.calibrate, placement.traced)
+    if placement.edges:
+        raise EdgekitError(
+            "quantized activations need --calibrate: a .npy, .npz or .safetensors file of "
+            "inputs, a folder of them, path/to/data.py:function, or a saved calibration .json"
+        )
+    return None
 
 
 def module_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,19 +72,6 @@ def module_options(function: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     for option in (
-        click.option(
-            "--method",
-            metavar="NAME",
-            help="How ranges are found: moving-average, percentile or mse  "
-            "[default: moving-average]",
-        ),
-        click.option(
-            "--calibrate",
-            metavar="DATA",
-            help="Inputs that show the ranges of a module's activations: a .npy, .npz or "
-            ".safetensors file [N, ...], a folder of them, FILE.py:FUNCTION that yields "
-            "mini-batches, or a saved calibration .json.",
-        ),
         click.option(
             "--weights",
             metavar="FILE",

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.commands._json import print_json
-from edgekit.commands._module_options import ModuleChoice
+from edgekit.commands._module_options import ModuleChoice, calibration_data
+from edgekit.commands._quality_options import QualityChoice
 from edgekit.commands._recipe_options import RecipeChoice
 
 if TYPE_CHECKING:
+    from edgekit.module_export import Quantized
+    from edgekit.progress import Progress
+    from edgekit.quantize.traced.placement import Placement
     from edgekit.user_code import Factory
 
 
@@ -18,6 +22,7 @@ def export_module_of(
     target: str,
     choice: RecipeChoice,
     module: ModuleChoice,
+    chosen: QualityChoice,
     output: Path | None,
     dry_run: bool,
     force: bool,
@@ -31,9 +36,10 @@ def export_module_of(
         from edgekit.exporters.artifact import check_output
         from edgekit.exporters.module_target import find_module_target, rows_text, tensor_rows
         from edgekit.exporters.verify_module import figures_text
-        from edgekit.module_export import export_network, quantize_placement
+        from edgekit.module_export import export_network
         from edgekit.progress import stage_printer
 
+    chosen.refuse_budget()
     folder = output or Path(f"{_last(factory)}-{target}-{choice.label}")
     find_module_target(target)
     if not dry_run:
@@ -45,7 +51,7 @@ def export_module_of(
     if dry_run:
         _show_plan(name, rows, as_json)
         return
-    found = quantize_placement(placement, module.data(placement), module.observer, progress)
+    found = _quantize(placement, chosen, progress)
     artifact = export_network(
         found.network,
         found.sample,
@@ -70,6 +76,7 @@ def quantize_module_of(
     factory: "Factory",
     choice: RecipeChoice,
     module: ModuleChoice,
+    chosen: QualityChoice,
     output: Path | None,
     dry_run: bool,
     force: bool,
@@ -82,9 +89,10 @@ def quantize_module_of(
     with interrupts_end_the_process(), quiet_imports():
         from edgekit.exporters.module_target import rows_text, tensor_rows
         from edgekit.files import check_output_file
-        from edgekit.module_export import quantize_placement, save_codes
+        from edgekit.module_export import save_codes
         from edgekit.progress import stage_printer
 
+    chosen.refuse_budget()
     path = output or Path(f"{_last(factory)}-{choice.label}.safetensors")
     ranges = path.with_suffix(".calibration.json")
     if not dry_run:
@@ -97,7 +105,7 @@ def quantize_module_of(
     if dry_run:
         _show_plan(name, rows, as_json)
         return
-    found = quantize_placement(placement, module.data(placement), module.observer, progress)
+    found = _quantize(placement, chosen, progress)
     save_codes(found.network, path)
     if found.ranges is not None:
         found.ranges.save(ranges)
@@ -108,6 +116,13 @@ def quantize_module_of(
     else:
         click.echo(rows_text(rows))
         click.echo(f"wrote {' and '.join(written)}")
+
+
+def _quantize(placement: "Placement", chosen: QualityChoice, progress: "Progress") -> "Quantized":
+    from edgekit.module_export import quantize_placement
+
+    data = calibration_data(chosen, placement)
+    return quantize_placement(placement, data, chosen.method or "moving-average", progress)
 
 
 def _show_plan(name: str, rows: list[dict[str, Any]], as_json: bool) -> None:

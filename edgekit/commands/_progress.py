@@ -1,6 +1,5 @@
 """The line of progress of long commands, where somebody is looking at a terminal."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,9 +14,11 @@ if TYPE_CHECKING:
 def progress_line() -> "Iterator[Steps | None]":
     """Give what rewrites one line of stderr, cleared at the end however the work ends.
 
-    None where stderr is no terminal, or was closed by the caller: Python has None for it then.
+    None where nobody looks.
     """
-    if sys.stderr is None or not sys.stderr.isatty():
+    from edgekit.progress import somebody_looks
+
+    if not somebody_looks():
         yield None
         return
     try:

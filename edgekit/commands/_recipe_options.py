@@ -55,6 +55,7 @@ class RecipeChoice:
 
         EdgekitError for one of llama.cpp's own formats, which edgekit does not quantize to.
         """
+        from edgekit.exporters.llama_formats import check_format
         from edgekit.quantize.recipe import Recipe, preset, uniform
         from edgekit.quantize.scheme import Scheme
 
@@ -66,6 +67,7 @@ class RecipeChoice:
         if self.file is not None:
             return Recipe.load(self.file)
         if self.scheme is not None:
+            check_format(self.scheme)
             return uniform(Scheme.parse(self.scheme))
         return preset(self.preset or "int8")
 

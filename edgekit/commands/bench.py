@@ -6,6 +6,7 @@ import click
 
 from edgekit.commands._engine_options import threads_option
 from edgekit.commands._progress import progress_line
+from edgekit.errors import EdgekitError
 
 
 def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -63,6 +64,12 @@ def _rest(ctx: click.Context, param: click.Parameter, value: float) -> float:
     show_default=True,
     help="Timed repetitions of each test, after one warm-up.",
 )
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 1 << 20),
+    metavar="N",
+    help="Inputs of a module's run  [default: 1, or the only batch it takes]",
+)
 @threads_option
 @click.option(
     "--cooldown",
@@ -94,6 +101,7 @@ def command(
     generates: tuple[int, ...],
     depths: tuple[int, ...],
     repetitions: int,
+    batch: int | None,
     threads: int | None,
     cooldown_s: float,
     seed: int,
@@ -107,6 +115,9 @@ def command(
     Token ids are random, one warm-up precedes each test, and every repetition starts from a fresh
     state. -p, -n and -d take several values: -p 128,512. Several artifacts are measured in turn,
     repetition by repetition, and compared with the first.
+
+    Of modules the latency of a run is measured, in bursts of a tenth of a second a repetition;
+    -p, -n and -d are not for them.
     """
     from edgekit.files import check_output_file
     from edgekit.interrupts import interrupts_end_the_process
@@ -116,6 +127,13 @@ def command(
 
     with interrupts_end_the_process():
         from edgekit.runtime.bench import bench
+        from edgekit.runtime.module_bench import all_modules
+
+    if all_modules(artifacts):
+        _bench_modules(artifacts, batch, repetitions, threads, cooldown_s, seed, as_json, output)
+        return
+    if batch is not None:
+        raise EdgekitError("--batch is for modules")
     with progress_line() as show:
         record = bench(
             artifacts,
@@ -133,5 +151,32 @@ def command(
     try:
         click.echo(record.to_json() if as_json else render(record))
     finally:  # what took long is kept in one place where the other is full or gone
+        if output is not None:
+            record.save(output)
+
+
+def _bench_modules(
+    artifacts: tuple[Path, ...],
+    batch: int | None,
+    repetitions: int,
+    threads: int | None,
+    cooldown_s: float,
+    seed: int,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    from edgekit.runtime.module_bench import bench_modules
+    from edgekit.runtime.module_table import render
+
+    context = click.get_current_context()
+    for name in ("prompts", "generates", "depths"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = {"prompts": "-p", "generates": "-n", "depths": "-d"}[name]
+            raise EdgekitError(f"{option} is for language models, {artifacts[0]} is a module")
+    with progress_line() as show:
+        record = bench_modules(artifacts, batch, repetitions, threads, cooldown_s, seed, show)
+    try:
+        click.echo(record.to_json() if as_json else render(record))
+    finally:
         if output is not None:
             record.save(output)

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import click
 
-from edgekit.commands._engine_options import threads_option
+from edgekit.commands._engine_options import threads_option, tokenizer_option
 from edgekit.commands._json import print_json
 from edgekit.commands._progress import progress_line
-from edgekit.errors import EdgekitError
 
 
 @click.command("compare", short_help="Compare artifacts in size, quality, speed and weights.")
@@ -23,12 +22,7 @@ from edgekit.errors import EdgekitError
     "--context", type=int, default=512, show_default=True, help="Tokens in a chunk of the text."
 )
 @click.option("--chunks", type=click.IntRange(min=1), help="Most chunks to score  [default: all]")
-@click.option(
-    "--tokenizer",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Folder with the tokenizer.json to use for files  [default: their own]",
-)
+@tokenizer_option
 @click.option(
     "-p",
     "--prompt",
@@ -80,8 +74,9 @@ def command(
     """Compare ARTIFACTS: size, quality, speed, memory, and whether weights are the same.
 
     They are folders that `edgekit export` wrote, or files of others: a .gguf, a .pte, a folder of
-    onnxruntime-genai's. What cannot be known of one is a dash. Quality needs a --text, divergence and the weights' noise a --reference. Speeds are those of
-    `edgekit bench`, repetition by repetition in turn. Weights are read back from the files.
+    onnxruntime-genai's. What cannot be known of one is a dash. Quality needs a --text, divergence and
+    the weights' noise a --reference. Speeds are those of `edgekit bench`, repetition by repetition
+    in turn; -p 0 -n 0 skips them. Weights are read back from the files.
     """
     from edgekit.files import check_output_file, new_file, read_text
     from edgekit.interrupts import interrupts_end_the_process
@@ -89,8 +84,6 @@ def command(
 
     if output is not None:  # before the measuring, which may take long
         check_output_file(output, force)
-    if (prompt, generate) == (0, 0):
-        raise EdgekitError("-p 0 and -n 0 leave no speed to measure: give one of them tokens")
     text = None if text_file is None else read_text(text_file)
     with interrupts_end_the_process(), quiet_imports():
         from edgekit.compare import compare

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edgekit.commands._engine_options import threads_option
+from edgekit.commands._engine_options import threads_option, tokenizer_option
 from edgekit.commands._json import print_json
 from edgekit.commands._progress import progress_line
 
@@ -25,12 +25,7 @@ from edgekit.commands._progress import progress_line
     "--context", type=int, default=512, show_default=True, help="Tokens in a chunk of the text."
 )
 @click.option("--chunks", type=click.IntRange(min=1), help="Most chunks to score  [default: all]")
-@click.option(
-    "--tokenizer",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Folder with the tokenizer.json to use for files  [default: their own]",
-)
+@tokenizer_option
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def command(

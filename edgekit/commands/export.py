@@ -1,5 +1,6 @@
 """`edgekit export`: from a model's name to a verified artifact folder."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -8,17 +9,27 @@ import click
 from edgekit.commands._json import print_json
 from edgekit.commands._module_options import ModuleChoice, module_options
 from edgekit.commands._modules import export_module_of
+from edgekit.commands._progress import progress_line
+from edgekit.commands._quality_options import (
+    QualityChoice,
+    quality_dict,
+    quality_options,
+    quality_text,
+    resumable,
+)
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
     from edgekit.model_export import Plan
+    from edgekit.quantization import Made
 
 
 @click.command("export", short_help="Export a model for an engine and verify the file.")
 @click.argument("model", metavar="MODEL|FILE.py:FUNCTION")
 @click.option("--target", required=True, metavar="TARGET", help="executorch, gguf or onnx")
 @recipe_options
+@quality_options
 @click.option(
     "--codes",
     metavar="FILE",
@@ -59,6 +70,7 @@ def command(
     target: str,
     choice: RecipeChoice,
     module: ModuleChoice,
+    chosen: QualityChoice,
     codes: Path | None,
     context: int | None,
     output: Path | None,
@@ -100,39 +112,47 @@ def command(
             imatrix=imatrix,
             revision=revision,
             random_weights=random_weights,
+            codes=codes,
         )
-        export_module_of(factory, target, choice, module, output, dry_run, force, as_json)
+        export_module_of(factory, target, choice, module, chosen, output, dry_run, force, as_json)
         return
     module.refuse_for_a_model()
+    quality = chosen.of_a_model(choice)
     with interrupts_end_the_process(), quiet_imports():
         from edgekit.exporters.artifact import check_output
         from edgekit.exporters.llama_formats import format_recipe
         from edgekit.exporters.target import Options
-        from edgekit.model_export import export_plan, plan_export
-        from edgekit.progress import stage_printer
+        from edgekit.model_export import plan_export
+        from edgekit.quality import Quality
         from edgekit.quantize.recipe import warnings
 
     if codes is not None and choice.given:
         raise EdgekitError(
             f"--codes and {choice.option} exclude each other: the file's tensors are what they are"
         )
+    if codes is not None and quality != Quality():
+        raise EdgekitError("--codes are chosen already: leave out how to choose them")
     form = choice.llama_format
-    plan = plan_export(
-        model,
-        target,
-        choice.recipe() if form is None else format_recipe(form),
-        context,
-        revision,
-        random_weights=random_weights or dry_run,
-        options=Options(
-            llama_format=None if form is None else form.name,
-            imatrix=imatrix,
-            abi=abi,
-            portable=portable,
-        ),
-        codes=codes,
-    )
-    label = choice.label if codes is None else codes.stem
+    with resumable(quality), progress_line() as show:
+        plan = plan_export(
+            model,
+            target,
+            choice.recipe() if form is None else format_recipe(form),
+            context,
+            revision,
+            random_weights=random_weights or (dry_run and quality.budget is None),
+            options=Options(
+                llama_format=None if form is None else form.name,
+                imatrix=imatrix,
+                abi=abi,
+                portable=portable,
+            ),
+            codes=codes,
+            quality=quality,
+            steps=show,
+        )
+    label = choice.label if quality.budget is None else quality.budget.label
+    label = label if codes is None else codes.stem
     folder = output or Path(f"{Path(plan.source.id).name.lower()}-{target}-{label}")
     if not dry_run:
         check_output(folder, force)
@@ -142,7 +162,8 @@ def command(
         _show_plan(plan, as_json)
     if dry_run:
         return
-    manifest = export_plan(plan, folder, force, stage_printer())
+    with resumable(quality):
+        manifest, made = _export(plan, folder, force, as_json)
     found = manifest["verification"]
     if not found["verified"]:
         click.echo(
@@ -151,7 +172,7 @@ def command(
             err=True,
         )
     if as_json:
-        print_json({"artifact": str(folder), **manifest})
+        print_json({"artifact": str(folder), **manifest, **quality_dict(plan.mixed, made)})
     else:
         _show_result(folder, manifest)
 
@@ -161,6 +182,21 @@ def _refuse_for_a_module(**given: object) -> None:
         if value not in (None, False):
             option = name.replace("_", "-")
             raise EdgekitError(f"--{option} is for language models, not for a module")
+
+
+def _export(
+    plan: "Plan", folder: Path, force: bool, as_json: bool
+) -> "tuple[dict[str, Any], Made | None]":
+    """Choose the codes, where that was asked for, and export them."""
+    from edgekit.model_export import export_plan, prepared
+    from edgekit.progress import stage_printer
+
+    with ExitStack() as stack:
+        with progress_line() as show:
+            ready, made = stack.enter_context(prepared(plan, folder, show))
+        if not as_json:
+            click.echo("".join(f"{part}\n" for part in quality_text(plan.mixed, made)), nl=False)
+        return export_plan(ready, folder, force, stage_printer()), made
 
 
 def _show_plan(plan: "Plan", as_json: bool) -> None:

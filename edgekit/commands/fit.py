@@ -105,6 +105,11 @@ def _predict(
 
     if (Path(model) / MANIFEST).is_file():
         return _predict_artifact(Path(model), choice, context, depth)
+    if Path(model).is_file():
+        raise EdgekitError(
+            f"{model}: is a single file, whose model fit does not know: give the folder that "
+            "`edgekit export` wrote, or the model (a name, a hub id or a folder)"
+        )
     return (*_predict_model(model, choice, context, depth), choice.label)
 
 
@@ -168,6 +173,7 @@ def _measure() -> tuple[float, str]:
     """Measure; the load is told because other programs' reading lowers the figure."""
     from edgekit.devices.bandwidth import measure_read_bandwidth
     from edgekit.devices.conditions import conditions
+    from edgekit.words import counted
 
     load = conditions().load_average
     try:
@@ -175,7 +181,7 @@ def _measure() -> tuple[float, str]:
     except EdgekitError as error:
         raise EdgekitError(f"{error}, or give --no-measure") from error
     busy = "" if load is None else f" at load {load[0]:.1f}"
-    return result.gb_per_s, f"measured with {result.threads} threads{busy}"
+    return result.gb_per_s, f"measured with {counted(result.threads, 'thread')}{busy}"
 
 
 def _facts(fit: "Fit", name: str, recipe: str, target: _Target) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def command(
     """
     from edgekit.files import check_output_file, read_text
     from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.words import counted
 
     text = read_text(text_file)
     with interrupts_end_the_process():
@@ -78,8 +79,8 @@ def command(
         )
     else:
         click.echo(
-            f"wrote {path}: {len(found.entries)} matrices over "
-            f"{found.chunk_count * found.chunk_size:,} tokens in chunks of {found.chunk_size}"
+            f"wrote {path}: {counted(len(found.entries), 'matrix', 'matrices')} over "
+            f"{counted(found.chunk_count * found.chunk_size, 'token')} in chunks of {found.chunk_size}"
         )
 
 
@@ -90,7 +91,7 @@ def _measure(
     from edgekit.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.calibration import imatrix_of_text
+        from edgekit.importance import imatrix_of_text
 
     with progress_line() as show:
         return imatrix_of_text(source, text, dataset, context=context, chunks=chunks, progress=show)

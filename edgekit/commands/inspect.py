@@ -53,11 +53,28 @@ def command(
     with interrupts_end_the_process():
         from edgekit.exporters.inspect import inspect
 
+    if _is_model(artifact):
+        raise EdgekitError(
+            f"{artifact}: is a model, not an artifact: give --sensitivity to rank its tensors, or "
+            "inspect the folder that `edgekit export` makes of it"
+        )
     report = inspect(artifact, check)
     if as_json:
         print_json(report.to_dict())
     else:
         click.echo(report.text())
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a path is a name of the catalogue's, or a model's folder, and no artifact."""
+    from edgekit.artifact import MANIFEST
+    from edgekit.genai_config import is_genai_folder
+    from edgekit.models.catalogue import find_model
+
+    if path.is_dir():
+        has_weights = any(path.glob("*.safetensors")) and (path / "config.json").is_file()
+        return has_weights and not (path / MANIFEST).exists() and not is_genai_folder(path)
+    return not path.exists() and find_model(str(path)) is not None
 
 
 def _sensitivity(name: str, scheme: str, text_file: Path | None, as_json: bool) -> None:

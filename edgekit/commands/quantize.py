@@ -1,6 +1,5 @@
 """`edgekit quantize`: codes and scales of a model in one safetensors file."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,18 +8,24 @@ import click
 from edgekit.commands._json import print_json
 from edgekit.commands._module_options import ModuleChoice, module_options
 from edgekit.commands._modules import quantize_module_of
+from edgekit.commands._progress import progress_line
+from edgekit.commands._quality_options import QualityChoice, quality_options, resumable
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
+    from edgekit.mixed import Mixed
     from edgekit.models.source import ModelSource
-    from edgekit.quantize.recipe import Resolved
+    from edgekit.quality import Quality
+    from edgekit.quantization import Made
+    from edgekit.quantize.recipe import Recipe
 
 
 @click.command("quantize", short_help="Write the quantized tensors as safetensors.")
 @click.argument("model", metavar="MODEL|FILE.py:FUNCTION")
 @recipe_options
 @module_options
+@quality_options
 @click.option(
     "-o",
     "--output",
@@ -39,6 +44,7 @@ def command(
     model: str,
     choice: RecipeChoice,
     module: ModuleChoice,
+    chosen: QualityChoice,
     output: Path | None,
     dry_run: bool,
     random_weights: bool,
@@ -52,6 +58,10 @@ def command(
 
     Of a module, FILE.py:FUNCTION as for `edgekit export`, it writes the codes and, beside them, the
     ranges of the activations: FILE.safetensors and FILE.calibration.json, which --calibrate takes.
+    With --calibrate, GPTQ chooses the codes on a part of a text; what each step gained is measured
+    on the rest. The layers that are done are kept beside the output until the end: the same
+    command goes on after a kill. --bits or --target-size choose a scheme for each matrix by what
+    it costs (`edgekit inspect --sensitivity`), within a budget.
     """
     from edgekit.interrupts import interrupts_end_the_process
 
@@ -62,71 +72,87 @@ def command(
     if factory is not None:
         if random_weights or revision is not None:
             raise EdgekitError("--random-weights and --revision are for language models")
-        quantize_module_of(factory, choice, module, output, dry_run, force, as_json)
+        quantize_module_of(factory, choice, module, chosen, output, dry_run, force, as_json)
         return
     module.refuse_for_a_model()
+    quality = chosen.of_a_model(choice)
     with interrupts_end_the_process():
         from edgekit.files import check_output_file
         from edgekit.models.source import resolve_model
-        from edgekit.quantize.recipe import resolve, tied_shapes, warnings
+        from edgekit.quantize.recipe import preset, warnings
 
-    recipe = choice.recipe()
-    # Shapes are all that a dry run needs: no weights are read or downloaded for it.
-    source = resolve_model(model, revision=revision, random_weights=random_weights or dry_run)
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
-    rows = resolve(recipe, shapes)
-    path = None if dry_run else output or Path(f"{_last(source.id)}-{choice.label}.safetensors")
+    # Shapes are all that a dry run needs, but for a budget: no weights are read or downloaded.
+    without_weights = dry_run and quality.budget is None
+    source = resolve_model(
+        model, revision=revision, random_weights=random_weights or without_weights
+    )
+    label = choice.label if quality.budget is None else quality.budget.label
+    path = None if dry_run else output or Path(f"{_last(source.id)}-{label}.safetensors")
     if path is not None:
         check_output_file(path, force)
-    for warning in warnings(rows):
-        click.echo(f"edgekit: warning: {warning}", err=True)
-    sqnr = None if path is None else _write(source, recipe.name, rows, tied, path)
-    _show(source, rows, tied, sqnr, path, as_json)
+    recipe = choice.recipe() if quality.budget is None else preset("int8")
+    with resumable(quality):
+        recipe, mixed = _choose(source, recipe, quality)
+        report = _Report(source, recipe, mixed)
+        for warning in warnings(report.rows):
+            click.echo(f"edgekit: warning: {warning}", err=True)
+        made = None if path is None else _write(source, recipe, quality, path)
+    if as_json:
+        print_json(report.to_dict(path, made))
+    else:
+        click.echo(report.text(path, made))
 
 
-def _write(
-    source: "ModelSource",
-    recipe: str,
-    rows: "list[Resolved]",
-    tied: dict[str, str],
-    path: Path,
-) -> dict[str, float]:
-    """Quantize into `path`, with progress on a terminal; return each tensor's SQNR."""
-    from edgekit.quantize.recipe import method_of
-    from edgekit.quantize.storage import About, short_text
-    from edgekit.quantize.write import quantize_to_file
+def _choose(
+    source: "ModelSource", recipe: "Recipe", quality: "Quality"
+) -> "tuple[Recipe, Mixed | None]":
+    from edgekit.mixed import EVERYWHERE
+    from edgekit.quantization import choose_recipe
+    from edgekit.quantize.scheme import Scheme
 
-    checkpoint = source.checkpoint
-    about = About(short_text(source.id), checkpoint.sha256(), short_text(recipe), method_of(rows))
-    get = checkpoint.tensor
-    if not sys.stderr.isatty():
-        return quantize_to_file(rows, get, path, tied, about=about)
-    with click.progressbar(length=len(rows), label="quantizing", file=sys.stderr) as bar:
-        return quantize_to_file(rows, get, path, tied, lambda _: bar.update(1), about)
+    with progress_line() as show:
+        schemes = [Scheme.parse(name) for name in EVERYWHERE]
+        return choose_recipe(source, recipe, quality, schemes, progress=show)
 
 
-def _show(
-    source: "ModelSource",
-    rows: "list[Resolved]",
-    tied: dict[str, str],
-    sqnr: dict[str, float] | None,
-    path: Path | None,
-    as_json: bool,
-) -> None:
-    from edgekit.quantize.table import format_table, table_json, total_bytes
+def _write(source: "ModelSource", recipe: "Recipe", quality: "Quality", path: Path) -> "Made":
+    from edgekit.quantization import quantize_model
 
-    if not as_json:
-        click.echo(format_table(rows, tied, sqnr))
-        if path is not None:
-            click.echo(f"wrote {path}")
-        return
-    record: dict[str, Any] = {
-        "model": {"id": source.id, "revision": source.revision},
-        "tensors": table_json(rows, tied, sqnr),
-        "bytes": total_bytes(rows, tied),
-        "file": None if path is None else str(path),
-    }
-    print_json(record)
+    with progress_line() as show:
+        return quantize_model(source, recipe, quality, path, show)
+
+
+class _Report:
+    """What is printed: the table, the choices of a budget, what calibration gained."""
+
+    def __init__(self, source: "ModelSource", recipe: "Recipe", mixed: "Mixed | None") -> None:
+        from edgekit.quantize.recipe import resolve, tied_shapes
+
+        shapes, self.tied = tied_shapes(source.config.tensor_shapes())
+        self.source, self.mixed = source, mixed
+        self.rows = resolve(recipe, shapes)
+
+    def text(self, path: Path | None, made: "Made | None") -> str:
+        from edgekit.commands._quality_options import quality_text
+        from edgekit.quantize.table import format_table
+
+        sqnr = None if made is None else made.sqnr
+        table = format_table(self.rows, self.tied, sqnr)
+        last = [] if path is None else [f"wrote {path}"]
+        return "\n".join([table, *quality_text(self.mixed, made), *last])
+
+    def to_dict(self, path: Path | None, made: "Made | None") -> dict[str, Any]:
+        from edgekit.commands._quality_options import quality_dict
+        from edgekit.quantize.table import table_json, total_bytes
+
+        sqnr = None if made is None else made.sqnr
+        return {
+            "model": {"id": self.source.id, "revision": self.source.revision},
+            "tensors": table_json(self.rows, self.tied, sqnr),
+            "bytes": total_bytes(self.rows, self.tied),
+            "file": None if path is None else str(path),
+            **quality_dict(self.mixed, made),
+        }
 
 
 def _last(model_id: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekit.commands._engine_options import threads_option
+from edgekit.commands._engine_options import threads_option, tokenizer_option
 from edgekit.commands._json import print_json
 from edgekit.errors import EdgekitError
 
@@ -42,12 +42,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=int, help="Makes the text reproducible.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
-@click.option(
-    "--tokenizer",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Folder with the tokenizer.json to use  [default: the artifact's own]",
-)
+@tokenizer_option
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Text and figures as JSON, at the end.")
 def command(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -> None:  # noqa: ANN401

@@ -15,6 +15,11 @@ FakeQuantize = Callable[[Tensor, QuantizedTensor], Tensor]
 """From a linear's inputs `[n, columns]` and its weight to the inputs that are multiplied."""
 
 
+def unrounded(x: Tensor, weight: QuantizedTensor) -> Tensor:
+    """Leave activations as they are, to see what the weights alone cost."""
+    return x
+
+
 def per_token(x: Tensor, weight: QuantizedTensor) -> Tensor:
     """Round each token's inputs on a range of their own (XNNPACK's `qd8`).
 

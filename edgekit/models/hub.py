@@ -6,7 +6,6 @@ of the file by an HTTP range; a download that was ended keeps the files that wer
 """
 
 import errno
-import sys
 import warnings
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
 from edgekit.errors import EdgekitError, Interrupted, one_line
+from edgekit.progress import somebody_looks
 
 _SMALL_FILES = (
     "config.json",
@@ -44,7 +44,7 @@ def download(
     Files already in the cache are not fetched again. `offline` uses the cache alone;
     `weights=False` fetches the configuration and the tokenizer only. A failure is one line.
     """
-    (enable_progress_bars if sys.stderr.isatty() else disable_progress_bars)()
+    (enable_progress_bars if somebody_looks() else disable_progress_bars)()
     try:
         with warnings.catch_warnings():
             # the error that follows says it, in one line

@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,13 +69,15 @@ class Tokenizer:
     special_text: Mapping[str, str]
 
     @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
+    def load(cls, place: Path) -> "Tokenizer":
         """Read a model or artifact folder; corrupt or contradicting files are refused by name.
 
-        bos and eos come from generation_config.json, config.json or tokenizer_config.json, the
-        first that names them.
+        `place` may also be the tokenizer.json itself. bos and eos come from generation_config.json,
+        config.json or tokenizer_config.json beside it, the first that names them.
         """
-        backend = _load_backend(folder / TOKENIZER_FILE)
+        file = place if place.is_file() else place / TOKENIZER_FILE
+        folder = file.parent
+        backend = _load_backend(file)
         files = [
             load_json_object(folder / name) if (folder / name).is_file() else {}
             for name in ("generation_config.json", "config.json", "tokenizer_config.json")
@@ -99,11 +102,15 @@ class Tokenizer:
 
         So llama.cpp's tools read files. The tokenizer still adds its bos token.
         """
-        self.backend.encode_special_tokens = True
-        try:
-            return self.encode(text)
-        finally:
-            self.backend.encode_special_tokens = False
+        utf8(text)
+        return list(self._plain.encode(text).ids)
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """A copy: the choice is a property of the backend, which other threads may be using."""
+        copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     @property
     def adds_bos(self) -> bool:

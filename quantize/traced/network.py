@@ -11,7 +11,7 @@ from edgekit.errors import EdgekitError
 from edgekit.quantize.calibration import Calibration
 from edgekit.quantize.observers import ActivationParameters, activation_parameters
 from edgekit.quantize.tensor import QuantizedTensor
-from edgekit.quantize.traced.operators import EMBEDDING, Layer
+from edgekit.quantize.traced.operators import AVERAGES, EMBEDDING, Layer
 from edgekit.quantize.traced.placement import Placement, end_of_chain
 from edgekit.quantize.traced.trace import TracedModule
 
@@ -157,6 +157,8 @@ class _Simulation(Interpreter):
     def run_node(self, n: Node) -> object:
         if n.op == "get_attr" and str(n.target) in self._weights:
             return self._weights[str(n.target)]
+        if n.target in AVERAGES and n.name in self._network.edges:
+            return self._average_of_codes(n)
         layer = self._network.layers.get(n.name)
         if layer is not None and layer.bias is not None:
             result = self._with_integer_bias(n, layer)
@@ -164,6 +166,17 @@ class _Simulation(Interpreter):
             result = super().run_node(n)
         parameters = self._network.edges.get(n.name)
         return result if parameters is None else parameters.fake_quantize(result)
+
+    def _average_of_codes(self, node: Node) -> Tensor:
+        """Average integers: of means of floats, the noise would decide the many ties."""
+        parameters = self._network.parameters(node)
+        (values, *args), kwargs = self.fetch_args_kwargs_from_env(node)
+        codes = (values / parameters.scale).round_().double()
+        mean = self.call_function(node.target, (codes, *args), kwargs)
+        assert isinstance(mean, Tensor)
+        # No code leaves the range: an average lies between its operands, padding is 0.
+        rounded = (mean + parameters.zero_point).round_() - parameters.zero_point
+        return rounded.float() * parameters.scale
 
     def _with_integer_bias(self, node: Node, layer: QuantizedLayer) -> Tensor:
         args, kwargs = self.fetch_args_kwargs_from_env(node)

@@ -1,5 +1,6 @@
 """What each ATen operator means to a quantizer: layers, activations they fuse, how ranges travel."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,14 @@ BATCH_NORM = aten.batch_norm.default
 
 MATRIX_LAYERS = (*CONVOLUTIONS, *TRANSPOSED, LINEAR)
 """Operators whose products run on integers: activations times weights, plus a bias."""
+
+_OTHER_PRODUCTS = frozenset(
+    {
+        *("conv3d", "conv_transpose3d", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"),
+        *("bilinear", "embedding_bag", "lstm", "gru", "rnn_tanh", "rnn_relu"),
+    }
+)
+"""Operators that may multiply by a weight and have no integer form here, by their packet's name."""
 
 CLAMPS = (aten.relu.default, aten.hardtanh.default, aten.relu6.default)
 """What engines fuse into the layer or the addition before it (whitepaper, section 2.4)."""
@@ -45,6 +54,9 @@ KEEPS_RANGE = (
 Engines pool, move and join codes as they are. For joining this makes all operands share; clamps
 are here for where nothing before them can fuse them.
 """
+
+AVERAGES = (aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim)
+"""Of those, the operators that compute new values; the others move or select old ones."""
 
 PAIRS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
 """Operators on two tensors of codes; with a number or a constant they stay float."""
@@ -101,6 +113,25 @@ def layer_of(node: Node) -> Layer | None:
     return Layer(node, weight, bias)
 
 
+def other_weights(node: Node) -> list[str]:
+    """Return the weights that an operator multiplies by for which there is no integer form."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if node.op != "call_function" or getattr(packet, "__name__", "") not in _OTHER_PRODUCTS:
+        return []
+    found = map(_weight_behind, node.all_input_nodes)
+    return [str(item.target) for item in found if item is not None and rank(item) >= 2]
+
+
+def _weight_behind(node: Node) -> Node | None:
+    """Return the parameter that a node is, or moves: `x @ weight.T`."""
+    while node.op == "call_function" and node.target in KEEPS_RANGE and len(node.args) > 0:
+        first = node.args[0]
+        if not isinstance(first, Node):
+            return None
+        node = first
+    return node if node.op == "get_attr" else None
+
+
 def arguments(node: Node) -> dict[str, Any]:
     """Return the arguments of a call by the names of the operator's schema, defaults included."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
@@ -113,6 +144,8 @@ def arguments(node: Node) -> dict[str, Any]:
 
 def operator_name(node: Node) -> str:
     """Return what an error calls the operator, as in `aten.nonzero.default`."""
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        return operator_name(node.args[0])  # of one with several results
     return str(node.target)
 
 

@@ -24,10 +24,13 @@ from edgekit.quantize.traced.operators import (
     PAIRS,
     Layer,
     arguments,
+    aten,
     layer_of,
+    operator_name,
+    other_weights,
 )
 from edgekit.quantize.traced.schemes import LayerRecipe, LayerRule
-from edgekit.quantize.traced.trace import TracedModule
+from edgekit.quantize.traced.trace import TracedModule, at
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,22 @@ class Placement:
 
 
 def place(traced: TracedModule, recipe: LayerRecipe) -> Placement:
-    """Apply a recipe to a graph; EdgekitError for a rule that takes no layer."""
+    """Apply a recipe to a graph.
+
+    EdgekitError for a rule that takes no layer, and for one that would quantize a weight of an
+    operator that has no integer form: it may be left float, but not silently.
+    """
     nodes = list(traced.graph_module.graph.nodes)
     layers = [layer for layer in map(layer_of, nodes) if layer is not None]
-    rules = recipe.resolve(list(dict.fromkeys(str(layer.weight.target) for layer in layers)))
+    others = {name: node for node in nodes for name in other_weights(node)}
+    names = [*(str(layer.weight.target) for layer in layers), *others]
+    rules = recipe.resolve(list(dict.fromkeys(names)))
+    for name, node in others.items():
+        if name in rules and not rules[name].scheme.is_float:
+            raise EdgekitError(
+                f"{name}: {rules[name].scheme.name} cannot hold it: {operator_name(node)}"
+                f"{at(node)} runs on floats only; give it the scheme float in a --recipe"
+            )
     chosen: dict[str, tuple[Layer, LayerRule]] = {}
     for layer in layers:
         rule = rules.get(str(layer.weight.target))
@@ -69,10 +84,14 @@ def place(traced: TracedModule, recipe: LayerRecipe) -> Placement:
 
 
 def end_of_chain(node: Node) -> Node:
-    """Return the last node that engines fuse with a layer or an addition: itself or a clamp."""
+    """Return the last node that engines fuse with a layer or an addition: itself or a clamp.
+
+    XNNPACK fuses an addition with ReLU only, and would run one that another clamp follows in float.
+    """
     last = node
-    for targets in ((BATCH_NORM,), CLAMPS):
-        if targets == CLAMPS or node.target in MATRIX_LAYERS:
+    is_layer = node.target in MATRIX_LAYERS
+    for targets in ((BATCH_NORM,), CLAMPS if is_layer else (aten.relu.default,)):
+        if is_layer or targets != (BATCH_NORM,):
             (user, *others) = list(last.users) or [last]
             if not others and user.op == "call_function" and user.target in targets:
                 last = user

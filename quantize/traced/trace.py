@@ -2,12 +2,15 @@
 
 import copy
 import linecache
+import logging
+import operator
 import re
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,19 @@ _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 _LEAF = "torch.nn.modules."
 DROPOUTS = "dropouts"
 """Key of a node's `meta`: paths of the dropouts that its arguments pass, by their position."""
+POOLS_1D: dict[Any, OpOverload] = {
+    aten.max_pool1d.default: aten.max_pool2d.default,
+    aten.avg_pool1d.default: aten.avg_pool2d.default,
+    aten.adaptive_avg_pool1d.default: aten.adaptive_avg_pool2d.default,
+}
+_BESIDE = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "output_size": 1}
+"""What the second axis of a pooling over one has."""
+SPLITS = (
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.tensor_split.sections,
+)
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,12 @@ def source_of(node: Node) -> str:
     return f"{own[-1][0]}:{own[-1][1]}" if own else ""
 
 
+def at(node: Node) -> str:
+    """Return `source_of` in brackets after a space, or nothing."""
+    place = source_of(node)
+    return f" ({place})" if place else ""
+
+
 def _example(inputs: Sequence[Tensor], max_batch: int | None) -> tuple[Tensor, ...]:
     if not inputs or not all(isinstance(item, Tensor) for item in inputs):
         raise EdgekitError("example_inputs must be a tuple of at least one tensor")
@@ -173,14 +195,26 @@ def _export(
         batch = Dim("batch", min=1, max=max_batch)
         shapes = tuple({0: batch} for _ in example)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _silence():
             program = export(module, example, dynamic_shapes=shapes, strict=False)
             # No decomposition: this makes in-place operators functional.
             functional: ExportedProgram = program.run_decompositions({})
             return functional
     except Exception as error:  # whatever the module's own code or a tracer raises
         raise EdgekitError(_why(module, error)) from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep away what torch warns, logs and, of a graph that it cannot make, prints."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _why(module: nn.Module, error: Exception) -> str:
@@ -191,13 +225,13 @@ def _why(module: nn.Module, error: Exception) -> str:
         if _TORCH not in Path(frame.filename).parents and Path(frame.filename) != Path(__file__)
     ]
     said = one_line(error, 300)
-    operator = _OPERATOR.search(str(error))
+    named = _OPERATOR.search(str(error))
     parts = [f"{type(module).__name__} cannot be traced"]
     if frames:
         line = frames[-1].line or linecache.getline(frames[-1].filename, frames[-1].lineno or 0)
         parts.append(f"{frames[-1].filename}:{frames[-1].lineno}: {line.strip()}")
-    if operator and operator[0] not in said[:200]:
-        parts.append(operator[0])
+    if named and named[0] not in said[:200]:
+        parts.append(named[0])
     return ": ".join([*parts, said])
 
 
@@ -230,6 +264,12 @@ def _normalise(graph_module: GraphModule, dropouts: set[str]) -> None:
             node.kwargs = {}
         elif node.target == aten.mean.dim and not arguments(node)["keepdim"]:
             _mean_keeps_axes(node)
+        elif node.target in POOLS_1D:
+            _pool_over_two_axes(node)
+        elif node.target == aten.select.int:
+            _select_by_slice(node)
+        elif node.target == operator.getitem:
+            _item_as_tensor(node)
     for node in list(graph.nodes):
         if node.op == "call_function" and _module_path(node) in dropouts:
             _note_dropout(node)
@@ -312,6 +352,54 @@ def _mean_keeps_axes(node: Node) -> None:
     node.target, node.args, node.kwargs = aten.squeeze.dims, (mean, axes), {}
 
 
+def _pool_over_two_axes(node: Node) -> None:
+    """Pool `[..., 1, length]`, which engines have kernels for, then drop the axis."""
+    found = arguments(node)
+    wide = _insert(node, aten.unsqueeze.default, found.pop("self"), (-2,))
+    rest: list[bool | list[int]] = []
+    for name, value in found.items():
+        if isinstance(value, bool):
+            rest.append(value)
+        elif not value:  # the stride that is the kernel's size
+            rest.append([])
+        else:
+            (size,) = numbers(value, 1)
+            rest.append([_BESIDE[name], size])
+    pooled = _insert(node, POOLS_1D[node.target], wide, tuple(rest))
+    node.target, node.args, node.kwargs = aten.squeeze.dim, (pooled, -2), {}
+
+
+def _select_by_slice(node: Node) -> None:
+    """Write `x[:, 3]` as a slice of one, whose axis is dropped."""
+    found = arguments(node)
+    x, axis, index = found["self"], found["dim"], found["index"]
+    if not isinstance(index, int):
+        return
+    end = None if index == -1 else index + 1
+    part = _insert(node, aten.slice.Tensor, x, (axis, index, end))
+    node.target, node.args, node.kwargs = aten.squeeze.dim, (part, axis), {}
+
+
+def _item_as_tensor(node: Node) -> None:
+    """Write a part of a split as a slice, an adaptive maximum of even windows as a pooling."""
+    whole, number = node.args
+    assert isinstance(whole, Node) and isinstance(number, int)
+    if whole.target in SPLITS:
+        found = arguments(whole)
+        axis = found["dim"] % rank(found["self"])
+        sizes = [part.shape[axis] for part in whole.meta["val"]]
+        if all(isinstance(size, int) for size in sizes):
+            start = sum(sizes[:number])
+            node.target = aten.slice.Tensor
+            node.args = (found["self"], axis, start, start + sizes[number])
+    elif whole.target == aten.adaptive_max_pool2d.default and number == 0:
+        x = arguments(whole)["self"]
+        given, wanted = x.meta["val"].shape[2:], node.meta["val"].shape[2:]
+        if not any(size % count for size, count in zip(given, wanted, strict=True)):
+            kernel = [size // count for size, count in zip(given, wanted, strict=True)]
+            node.target, node.args = aten.max_pool2d.default, (x, kernel)
+
+
 def _insert(before: Node, target: OpOverload, x: Node, rest: tuple[Any, ...]) -> Node:
     """Add a call that belongs to the same line and submodule as the node before which it stands."""
     with before.graph.inserting_before(before):
@@ -339,12 +427,12 @@ def _names(graph_module: GraphModule) -> dict[str, str]:
 
 def _path(node: Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    operator = str(getattr(node.target, "_schema", node.target)).split("(")[0]
-    operator = operator.removeprefix("aten::").split(".")[0]
+    called = str(getattr(node.target, "_schema", node.target)).split("(")[0]
+    called = called.removeprefix("aten::").split(".")[0]
     if not stack:
-        return operator
+        return called
     path, kind = stack[-1]
     kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
     if path and kind.startswith(_LEAF) and ".container." not in kind:
         return str(path)
-    return f"{path}.{operator}" if path else operator
+    return f"{path}.{called}" if path else called

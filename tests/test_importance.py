@@ -14,11 +14,11 @@ from click.testing import CliRunner, Result
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
-from edgekit.calibration import imatrix_of_text
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf_names import gguf_name
 from edgekit.exporters.imatrix import Imatrix
+from edgekit.importance import imatrix_of_text
 from edgekit.models.source import ModelSource, resolve_model
 
 STORY = (

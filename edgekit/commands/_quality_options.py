@@ -1,0 +1,163 @@
+"""The options by which a user says how codes are chosen, for every command that quantizes."""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit.commands._recipe_options import RecipeChoice
+from edgekit.errors import EdgekitError, Interrupted
+
+if TYPE_CHECKING:
+    from edgekit.mixed import Mixed
+    from edgekit.quality import Budget, Quality
+    from edgekit.quantization import Made
+
+_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class QualityChoice:
+    """What the user said of how codes are chosen, for a language model or a module."""
+
+    calibrate: str | None = None
+    method: str | None = None
+    bits: float | None = None
+    target_size: str | None = None
+
+    def of_a_model(self, choice: RecipeChoice) -> "Quality":
+        """Return what is asked for a language model; EdgekitError where it contradicts a recipe."""
+        from edgekit.quality import METHODS, Quality
+
+        budget = _budget(self.bits, self.target_size)
+        if self.method is not None and self.method not in METHODS:
+            raise EdgekitError(
+                f"--method {self.method!r:.40}: for language models there are {', '.join(METHODS)}"
+            )
+        text = None if self.calibrate is None else Path(self.calibrate)
+        quality = Quality(text, self.method, budget)
+        if budget is not None and choice.given:
+            raise EdgekitError(
+                f"{budget.option} and {choice.option} exclude each other: a budget chooses the "
+                "schemes"
+            )
+        if choice.llama_format is not None and quality != Quality():
+            raise EdgekitError(
+                f"--scheme {choice.label} is llama.cpp's own format, which llama.cpp quantizes: "
+                "it takes an --imatrix only"
+            )
+        return quality
+
+    def refuse_budget(self) -> None:
+        """Raise EdgekitError for what a module does not take."""
+        for option, value in (("--bits", self.bits), ("--target-size", self.target_size)):
+            if value is not None:
+                raise EdgekitError(f"{option} is for language models: give a module a --recipe")
+
+
+def quality_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --calibrate, --method, --bits and --target-size; pass them on as `chosen`."""
+
+    @functools.wraps(function)
+    def with_quality(**options: Any) -> Any:  # noqa: ANN401 - click's options are of any type
+        names = [field.name for field in fields(QualityChoice)]
+        return function(
+            chosen=QualityChoice(**{name: options.pop(name) for name in names}), **options
+        )
+
+    for option in (
+        click.option(
+            "--target-size",
+            metavar="SIZE",
+            help="Mixed precision within these bytes of all tensors, such as 500MB.",
+        ),
+        click.option(
+            "--bits",
+            type=float,
+            metavar="N",
+            help="Mixed precision within these bits per weight, such as 5.5, embedding and scales "
+            "included.",
+        ),
+        click.option(
+            "--method",
+            metavar="NAME",
+            help="How codes are chosen: gptq, mse or rtn  [default: gptq with --calibrate, else as "
+            "the recipe says]. Of a module, how ranges are found: moving-average, percentile or "
+            "mse  [default: moving-average]",
+        ),
+        click.option(
+            "--calibrate",
+            metavar="DATA",
+            help="UTF-8 text like what the model will be used on, to choose the codes by. Of a "
+            "module, inputs that show the ranges of its activations: a .npy, .npz or .safetensors "
+            "file [N, ...], a folder of them, FILE.py:FUNCTION that yields mini-batches, or a saved "
+            "calibration .json.",
+        ),
+    ):
+        with_quality = option(with_quality)
+    return with_quality
+
+
+@contextmanager
+def resumable(quality: "Quality") -> Iterator[None]:
+    """Say at Ctrl-C that what was asked for goes on where it stopped, where that is so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not quality.given:
+            raise
+        raise Interrupted(
+            "interrupted; what is done so far is kept: the same command goes on from there"
+        ) from None
+
+
+def quality_text(mixed: "Mixed | None", made: "Made | None") -> list[str]:
+    """Return what a budget chose and what a calibration gained, as paragraphs."""
+    parts = []
+    if mixed is not None:
+        parts.append(f"\n{mixed.text()}")
+        if made is not None and made.measured is not None:
+            parts.append(f"measured KLD {made.measured.value:.5f} ± {made.measured.error:.5f}")
+    if made is not None and made.gains is not None:
+        parts.append(f"\n{made.gains.text()}")
+    return parts
+
+
+def quality_dict(mixed: "Mixed | None", made: "Made | None") -> dict[str, Any]:
+    """Return the same as JSON data."""
+    found: dict[str, Any] = {}
+    if mixed is not None:
+        measured = None if made is None or made.measured is None else made.measured.to_dict()
+        found["mixed"] = {**mixed.to_dict(), "measured_kld": measured}
+    if made is not None and made.gains is not None:
+        found["gains"] = made.gains.to_dict()
+    return found
+
+
+def _budget(bits: float | None, size: str | None) -> "Budget | None":
+    from edgekit.quality import Budget
+
+    if bits is not None and size is not None:
+        raise EdgekitError("--bits and --target-size exclude each other: give one of them")
+    if size is not None:
+        return Budget(bytes=_bytes(size))
+    if bits is None:
+        return None
+    if not 0 < bits <= 64:
+        raise EdgekitError(f"--bits {bits:g}: must be a number of bits per weight, such as 5.5")
+    return Budget(bits=bits)
+
+
+def _bytes(text: str) -> int:
+    """Return the bytes of a size such as 500MB (1e6 each) or 1.5GiB."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMG]?i?B)?", text, re.IGNORECASE)
+    value = float(match[1]) * _UNITS.get((match[2] or "").upper(), math.nan) if match else math.nan
+    if not 1 <= value < 1 << 60:
+        raise EdgekitError(f"--target-size {text!r:.40}: must be a size such as 500MB or 1.5GiB")
+    return int(value)

@@ -1,0 +1,256 @@
+"""`--calibrate`: codes by GPTQ on a text, what each step gained, and runs that are broken off."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from gguf_models import small_model
+from torch import Tensor
+
+from edgekit import calibrated as module
+from edgekit.artifact import Artifact
+from edgekit.cli import main
+from edgekit.exporters.reference_text import TEXT
+from edgekit.exporters.verify import kld
+from edgekit.models import layerwise
+from edgekit.models.activations import unrounded
+from edgekit.models.codes import CodesFile
+from edgekit.models.eager import build_eager, float_reader
+from edgekit.models.source import resolve_model
+from edgekit.quantize.gptq import Inputs, gptq
+from edgekit.quantize.recipe import EMBEDDING
+from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.storage import load_quantized
+from edgekit.quantize.tensor import QuantizedTensor
+
+STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories" / "train.txt"
+LAYERS = 2
+LINEARS = 12
+"""Matrices in the two layers of the small model."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("model") / "small")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(TEXT[start:] for start in range(0, 400, 40)))
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def done(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    facts: dict[str, Any] = json.loads(result.stdout)
+    return facts
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The codes of a run that nothing broke off."""
+    path = tmp_path_factory.mktemp("whole") / "q.safetensors"
+    done("quantize", model, "--int4", "--calibrate", text, "-o", path)
+    return path
+
+
+def same(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
+
+
+def test_the_steps_and_the_file(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.safetensors"
+    record = done("quantize", model, "--int4", "--calibrate", text, "-o", out)
+    gains = record["gains"]
+    assert [step["step"] for step in gains["steps"]] == ["rtn", "mse", "gptq"]
+    source = resolve_model(str(model))
+    codes = CodesFile.open(out, source.config)
+    assert codes.about.method == "gptq"
+    assert codes.about.facts["calibration_text"] == "text.txt"
+    assert codes.about.facts["held_out_kld_gptq"] == gains["steps"][2]["kld"]["value"]
+    assert [path.name for path in tmp_path.iterdir()] == ["q.safetensors"]
+
+    # The figures again, by a way of their own.
+    texts = module.read_texts(source, text)
+    assert not {tuple(chunk) for chunk in texts.calibration} & {
+        tuple(chunk) for chunk in texts.held_out
+    }
+    read = float_reader(source.config, source.checkpoint)
+    found = []
+    for chunk in texts.held_out:
+        batch, start = torch.tensor([chunk[:-1]]), torch.zeros(1, dtype=torch.long)
+        exact, rounded = (
+            build_eager(source.config, reader, len(chunk), unrounded)
+            .all_logits(batch, start)[len(chunk) // 2 :]
+            .numpy()
+            for reader in (read, codes.__getitem__)
+        )
+        found.append(kld(exact, rounded))
+    assert gains["steps"][2]["kld"]["value"] == pytest.approx(sum(found) / len(found), rel=1e-4)
+
+
+def test_the_first_linear_sees_the_quantized_embedding(
+    model: Path, whole: Path, text: Path
+) -> None:
+    """The codes of one matrix made by hand: nothing but the embedding and a norm are before it."""
+    source = resolve_model(str(model))
+    contents, name = load_quantized(whole), "model.layers.0.conv.in_proj.weight"
+    embedding = contents[EMBEDDING]
+    assert isinstance(embedding, QuantizedTensor)
+    assert torch.equal(
+        embedding.codes, Scheme.parse("w8").quantize(source.checkpoint.tensor(EMBEDDING)).codes
+    )
+    norm = source.checkpoint.tensor("model.layers.0.operator_norm.weight").float()
+
+    def normed(table: Tensor, tokens: Sequence[int]) -> Tensor:
+        x = table[list(tokens)]
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + source.config.norm_eps) * norm
+
+    inputs = Inputs(64)
+    tables = embedding.dequantize(), source.checkpoint.tensor(EMBEDDING).float()
+    for chunk in module.read_texts(source, text).calibration:
+        inputs.add(*(normed(table, chunk) for table in tables))
+    expected = gptq(source.checkpoint.tensor(name), inputs, Scheme.parse("w4g32"))
+    found = contents[name]
+    assert isinstance(found, QuantizedTensor)
+    assert float((found.codes == expected.codes).float().mean()) > 0.99
+
+
+def test_export_does_the_same_in_one_go(
+    model: Path, text: Path, whole: Path, tmp_path: Path
+) -> None:
+    common = ("--target", "gguf", "--context", "64")
+    done("export", model, "--int4", "--calibrate", text, *common, "-o", tmp_path / "one")
+    done("export", model, "--codes", whole, *common, "-o", tmp_path / "two")
+    one, two = (Artifact.open(tmp_path / name).manifest for name in ("one", "two"))
+    assert one["files"] == two["files"]
+    assert one["codes_sha256"] == two["codes_sha256"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize("method", ["rtn", "mse"])
+def test_other_methods_are_measured_too(
+    model: Path, text: Path, tmp_path: Path, method: str
+) -> None:
+    given = ("quantize", model, "--int4", "--method", method)
+    record = done(*given, "--calibrate", text, "-o", tmp_path / "one")
+    assert [step["step"] for step in record["gains"]["steps"]][-1] == method
+    assert "gains" not in done(*given, "-o", tmp_path / "two")
+    one, two = (load_quantized(tmp_path / name) for name in ("one", "two"))
+    for name, value in one.items():
+        other = two[name]
+        if isinstance(value, QuantizedTensor) and isinstance(other, QuantizedTensor):
+            assert torch.equal(value.dequantize(), other.dequantize()), name
+
+
+class Broken:
+    """GPTQ that is interrupted at one of its calls."""
+
+    def __init__(self, at: int | None) -> None:
+        self.calls, self.at = 0, at
+
+    def __call__(self, weight: Tensor, inputs: Inputs, scheme: Scheme) -> QuantizedTensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return gptq(weight, inputs, scheme)
+
+
+def test_a_run_that_was_broken_off_goes_on(
+    model: Path, text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "q.safetensors"
+    arguments = ("quantize", model, "--int4", "--calibrate", text, "-o", out)
+    monkeypatch.setattr(layerwise, "gptq", Broken(at=LINEARS - 1))
+    stopped = run(*arguments)
+    assert stopped.exit_code == 130
+    assert "the same command goes on from there" in stopped.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".q.safetensors.calibration"]
+    again = Broken(at=None)
+    monkeypatch.setattr(layerwise, "gptq", again)
+    done(*arguments)
+    assert 0 < again.calls < LINEARS
+    assert same(out, whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["q.safetensors"]
+
+
+def test_a_killed_run_goes_on(model: Path, text: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.safetensors"
+    arguments = ("quantize", str(model), "--int4", "--calibrate", str(text), "-o", str(out))
+    process = subprocess.Popen([sys.executable, "-m", "edgekit", *arguments])
+    while not list(tmp_path.glob(".q.safetensors.calibration/*/layer-0.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    done(*arguments)
+    assert same(out, whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["q.safetensors"]
+
+
+def test_what_was_kept_of_another_run_is_not_used(
+    model: Path, text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "q.safetensors", tmp_path / "other.txt"
+    other.write_text(text.read_text().upper())
+    monkeypatch.setattr(layerwise, "gptq", Broken(at=LINEARS))
+    assert run("quantize", model, "--int4", "--calibrate", other, "-o", out).exit_code == 130
+    for layer in (tmp_path / ".q.safetensors.calibration").glob("*/layer-0.safetensors"):
+        layer.write_bytes(b"damaged")
+    counted = Broken(at=None)
+    monkeypatch.setattr(layerwise, "gptq", counted)
+    done("quantize", model, "--int4", "--calibrate", text, "-o", out)
+    assert counted.calls == LINEARS
+    assert same(out, whole)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\xff\xfe\x00\x01", "is not UTF-8: byte 0xff at offset 0"),
+        (b"Too short.", "tokens; calibration needs at least 512"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_texts_that_are_none(
+    model: Path, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    for command in (
+        ("quantize", model, "-o", tmp_path / "q"),
+        ("export", model, "--target", "gguf", "--context", "64", "-o", tmp_path / "q"),
+    ):
+        result = run(*command, "--int4", "--calibrate", path)
+        assert result.exit_code == 2
+        assert f"{path}: " in result.stderr
+        assert message in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert [each.name for each in tmp_path.iterdir()] == ["text.txt"] * (content is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STORIES.is_file(), reason="the stories of ../shared/data are not there")
+def test_gptq_halves_the_divergence(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(STORIES.read_text()[:200_000])
+    record = done("quantize", "lfm2-tiny", "--int4", "--calibrate", text, "-o", tmp_path / "q")
+    rtn, mse, best = (step["kld"]["value"] for step in record["gains"]["steps"])
+    assert mse < rtn
+    assert best < 0.5 * rtn

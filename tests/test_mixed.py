@@ -1,0 +1,140 @@
+"""Mixed precision: the choice fits the budget, is the cheapest, and is what gets written."""
+
+import json
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edgekit import mixed as module
+from edgekit.cli import main
+from edgekit.errors import EdgekitError
+from edgekit.exporters.reference_text import TEXT
+from edgekit.gguf_file import GgufFile
+from edgekit.mixed import mixed_recipe
+from edgekit.models.source import resolve_model
+from edgekit.quality import Budget
+from edgekit.quantize.recipe import EMBEDDING, HEAD, resolve, tied_shapes
+from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.storage import load_quantized
+from edgekit.quantize.table import total_bytes
+
+SCHEMES = [Scheme.parse(name) for name in ("w4g32", "w8")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The sensitivities are measured once for this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def test_the_choice_fits_and_more_bytes_cost_less() -> None:
+    source = resolve_model("lfm2-tiny")
+    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    found = [
+        mixed_recipe(source, Budget(bits=bits), SCHEMES, TEXT) for bits in (4.7, 5.5, 7.0, 64.0)
+    ]
+    for bits, mixed in zip((4.7, 5.5, 7.0), found, strict=False):
+        rows = resolve(mixed.recipe, shapes)
+        assert mixed.bytes == total_bytes(rows, tied)
+        assert bits - 0.25 < mixed.bits <= bits
+        assert {row.scheme.name for row in rows} == {"w4g32", "w8", "float"}
+        by_name = {row.tensor: row.scheme for row in rows}
+        assert by_name[EMBEDDING] == by_name[HEAD]
+    costs = [mixed.predicted_kld for mixed in found]
+    assert costs == sorted(costs, reverse=True)
+    assert {scheme for _, scheme, _ in found[-1].choices} == {"w8"}
+
+
+def test_the_greedy_choice_is_close_to_the_best() -> None:
+    costs = [{"a": 5.0, "b": 1.0}, {"a": 4.0, "b": 3.9}, {"a": 3.0, "b": 0.5, "c": 0.4}]
+    items = [module._Item((str(place),), each) for place, each in enumerate(costs)]
+    sizes = {(item, name): size for item in items for name, size in (("a", 1), ("b", 3), ("c", 9))}
+    for left in range(12):
+        chosen = dict.fromkeys(items, "a")
+        module._spend(chosen, sizes, left)
+        spent = sum(sizes[item, name] - 1 for item, name in chosen.items())
+        assert spent <= left
+        best = min(
+            sum(item.costs[name] for item, name in zip(items, names, strict=True))
+            for names in product(*(item.costs for item in items))
+            if sum(sizes[pair] - 1 for pair in zip(items, names, strict=True)) <= left
+        )
+        assert sum(item.costs[name] for item, name in chosen.items()) <= best + 0.11
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (
+            Budget(bits=3),
+            r"--bits 3: all tensors together take at least 4\.\d+ bits per weight, and at most 8\.",
+        ),
+        (
+            Budget(bytes=1000),
+            r"--target-size 0.001MB: .* at least 3,\d+,\d+ bytes, and at most 6,\d+,\d+ bytes",
+        ),
+    ],
+)
+def test_an_impossible_budget(budget: Budget, message: str) -> None:
+    with pytest.raises(EdgekitError, match=message):
+        mixed_recipe(resolve_model("lfm2-tiny"), budget, SCHEMES, TEXT)
+
+
+def test_quantize_writes_the_choice_and_measures_it(tmp_path: Path) -> None:
+    out = tmp_path / "q.safetensors"
+    done = run("quantize", "lfm2-tiny", "--target-size", "4MB", "-o", out, "--json")
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    mixed = record["mixed"]
+    assert record["bytes"] == mixed["bytes"] <= 4_000_000
+    measured = mixed["measured_kld"]["value"]
+    # Costs do not quite add up, but nearly.
+    assert 0.5 * mixed["predicted_kld"] < measured < 2 * mixed["predicted_kld"]
+    contents = load_quantized(out)
+    by_name = {row["tensor"]: row["scheme"] for row in record["tensors"]}
+    assert all(by_name[one["tensor"]] == one["scheme"] for one in mixed["choices"])
+    assert sum(value.nbytes for name, value in contents.items() if name != HEAD) == record["bytes"]
+    text = run("quantize", "lfm2-tiny", "--target-size", "4MB", "--dry-run").stdout
+    assert "predicted KLD" in text
+
+
+def test_a_gguf_takes_the_bytes_that_were_asked_for(tmp_path: Path) -> None:
+    """A block of 32 has a scale of its own there, so w8 takes 8.5 bits."""
+    arguments = ("export", "lfm2-tiny", "--target", "gguf", "--bits", "5.5", "-o", tmp_path / "out")
+    done = run(*arguments, "--json", "--context", "128")
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout)
+    stored = GgufFile.open(tmp_path / "out" / "model.gguf").tensors
+    size = sum(tensor.nbytes for tensor in stored.values())
+    assert size == made["mixed"]["bytes"]
+    assert 5.3 < 8 * size / made["model"]["parameters"] <= 5.5
+    assert made["verification"]["verified"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--bits", "5", "--target-size", "5MB"), "--bits and --target-size exclude each other"),
+        (("--bits", "5", "--int4"), "--bits 5 and --int4 exclude each other"),
+        (("--bits", "nan"), "--bits nan: must be a number of bits per weight"),
+        (("--target-size", "many"), "--target-size 'many': must be a size such as 500MB"),
+        (("--target-size", "9" * 300 + "GB"), "must be a size such as 500MB"),
+        (("--method", "gptq"), "--method gptq needs a text"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path: Path, given: tuple[str, ...], message: str) -> None:
+    result = run("quantize", "lfm2-tiny", *given, "-o", tmp_path / "q")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
