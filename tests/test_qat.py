@@ -80,8 +80,7 @@ def test_what_was_trained_is_what_comes_out(name: str, scheme: str) -> None:
     simulated = network.simulate(x)
     for one, two, three in zip(trained, prepared, simulated, strict=True):
         assert torch.equal(two, three)
-        if scheme != "w4a8":  # whose ranges are searched for every tenth step in training
-            assert torch.equal(one, three)
+        assert torch.equal(one, three)
     # The codes are those of the trained float weights, folded and quantized as after any training.
     folded = fold_batch_norms(trace(net, (batch_for(name, 4),)))
     for item in network.layers.values():

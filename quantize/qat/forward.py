@@ -13,7 +13,8 @@ from edgekit.quantize.observers import ActivationParameters
 from edgekit.quantize.qat.layers import LiveBatchNorm, LiveLayer
 from edgekit.quantize.qat.straight_through import fake_quantize_activation, rounded
 from edgekit.quantize.traced.fold import layer_before
-from edgekit.quantize.traced.operators import BATCH_NORM, EMBEDDING, Layer, layer_of
+from edgekit.quantize.traced.network import average_of_codes
+from edgekit.quantize.traced.operators import AVERAGES, BATCH_NORM, EMBEDDING, Layer, layer_of
 from edgekit.quantize.traced.placement import Placement
 from edgekit.quantize.traced.trace import DROPOUTS, TracedModule
 
@@ -135,13 +136,16 @@ class Forward(Interpreter):
             return self._attribute(str(n.target))
         if n.name in self._graph.skipped:
             return self.env[n.args[0]]  # type: ignore[index]
+        on_codes = n.name in self._graph.placement.edges
+        if on_codes and n.target in AVERAGES and self._state.rounding:
+            return self._average(n)
         if n.name in self._graph.norms:
             result = self._norm(n, self._graph.norms[n.name])
         elif n.name in self._graph.layers:
             result = self._layer(n, self._graph.layers[n.name])
         else:
             result = super().run_node(n)
-        return self._value(n.name, result) if n.name in self._graph.placement.edges else result
+        return self._value(n.name, result) if on_codes else result
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a node's arguments, those that pass a dropout module behind it."""
@@ -175,6 +179,17 @@ class Forward(Interpreter):
         if not self._state.rounding:
             return values
         return fake_quantize_activation(values, self._state.parameters_of(node))
+
+    def _average(self, n: Node) -> Tensor:
+        """Average codes as the simulation does, with the gradient of averaging floats."""
+        (values, *args), kwargs = self.fetch_args_kwargs_from_env(n)
+        exact = n.target(values, *args, **kwargs)  # type: ignore[operator]
+        if self._state.observing:
+            self._state.observe(n.name, exact)
+        with torch.no_grad():
+            parameters = self._state.parameters_of(n.name)
+            found = average_of_codes(n, values, tuple(args), kwargs, parameters)
+        return rounded(exact, lambda _: found)
 
     def _norm(self, n: Node, norm: LiveBatchNorm) -> Tensor:
         args, _ = self.fetch_args_kwargs_from_env(n)

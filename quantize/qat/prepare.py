@@ -56,9 +56,9 @@ def prepare(
     weights are rounded, those of linear layers and embeddings: `recipe` is a preset (int8, int4),
     a scheme such as w4g32 or a `Recipe`, the result ends in codes by name.
 
-    Convolutions are quantized with `example_inputs` only. Ranges of minimum and maximum are those
-    of the weights as they are; ranges that are searched for (4 bits, by default) cost some ten
-    roundings, so in `train()` they are renewed every tenth step, in `eval()` whenever weights changed.
+    Convolutions are quantized with `example_inputs` only. Ranges are those of the weights as they
+    are, but without `example_inputs` one that is searched for (the default at 4 bits) costs some ten
+    roundings of a large matrix: in `train()` it is renewed every tenth step.
 
     After each step of the optimizer `step()` is called on what is returned, at the end `finalize()`.
     `steps`, the length of the training, gives static ranges their usual `milestones`. With

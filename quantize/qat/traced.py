@@ -22,7 +22,7 @@ from edgekit.quantize.observers import (
 from edgekit.quantize.qat.forward import Forward, LiveGraph
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.training import Prepared, Training
-from edgekit.quantize.qat.weights import TRAINING, WeightQuantizer
+from edgekit.quantize.qat.weights import WeightQuantizer
 from edgekit.quantize.traced.fold import fold_batch_norms
 from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
 from edgekit.quantize.traced.placement import Placement, place
@@ -190,10 +190,12 @@ class TracedTraining(Training, Prepared):
             raise self._error(node, error) from error
 
     def fake_weight(self, weight: str, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a folded weight rounded, and its scales [ranges]."""
-        quantizer = self._quantizers[weight]
-        key = self.range_key(quantizer) if self.model.training else None
-        return quantizer.fake(values, TRAINING, key)
+        """Return a folded weight rounded, and its scales [ranges].
+
+        Its range is of now, even where it is searched for: running statistics move folded weights
+        more than a step of the optimizer does, and beside activations they are small.
+        """
+        return self._quantizers[weight].fake(values)
 
     def _error(self, node: str, error: Exception) -> EdgekitError:
         name = self._graph.placement.traced.names[node]
