@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from edgekit.artifact import Artifact
     from edgekit.models.tokenizer import Tokenizer
     from edgekit.module_export import export_module, export_network
+    from edgekit.quantize.qat.milestones import Milestones
+    from edgekit.quantize.qat.prepare import prepare
     from edgekit.quantize.recipe import Recipe
     from edgekit.quantize.traced.schemes import LayerRecipe
     from edgekit.runtime.bench import bench
@@ -39,6 +41,7 @@ __all__ = [
     "EdgekitError",
     "Engine",
     "LayerRecipe",
+    "Milestones",
     "Recipe",
     "SamplingParams",
     "Tokenizer",
@@ -52,12 +55,14 @@ __all__ = [
     "generate",
     "load_engine",
     "load_module",
+    "prepare",
 ]
 
 _HOMES = {
     "Artifact": "edgekit.artifact",
     "Engine": "edgekit.runtime.engine",
     "LayerRecipe": "edgekit.quantize.traced.schemes",
+    "Milestones": "edgekit.quantize.qat.milestones",
     "Recipe": "edgekit.quantize.recipe",
     "SamplingParams": "edgekit.runtime.sampling",
     "Tokenizer": "edgekit.models.tokenizer",
@@ -70,6 +75,7 @@ _HOMES = {
     "generate": "edgekit.runtime.generate",
     "load_engine": "edgekit.runtime.engine",
     "load_module": "edgekit.runtime.module_engine",
+    "prepare": "edgekit.quantize.qat.prepare",
 }
 
 

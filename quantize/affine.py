@@ -48,7 +48,7 @@ def quantize(
     if method not in RANGE_METHODS:
         raise ValueError(f"range must be one of {', '.join(RANGE_METHODS)}, got {method!r}")
     shape = scales_shape(tuple(weight.shape), axis, group_size)
-    rows = _ranges(weight, axis, group_size)
+    rows = as_ranges(_checked(weight).detach(), axis, group_size)
     scales = torch.empty(len(rows))
     zeros = None if grid.symmetric else torch.empty(len(rows), dtype=torch.int32)
     codes = torch.empty(rows.shape, dtype=grid.dtype)
@@ -59,13 +59,26 @@ def quantize(
             zeros[part] = zero
         _encode(codes[part], values, (scale, zero), grid)
     return QuantizedTensor(
-        codes=_restore(codes, weight, axis),
+        codes=from_ranges(codes, weight, axis),
         scales=scales.reshape(shape),
         zero_points=None if zeros is None else zeros.reshape(shape),
         bits=grid.bits,
         group_size=group_size,
         axis=axis,
     )
+
+
+def choose(
+    weight: Tensor, grid: Grid, axis: int | None, group_size: int | None, method: RangeMethod
+) -> Parameters:
+    """Return the scales and zero points, flat [ranges], that `quantize` would choose.
+
+    Takes its arguments and raises what it does.
+    """
+    rows = as_ranges(_checked(weight).detach(), axis, group_size)
+    found = [_choose(values, grid, method) for _, values in _pieces(rows)]
+    zeros = [zero for _, zero in found if zero is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
 
 
 def quantize_with(
@@ -89,7 +102,7 @@ def quantize_with(
             f"expected scales of shape {shape} and {'no ' if grid.symmetric else ''}zero_points, "
             f"got shape {tuple(scales.shape)} and {'no ' if zero_points is None else ''}zero_points"
         )
-    rows = _ranges(weight, axis, group_size)
+    rows = as_ranges(_checked(weight).detach(), axis, group_size)
     codes = torch.empty(rows.shape, dtype=grid.dtype)
     flat = scales.reshape(-1)
     zeros = None if zero_points is None else zero_points.reshape(-1)
@@ -97,7 +110,7 @@ def quantize_with(
         finite_range(values)
         _encode(codes[part], values, (flat[part], None if zeros is None else zeros[part]), grid)
     return QuantizedTensor(
-        codes=_restore(codes, weight, axis),
+        codes=from_ranges(codes, weight, axis),
         scales=scales,
         zero_points=zero_points,
         bits=grid.bits,
@@ -125,22 +138,28 @@ def _encode(codes: Tensor, values: Tensor, parameters: Parameters, grid: Grid) -
         target.copy_(steps.clamp_(grid.low, grid.high))
 
 
-def _ranges(weight: Tensor, axis: int | None, group_size: int | None) -> Tensor:
-    """Return a float weight as [ranges, elements]: one row for each scale."""
+def as_ranges(weight: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """Return a weight as [ranges, elements]: one row for each scale.
+
+    ValueError for a shape that cannot be grouped.
+    """
+    count = torch.Size(scales_shape(tuple(weight.shape), axis, group_size)).numel()
+    return (weight.movedim(axis, 0) if axis else weight).reshape(count, -1)
+
+
+def from_ranges(rows: Tensor, weight: Tensor, axis: int | None) -> Tensor:
+    """Turn [ranges, elements] back into the weight's shape."""
+    if not axis:
+        return rows.reshape(weight.shape)
+    return rows.reshape(weight.movedim(axis, 0).shape).movedim(0, axis).contiguous()
+
+
+def _checked(weight: Tensor) -> Tensor:
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"weights must be float32, float16 or bfloat16, got {weight.dtype}")
     if weight.numel() == 0:
         raise ValueError(f"weights must not be empty, got shape {tuple(weight.shape)}")
-    count = torch.Size(scales_shape(tuple(weight.shape), axis, group_size)).numel()
-    weight = weight.detach()
-    return (weight.movedim(axis, 0) if axis else weight).reshape(count, -1)
-
-
-def _restore(codes: Tensor, weight: Tensor, axis: int | None) -> Tensor:
-    """Turn codes [ranges, elements] back into the weight's shape."""
-    if not axis:
-        return codes.reshape(weight.shape)
-    return codes.reshape(weight.movedim(axis, 0).shape).movedim(0, axis).contiguous()
+    return weight
 
 
 def _pieces(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:

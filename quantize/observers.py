@@ -109,6 +109,26 @@ class MovingAverage:
         self._extremes.check()
         return self._least, self._most
 
+    @property
+    def seen(self) -> int:
+        """Return how many mini-batches were observed."""
+        return self._seen
+
+    def state(self) -> list[float]:
+        """Return all that `restore` needs to go on."""
+        return [
+            self._seen,
+            self._least,
+            self._most,
+            self._extremes.least,
+            self._extremes.most,
+        ]
+
+    def restore(self, state: list[float]) -> None:
+        """Go on from what `state` returned."""
+        seen, self._least, self._most, self._extremes.least, self._extremes.most = state
+        self._seen = int(seen)
+
 
 class Histogram:
     """A histogram that grows with what it sees, and the range read from it at the end.

@@ -130,7 +130,7 @@ class Scheme:
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError where a weight of this shape cannot be stored like this."""
         if not self.is_float:
-            scales_shape(shape, self._axis, self.group_size)
+            scales_shape(shape, self.axis, self.group_size)
         if self.books and shape[0] % self.books:
             raise ValueError(f"{self.books} codebooks do not divide {shape[0]} rows")
 
@@ -144,7 +144,7 @@ class Scheme:
         return quantize(
             weight,
             self.grid,
-            axis=self._axis,
+            axis=self.axis,
             group_size=self.group_size,
             method=range_method or self.default_range or "minmax",
         )
@@ -175,13 +175,14 @@ class Scheme:
         """
         if self.bits is None or self.granularity is None:
             return 4 * torch.Size(shape).numel()
-        count = torch.Size(scales_shape(shape, self._axis, self.group_size)).numel()
+        count = torch.Size(scales_shape(shape, self.axis, self.group_size)).numel()
         zero_points = 0 if self.symmetric else count
         entries = self.books << self.bits
         return stored_bytes(shape, self.bits, self.granularity, count) + zero_points + entries
 
     @property
-    def _axis(self) -> int | None:
+    def axis(self) -> int | None:
+        """The axis that has a scale per entry; None unless per channel."""
         return 0 if self.granularity == "channel" else None
 
 

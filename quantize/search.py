@@ -34,7 +34,7 @@ class _Search:
         self.values = values
         self.grid = grid
         size = (len(values), min(values.shape[1], slab_width(values)))
-        self.exact, self.codes, self.product = torch.empty(3, *size)
+        self.exact, self.codes, self.product = torch.empty(3, *size, device=values.device)
 
     def run(self, least: Tensor, most: Tensor) -> Parameters:
         best = from_range(least, most, self.grid)
@@ -60,7 +60,7 @@ class _Search:
 
     def error(self, parameters: Parameters) -> Tensor:
         """Return each range's squared error, float32 [ranges]."""
-        total = torch.zeros(len(self.values))
+        total = torch.zeros(len(self.values), device=self.values.device)
         for part in slabs(self.values):
             exact, codes, product = self.steps(part, parameters)
             torch.sub(codes, exact, out=product)
@@ -69,7 +69,7 @@ class _Search:
 
     def refit(self, parameters: Parameters) -> Tensor:
         """Return the storable scales that fit the codes q best: `sum x q / sum q^2`."""
-        products, squares = torch.zeros(2, len(self.values))
+        products, squares = torch.zeros(2, len(self.values), device=self.values.device)
         for part in slabs(self.values):
             exact, codes, product = self.steps(part, parameters)
             products += torch.mul(exact, codes, out=product).sum(dim=1)

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from edgekit.quantize.traced.operators import (
     BATCH_NORM,
+    LINEAR,
     MATRIX_LAYERS,
     Layer,
     arguments,
@@ -40,17 +41,24 @@ def fold_batch_norms(traced: TracedModule) -> TracedModule:
 
 
 def _fold(traced: TracedModule, node: Node, factor: Tensor, offset: Tensor) -> None:
-    x = arguments(node)["input"]
-    layer = layer_of(x) if x.target in MATRIX_LAYERS and len(x.users) == 1 else None
+    layer = layer_before(node)
     if layer is None:
         _stand_alone(traced, node, factor, offset)
         return
     weight = traced.parameter(layer.weight)
     bias = torch.zeros(()) if layer.bias is None else traced.parameter(layer.bias)
-    _set_weight(traced, layer, weight * _along_channels(factor, weight, layer))
+    _set_weight(traced, layer, weight * along_channels(factor, weight, layer))
     _set_bias(traced, layer, bias.double() * factor + offset)
     node.replace_all_uses_with(layer.node)
     node.graph.erase_node(node)
+
+
+def layer_before(node: Node) -> Layer | None:
+    """Return the layer into which a batch norm folds, None where it stands alone."""
+    x = arguments(node)["input"]
+    # The channels of a linear layer are its last axis, those of a batch norm the second.
+    fits = x.target in MATRIX_LAYERS and (x.target != LINEAR or rank(x) == 2)
+    return layer_of(x) if fits and len(x.users) == 1 else None
 
 
 def _factor_and_offset(traced: TracedModule, node: Node) -> tuple[Tensor, Tensor]:
@@ -64,7 +72,7 @@ def _factor_and_offset(traced: TracedModule, node: Node) -> tuple[Tensor, Tensor
     return factor, beta.double() - mean * factor
 
 
-def _along_channels(factor: Tensor, weight: Tensor, layer: Layer) -> Tensor:
+def along_channels(factor: Tensor, weight: Tensor, layer: Layer) -> Tensor:
     """Shape a factor per output channel so that it multiplies the weight."""
     if layer.channel_axis == 0:
         return factor.view(-1, *[1] * (weight.ndim - 1))

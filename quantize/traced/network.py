@@ -1,6 +1,8 @@
 """A quantized module: its float graph, the codes of its weights, the parameters of its edges."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,14 +75,19 @@ class QuantizedNetwork:
         return self.edges[node.name]
 
 
-def quantize_module(placement: Placement, calibration: Calibration | None) -> QuantizedNetwork:
+def quantize_module(
+    placement: Placement,
+    calibration: Calibration | None,
+    codes: Mapping[str, QuantizedTensor] | None = None,
+) -> QuantizedNetwork:
     """Quantize weights and biases and set the parameters of every edge.
 
-    A module whose layers all stay float needs no calibration. EdgekitError names a weight or
-    tensor that cannot be quantized, and one that the calibration lacks.
+    A module whose layers all stay float needs no calibration. `codes` are those of weights, by
+    name, that were chosen before, in training. EdgekitError names a weight or tensor that cannot
+    be quantized, and one that the calibration lacks.
     """
     edges = edge_parameters(placement, calibration) if placement.edges else {}
-    weights: dict[str, QuantizedTensor] = {}
+    weights = dict(codes or {})
     layers = {}
     for name, (layer, rule) in placement.layers.items():
         weight = str(layer.weight.target)
@@ -140,6 +147,24 @@ def _layer(
     return QuantizedLayer(layer, name, scheme, codes.to(torch.int32), scales, output)
 
 
+def average_of_codes(
+    node: Node,
+    values: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    parameters: ActivationParameters,
+) -> Tensor:
+    """Run an operator of `AVERAGES` on codes, as what they stand for.
+
+    Integers are averaged: of means of floats, the noise would decide the many ties.
+    """
+    codes = (values / parameters.scale).round_().double()
+    mean = node.target(codes, *args, **kwargs)  # type: ignore[operator]
+    # No code leaves the range: an average lies between its operands, padding is 0.
+    rounded: Tensor = (mean + parameters.zero_point).round_() - parameters.zero_point
+    return rounded.float() * parameters.scale
+
+
 class _Simulation(Interpreter):
     """Runs the graph with every quantized value replaced by what its code stands for."""
 
@@ -162,15 +187,8 @@ class _Simulation(Interpreter):
         return result if parameters is None else parameters.fake_quantize(result)
 
     def _average_of_codes(self, node: Node) -> Tensor:
-        """Average integers: of means of floats, the noise would decide the many ties."""
-        parameters = self._network.parameters(node)
         (values, *args), kwargs = self.fetch_args_kwargs_from_env(node)
-        codes = (values / parameters.scale).round_().double()
-        mean = self.call_function(node.target, (codes, *args), kwargs)
-        assert isinstance(mean, Tensor)
-        # No code leaves the range: an average lies between its operands, padding is 0.
-        rounded = (mean + parameters.zero_point).round_() - parameters.zero_point
-        return rounded.float() * parameters.scale
+        return average_of_codes(node, values, tuple(args), kwargs, self._network.parameters(node))
 
     def _with_integer_bias(self, node: Node, layer: QuantizedLayer) -> Tensor:
         args, kwargs = self.fetch_args_kwargs_from_env(node)

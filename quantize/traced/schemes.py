@@ -74,6 +74,17 @@ class LayerScheme:
         """As in `Scheme`: least squared error at 4 bits, minimum and maximum at 8."""
         return "mse" if self.bits == 4 else "minmax"
 
+    @property
+    def grid(self) -> Grid:
+        """The codes of the weight; ValueError for the float scheme."""
+        if self.bits is None:
+            raise ValueError("the float scheme has no codes")
+        return Grid(self.bits, self.symmetric, restricted=self.symmetric and self.bits == 8)
+
+    def axis(self, channel_axis: int) -> int | None:
+        """Return the axis that has a scale per entry, None where the tensor has one scale."""
+        return channel_axis if self.granularity == "channel" else None
+
     def quantize(
         self, weight: Tensor, channel_axis: int, method: RangeMethod | None = None
     ) -> QuantizedTensor:
@@ -81,12 +92,10 @@ class LayerScheme:
 
         ValueError for the float scheme and for a weight that holds infinities or NaN.
         """
-        if self.bits is None:
-            raise ValueError("the float scheme has no codes")
         return quantize(
             weight,
-            Grid(self.bits, self.symmetric, restricted=self.symmetric and self.bits == 8),
-            axis=channel_axis if self.granularity == "channel" else None,
+            self.grid,
+            axis=self.axis(channel_axis),
             method=method or self.default_range,
         )
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from edgekit.errors import EdgekitError, one_line
 from edgekit.quantize.traced.operators import BATCH_NORM, arguments, aten, numbers, rank
@@ -27,6 +28,8 @@ _TORCH = Path(torch.__file__).parent
 _OPERATOR = re.compile(r"\b(?:aten|prims|torchvision|torch\.ops\.\w+)[.:]+\w+(?:\.\w+)?")
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 _LEAF = "torch.nn.modules."
+DROPOUTS = "dropouts"
+"""Key of a node's `meta`: paths of the dropouts that its arguments pass, by their position."""
 POOLS_1D: dict[Any, OpOverload] = {
     aten.max_pool1d.default: aten.max_pool2d.default,
     aten.avg_pool1d.default: aten.avg_pool2d.default,
@@ -94,23 +97,27 @@ class TracedModule:
 
 
 def trace(
-    module: nn.Module, example_inputs: Sequence[Tensor], max_batch: int | None = None
+    module: nn.Module,
+    example_inputs: Sequence[Tensor],
+    max_batch: int | None = None,
+    for_training: bool = False,
 ) -> TracedModule:
     """Trace a module as it runs in inference.
 
     `example_inputs` are its positional arguments, tensors whose first axis is the batch. With
-    `max_batch` any batch from 1 to that many is traced, else the example's. The module is left
-    as it was. EdgekitError names the operator and source line that cannot be traced.
+    `max_batch` any batch from 1 to that many is traced, else the example's. `for_training` notes
+    under `DROPOUTS` where its dropout modules stand, which in inference are not there. The module
+    is left as it was. EdgekitError names the operator and source line that cannot be traced.
     """
     example = _example(example_inputs, max_batch)
-    with _inference(module):
+    with _inference(module), _dropouts(module, for_training) as dropouts:
         program = _export(module, example, max_batch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, GraphModule)
     _check_outputs(graph_module)
-    _normalise(graph_module)
+    _normalise(graph_module, dropouts)
     return TracedModule(graph_module, _names(graph_module), example, max_batch)
 
 
@@ -161,6 +168,23 @@ def _inference(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+@contextmanager
+def _dropouts(module: nn.Module, wanted: bool) -> Iterator[set[str]]:
+    """Yield the paths of dropout modules, which leave a copy in the graph meanwhile."""
+    found = {
+        name: part
+        for name, part in module.named_modules()
+        if wanted and isinstance(part, nn.modules.dropout._DropoutNd)
+    }
+    for part in found.values():
+        part.forward = torch.clone
+    try:
+        yield set(found)
+    finally:
+        for part in found.values():
+            del part.forward
 
 
 def _export(
@@ -219,10 +243,10 @@ def _check_outputs(graph_module: GraphModule) -> None:
         raise EdgekitError("the module must return a tensor or a tuple of tensors")
 
 
-def _normalise(graph_module: GraphModule) -> None:
+def _normalise(graph_module: GraphModule, dropouts: set[str]) -> None:
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or _module_path(node) in dropouts:
             continue
         if node.target in (aten.clone.default, aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
@@ -246,8 +270,43 @@ def _normalise(graph_module: GraphModule) -> None:
             _select_by_slice(node)
         elif node.target == operator.getitem:
             _item_as_tensor(node)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and _module_path(node) in dropouts:
+            _note_dropout(node)
     graph.eliminate_dead_code()
     graph_module.recompile()
+
+
+def _note_dropout(node: Node) -> None:
+    """Take a dropout out of the graph; what reads it notes where it passed."""
+    before = _notes(node).get(0, [])
+    for user in list(node.users):
+        for position, argument in enumerate(_flat_arguments(user)):
+            if argument is node:
+                notes = dict(_notes(user))
+                notes[position] = [*before, str(_module_path(node)), *notes.get(position, [])]
+                user.meta[DROPOUTS] = notes
+    x = node.args[0]
+    assert isinstance(x, Node)
+    node.replace_all_uses_with(x)
+
+
+def _notes(node: Node) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = node.meta.get(DROPOUTS, {})
+    return found
+
+
+def _flat_arguments(node: Node) -> list[Node]:
+    """Return the nodes among the arguments, one for each place, in `map_arg`'s order."""
+    found: list[Node] = []
+    map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _module_path(node: Node) -> str | None:
+    """Return the path of the innermost module that called the operator."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else None
 
 
 def _one_batch_norm(node: Node) -> None:

@@ -1,0 +1,1 @@
+"""Quantization-aware training: an ordinary loop whose result is codes."""

@@ -1,0 +1,101 @@
+"""`prepare`: a module becomes one that is trained through quantization."""
+
+from collections.abc import Sequence
+from typing import overload
+
+from torch import Tensor, nn
+
+from edgekit.errors import EdgekitError
+from edgekit.quantize.qat.milestones import Milestones
+from edgekit.quantize.qat.traced import TracedTraining
+from edgekit.quantize.qat.training import is_prepared
+from edgekit.quantize.qat.weight_only import Rounding, WeightTraining
+from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
+from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.traced.schemes import LayerRecipe
+
+
+@overload
+def prepare(
+    model: nn.Module,
+    recipe: LayerRecipe | str,
+    example_inputs: Sequence[Tensor],
+    *,
+    steps: int | None = None,
+    milestones: Milestones | None = None,
+    learn_scales: bool = False,
+) -> TracedTraining: ...
+
+
+@overload
+def prepare(
+    model: nn.Module,
+    recipe: Recipe | str,
+    example_inputs: None = None,
+    *,
+    milestones: Milestones | None = None,
+    learn_scales: bool = False,
+    round_inputs: Rounding | None = None,
+) -> WeightTraining: ...
+
+
+def prepare(
+    model: nn.Module,
+    recipe: LayerRecipe | Recipe | str,
+    example_inputs: Sequence[Tensor] | None = None,
+    *,
+    steps: int | None = None,
+    milestones: Milestones | None = None,
+    learn_scales: bool = False,
+    round_inputs: Rounding | None = None,
+) -> TracedTraining | WeightTraining:
+    """Make a module round in training what its export will round; it stays the same object.
+
+    With `example_inputs` the module is traced and activations have static ranges: `recipe` is a
+    scheme such as w8a8 or a `LayerRecipe`, the result ends in a `QuantizedNetwork`. Without, only
+    weights are rounded, those of linear layers and embeddings: `recipe` is a preset (int8, int4),
+    a scheme such as w4g32 or a `Recipe`, the result ends in codes by name.
+
+    Convolutions are quantized with `example_inputs` only. Ranges are those of the weights as they
+    are, but without `example_inputs` one that is searched for (the default at 4 bits) costs some ten
+    roundings of a large matrix: in `train()` it is renewed every tenth step.
+
+    After each step of the optimizer `step()` is called on what is returned, at the end `finalize()`.
+    `steps`, the length of the training, gives static ranges their usual `milestones`. With
+    `learn_scales` the optimizer must also get `parameters()` of what is returned. Raises
+    EdgekitError for a module that cannot be traced and a recipe that matches nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise EdgekitError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if is_prepared(model):
+        raise EdgekitError("the module is prepared already: finalize() or remove() that first")
+    if example_inputs is None:
+        if steps is not None:
+            raise EdgekitError("steps are for recipes with static ranges: give milestones instead")
+        when = milestones or Milestones()
+        return WeightTraining(model, _weight_recipe(recipe), when, learn_scales, round_inputs)
+    if round_inputs is not None:
+        raise EdgekitError("round_inputs is for recipes of weights alone: leave it out")
+    return TracedTraining(
+        model, _layer_recipe(recipe), example_inputs, _when(steps, milestones), learn_scales
+    )
+
+
+def _when(steps: int | None, milestones: Milestones | None) -> Milestones:
+    if steps is not None and milestones is not None:
+        raise EdgekitError("give steps or milestones, not both")
+    return milestones or (Milestones() if steps is None else Milestones.over(steps))
+
+
+def _layer_recipe(recipe: LayerRecipe | Recipe | str) -> LayerRecipe:
+    if isinstance(recipe, Recipe):
+        raise EdgekitError(f"{recipe.name}: is a recipe of weights alone: give no example_inputs")
+    return LayerRecipe.uniform(recipe) if isinstance(recipe, str) else recipe
+
+
+def _weight_recipe(recipe: LayerRecipe | Recipe | str) -> Recipe:
+    if isinstance(recipe, LayerRecipe):
+        raise EdgekitError(f"{recipe.name}: its static ranges need example_inputs")
+    if isinstance(recipe, Recipe):
+        return recipe
+    return preset(recipe) if recipe in PRESETS else uniform(Scheme.parse(recipe))

@@ -1,0 +1,210 @@
+"""Training of a traced module with static ranges: it rounds where calibrated modules have codes.
+
+The module's graph is run in place of its forward pass. It reads the module's own parameters and
+buffers by their names, so the module stays what optimizers, `state_dict`, `train`, `eval` and `to`
+know; the forward passes and hooks of its submodules are not called.
+"""
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from edgekit.errors import EdgekitError
+from edgekit.quantize.calibration import Calibration
+from edgekit.quantize.observers import (
+    ActivationParameters,
+    MovingAverage,
+    activation_parameters,
+)
+from edgekit.quantize.qat.forward import Forward, LiveGraph
+from edgekit.quantize.qat.milestones import Milestones
+from edgekit.quantize.qat.training import Prepared, Training
+from edgekit.quantize.qat.weights import WeightQuantizer
+from edgekit.quantize.traced.fold import fold_batch_norms
+from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
+from edgekit.quantize.traced.placement import Placement, place
+from edgekit.quantize.traced.schemes import LayerRecipe
+from edgekit.quantize.traced.trace import TracedModule, trace
+
+LARGEST_BATCH = 1 << 16
+"""Largest batch in training where the module can be traced for any."""
+
+
+class TracedTraining(Training, Prepared):
+    """Training towards a `QuantizedNetwork`.
+
+    In `train()` the module observes and rounds as the milestones say; in `eval()` it computes what
+    `finalize().simulate` does. Dropout modules stay; other code that depends on `self.training`,
+    `functional.dropout` too, is traced as in inference.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: LayerRecipe,
+        example_inputs: Sequence[Tensor],
+        milestones: Milestones,
+        learn_scales: bool = False,
+    ) -> None:
+        rules = [[rule.pattern, rule.scheme.name, str(rule.range)] for rule in recipe.rules]
+        super().__init__(model, recipe.name, rules, milestones)
+        self._layer_recipe = recipe
+        self._example = tuple(example_inputs)
+        traced = _trace(model, self._example)
+        placement = place(fold_batch_norms(traced), recipe)
+        if not placement.layers:
+            raise EdgekitError(f"{recipe.name}: leaves every layer float: nothing is trained")
+        self._graph = LiveGraph(model, traced, placement)
+        self._observers = {node.name: MovingAverage() for node in placement.values()}
+        self._members: dict[str, list[str]] = {}
+        self._edges = placement.edges
+        for node, edge in placement.edges.items():
+            self._members.setdefault(edge, []).append(node)
+        self._samples = 0
+        self._batches = 0
+        self._add_quantizers(placement, learn_scales)
+        self._signature = inspect.signature(model.forward)
+        model.forward = self._forward
+
+    def finalize(self, max_batch: int | None = None) -> QuantizedNetwork:
+        """Return the codes, and give the module its own forward pass again.
+
+        The network takes batches like the example's, or of 1 to `max_batch`. EdgekitError names a
+        tensor whose range was never observed, or a weight that cannot be quantized.
+        """
+        self.remove()
+        model = self.model
+        if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+            model = copy.deepcopy(model).cpu()
+        example = tuple(item.cpu() for item in self._example)
+        traced = fold_batch_norms(trace(model, example, max_batch))
+        placement = place(traced, self._layer_recipe)
+        codes = {}
+        for layer, _ in placement.layers.values():
+            weight = str(layer.weight.target)
+            codes[weight] = self._quantizers[weight].codes(traced.parameter(layer.weight))
+        calibration = self.calibration() if placement.edges else None
+        return quantize_module(placement, calibration, codes)
+
+    def calibration(self) -> Calibration:
+        """Return the observed ranges; EdgekitError names a tensor that has none."""
+        names = self._graph.placement.traced.names
+        ranges = {}
+        for node, observer in self._observers.items():
+            try:
+                ranges[names[node]] = observer.range()
+            except EdgekitError as error:
+                raise EdgekitError(f"training: tensor {names[node]!r} {error}") from error
+        return Calibration(ranges, "moving-average", self._samples, self._batches)
+
+    def remove(self) -> None:
+        """Give the module its own forward pass again, codes or none."""
+        if vars(self.model).get("forward") == self._forward:
+            del self.model.forward
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state beside the model's and the optimizer's: tensors and plain values."""
+        names = self._graph.placement.traced.names
+        observed = {names[node]: observer.state() for node, observer in self._observers.items()}
+        counts = {"samples": self._samples, "batches": self._batches}
+        return {**super().state_dict(), "observers": observed, **counts}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        names = self._graph.placement.traced.names
+        observed: Mapping[str, list[float]] = state.get("observers", {})
+        if set(observed) != {names[node] for node in self._observers}:
+            raise EdgekitError("the checkpoint is of another module: its activations differ")
+        for node, observer in self._observers.items():
+            observer.restore(observed[names[node]])
+        self._samples, self._batches = int(state["samples"]), int(state["batches"])
+
+    def _add_quantizers(self, placement: Placement, learn_scales: bool) -> None:
+        for name, (layer, rule) in placement.layers.items():
+            weight = str(layer.weight.target)
+            if weight in self._quantizers:
+                continue
+            scheme = rule.scheme
+            quantizer = WeightQuantizer(
+                weight,
+                scheme.grid,
+                scheme.axis(layer.channel_axis),
+                None,
+                rule.range or scheme.default_range,
+            )
+            self._quantizers[weight] = quantizer
+            if learn_scales:
+                quantizer.learn(self._graph.layers[name].folded(self._graph.read)[0])
+
+    def _forward(self, *args: Any, **kwargs: Any) -> object:  # noqa: ANN401 - as the module's
+        inputs = self._inputs(args, kwargs)
+        self._graph.placement.traced.check_inputs(inputs)
+        if self.observing:
+            self._samples += len(inputs[0])
+            self._batches += 1
+        return Forward(self._graph, self, inputs[0].device).run(*inputs)
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Return the arguments in order, those given by name too."""
+        given = self._signature.bind(*args, **kwargs).args if kwargs else args
+        inputs = given[: len(self._example)]
+        if not all(isinstance(item, Tensor) for item in inputs):
+            raise EdgekitError(f"the prepared module takes {len(self._example)} tensors")
+        return inputs
+
+    @property
+    def rounding(self) -> bool:
+        """Whether the forward pass rounds now."""
+        return not self.model.training or self.milestones.fake_quantizing(self.steps)
+
+    @property
+    def observing(self) -> bool:
+        """Whether the forward pass observes ranges now."""
+        return self.model.training and self.milestones.observing(self.steps)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether batch norms use their running statistics now, whatever their mode."""
+        return self.milestones.batch_norm_frozen(self.steps)
+
+    def observe(self, node: str, values: Tensor) -> None:
+        """Take the values of a node; EdgekitError for infinities and NaN."""
+        try:
+            self._observers[node].observe(values)
+        except EdgekitError as error:
+            raise self._error(node, error) from error
+
+    def parameters_of(self, node: str) -> ActivationParameters:
+        """Return the parameters of a value's edge as they are now."""
+        members = (self._observers[name] for name in self._members[self._edges[node]])
+        # In the first batch the later values of an edge were not seen yet.
+        seen = [observer.range() for observer in members if observer.seen]
+        if not seen:
+            raise self._error(node, EdgekitError("has no range yet: run a batch in train() first"))
+        least, most = min(low for low, _ in seen), max(high for _, high in seen)
+        try:
+            return activation_parameters(least, most)
+        except ValueError as error:
+            raise self._error(node, error) from error
+
+    def fake_weight(self, weight: str, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a folded weight rounded, and its scales [ranges].
+
+        Its range is of now, even where it is searched for: running statistics move folded weights
+        more than a step of the optimizer does, and beside activations they are small.
+        """
+        return self._quantizers[weight].fake(values)
+
+    def _error(self, node: str, error: Exception) -> EdgekitError:
+        name = self._graph.placement.traced.names[node]
+        return EdgekitError(f"training step {self.steps}: tensor {name!r} {error}")
+
+
+def _trace(model: nn.Module, example: Sequence[Tensor]) -> TracedModule:
+    """Trace for any batch where that is possible, else for the example's."""
+    try:
+        return trace(model, example, LARGEST_BATCH, for_training=True)
+    except EdgekitError:
+        return trace(model, example, for_training=True)

@@ -1,0 +1,104 @@
+"""What both kinds of quantization-aware training share: steps, and checkpoints of their own."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from edgekit.errors import EdgekitError
+from edgekit.quantize.qat.milestones import Milestones
+from edgekit.quantize.qat.weights import WeightQuantizer
+
+FORMAT_VERSION = 1
+RANGE_EVERY = 10
+"""Steps for which a searched range is used in training; minimum and maximum are of each step."""
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether a module, or one inside it, is in training through quantization already."""
+    forwards = (vars(part).get("forward") for part in model.modules())
+    owners = (getattr(forward, "__self__", None) for forward in forwards)
+    return any(isinstance(owner, Prepared) for owner in owners)
+
+
+class Prepared:
+    """What has put its own forward pass in a module's place."""
+
+
+class Training:
+    """A model that is trained through quantization.
+
+    `model` stays the object that it was: its parameters, their names and its optimizers are those
+    of the float model; only its forward pass rounds. `recipe` is the recipe's name and `rules` its
+    rules as text, by which checkpoints are told apart.
+    """
+
+    def __init__(
+        self, model: nn.Module, recipe: str, rules: list[list[str]], milestones: Milestones
+    ) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.milestones = milestones
+        self.steps = 0
+        self._rules = rules
+        self._quantizers: dict[str, WeightQuantizer] = {}
+
+    def step(self) -> None:
+        """Count one step of the optimizer: what `milestones` say begins or ends by itself."""
+        self.steps += 1
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the learned scales, for the optimizer; none unless they are learned."""
+        for quantizer in self._quantizers.values():
+            if quantizer.learned is not None:
+                yield quantizer.learned
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state beside the model's and the optimizer's: tensors and plain values."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "recipe": self.recipe,
+            "rules": self._rules,
+            "steps": self.steps,
+            "weights": {name: item.state() for name, item in self._quantizers.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        EdgekitError, with nothing changed, for the state of another recipe or model.
+        """
+        if not isinstance(state, Mapping) or state.get("format_version") != FORMAT_VERSION:
+            raise EdgekitError(f"is no training state of format {FORMAT_VERSION}")
+        if state["rules"] != self._rules:
+            raise EdgekitError(
+                f"the checkpoint is of recipe {state['recipe']!r} with other rules than "
+                f"{self.recipe!r}: prepare the model with the recipe it was trained with"
+            )
+        weights: Mapping[str, Mapping[str, Any]] = state["weights"]
+        if set(weights) != set(self._quantizers):
+            raise EdgekitError("the checkpoint is of another module: its weights differ")
+        if _learned(weights) != _learned(self.state_dict()["weights"]):
+            raise EdgekitError(
+                "the checkpoint has other learned scales: prepare the same model with the same "
+                "learn_scales"
+            )
+        self._restore(state)
+        for name, quantizer in self._quantizers.items():
+            quantizer.restore(weights[name])
+        self.steps = int(state["steps"])
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what a kind of training keeps besides."""
+
+    def range_key(self, quantizer: WeightQuantizer) -> int | None:
+        """Return what a range that is searched for stays the same for in training."""
+        return self.steps // RANGE_EVERY if quantizer.searches else None
+
+
+def _learned(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...] | None]:
+    """Return the shape of each weight's learned scales, None where they are not learned."""
+    return {
+        name: tuple(state["learned"].shape) if "learned" in state else None
+        for name, state in weights.items()
+    }

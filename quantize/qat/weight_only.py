@@ -1,0 +1,201 @@
+"""Training of the weights alone: linear layers and embeddings of any module, untraced.
+
+The forward pass of each module that owns a quantized weight sees the rounded weight in its place;
+nothing else of the model is touched. Parameters that two modules share stay one parameter: each
+module rounds it as its own rule says.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgekit.errors import EdgekitError
+from edgekit.quantize.qat.milestones import Milestones
+from edgekit.quantize.qat.straight_through import rounded
+from edgekit.quantize.qat.training import Prepared, Training
+from edgekit.quantize.qat.weights import INFERENCE, TRAINING, WeightQuantizer
+from edgekit.quantize.recipe import Recipe, Resolved, resolve, shared_rows
+from edgekit.quantize.storage import About, Stored, save_quantized
+
+Rounding = Callable[[Tensor], Tensor]
+
+
+class WeightTraining(Training):
+    """Training towards one `QuantizedTensor` for each weight that the recipe quantizes.
+
+    In `eval()` weights are always rounded, in `train()` from the milestone `start_fake_quant` on;
+    the other milestones have no meaning here. `round_inputs` is how the engine rounds what goes
+    into a quantized linear layer (`edgekit.models.activations`), None leaves that float.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        milestones: Milestones,
+        learn_scales: bool = False,
+        round_inputs: Rounding | None = None,
+    ) -> None:
+        rules = [[rule.pattern, rule.scheme.name, str(rule.range)] for rule in recipe.rules]
+        super().__init__(model, recipe.name, rules, milestones)
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        rows = resolve(recipe, {name: tuple(weight.shape) for name, weight in weights.items()})
+        self._rows = {row.tensor: row for row in rows}
+        tied = _tied(weights)
+        self._shared = shared_rows(rows, tied)
+        self._is_tied = {*tied, *tied.values()}
+        self._layers: list[_Layer] = []
+        for row in rows:
+            if not row.scheme.is_float:
+                self._add(row, weights[row.tensor], learn_scales, round_inputs)
+        if not self._layers:
+            raise EdgekitError(f"{recipe.name}: leaves every tensor float: nothing is trained")
+
+    def step(self) -> None:
+        """Count one step of the optimizer.
+
+        EdgekitError where a weight got a gradient although the module that holds it did not run:
+        another module reads it, past the rounding.
+        """
+        if self.milestones.fake_quantizing(self.steps):
+            for layer in self._layers:
+                layer.check_not_bypassed()
+        super().step()
+
+    def finalize(self) -> dict[str, Stored]:
+        """Return every tensor of the model, codes or float32, and undo what `prepare` did.
+
+        Names are those of `state_dict`. Tied tensors of one scheme are one object. EdgekitError
+        names a weight that cannot be quantized, and one that training never saw rounded.
+        """
+        if self.steps:
+            for layer in self._layers:
+                layer.check_used()
+        self.remove()
+        found: dict[str, Stored] = {}
+        floats: dict[int, Tensor] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            source = self._shared.get(name, name)
+            if source in found:
+                found[name] = found[source]
+            elif name in self._quantizers:
+                found[name] = self._quantizers[name].codes(tensor)
+            else:
+                dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+                stored = tensor.detach().to("cpu", dtype, copy=True)
+                found[name] = floats.setdefault(id(tensor), stored)
+        return found
+
+    def save(self, path: Path | str, model: str, sha256: str, **facts: str | float) -> None:
+        """Finalize into a file that `edgekit export MODEL --codes` packs as it is.
+
+        `model` is the model's name and `sha256` that of the float weights that training began
+        with (`WeightSource.sha256`); `facts` are kept in the file.
+        """
+        try:
+            about = About(model, sha256, self.recipe, "qat", {"steps": self.steps, **facts})
+        except ValueError as error:
+            raise EdgekitError(f"{path}: {error}") from error
+        save_quantized(Path(path), self.finalize(), about)
+
+    def remove(self) -> None:
+        """Give the modules their own forward passes again, codes or none."""
+        for layer in self._layers:
+            layer.remove()
+
+    def _add(
+        self, row: Resolved, weight: Tensor, learn: bool, round_inputs: Rounding | None
+    ) -> None:
+        name, scheme = row.tensor, row.scheme
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        # Tied weights of one scheme are rounded to the same codes: one quantizer, one set of
+        # learned scales.
+        source = self._shared.get(name, name)
+        if source not in self._quantizers:
+            assert row.range is not None
+            quantizer = WeightQuantizer(
+                name, scheme.grid, scheme.axis, scheme.group_size, row.range
+            )
+            if learn:
+                quantizer.learn(weight)
+            self._quantizers[source] = quantizer
+        rounding = None if isinstance(module, nn.Embedding) else round_inputs
+        layer = _Layer(module, leaf, self._quantizers[source], self, rounding)
+        layer.is_tied = name in self._is_tied
+        self._layers.append(layer)
+
+
+def _tied(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names of parameters that came under another name before, with that name."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(weight), name) for name, weight in weights.items()}
+    return {name: source for name, source in names.items() if name != source}
+
+
+class _Layer(Prepared):
+    """A module whose forward pass sees a rounded weight."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        leaf: str,
+        quantizer: WeightQuantizer,
+        training: WeightTraining,
+        round_inputs: Rounding | None,
+    ) -> None:
+        self._module, self._leaf = module, leaf
+        self._quantizer, self._training = quantizer, training
+        self._round_inputs = round_inputs
+        self.is_tied = False
+        self._used = False
+        self._instances_own = vars(module).get("forward")
+        self._inner = module.forward
+        module.forward = self.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the module's own
+        """Run the module's own forward pass with the rounded weight in place of its parameter."""
+        training = self._module.training
+        if training and not self._training.milestones.fake_quantizing(self._training.steps):
+            return self._inner(*args, **kwargs)
+        self._used |= training
+        if self._round_inputs is not None and args:
+            args = (rounded(args[0], self._round_inputs), *args[1:])
+        weight = getattr(self._module, self._leaf)
+        if training:
+            key = self._training.range_key(self._quantizer)
+            values, _ = self._quantizer.fake(weight, TRAINING, key)
+        else:  # as long as the weight is what it was
+            unchanged = weight._version, self._training.steps
+            values, _ = self._quantizer.fake(weight, INFERENCE, unchanged)
+        # What stands in the instance's own dictionary hides the parameter of that name.
+        vars(self._module)[self._leaf] = values
+        try:
+            return self._inner(*args, **kwargs)
+        finally:
+            del vars(self._module)[self._leaf]
+
+    def remove(self) -> None:
+        if vars(self._module).get("forward") != self.forward:
+            return
+        if self._instances_own is None:
+            del self._module.forward
+        else:
+            self._module.forward = self._instances_own
+
+    def check_not_bypassed(self) -> None:
+        """Raise EdgekitError where the weight has a gradient from elsewhere alone."""
+        weight = getattr(self._module, self._leaf)
+        if not self._used and not self.is_tied and weight.grad is not None:
+            self.check_used()
+
+    def check_used(self) -> None:
+        """Raise EdgekitError where no forward pass of the module ever rounded the weight."""
+        if not self._used:
+            raise EdgekitError(
+                f"{self._quantizer.name}: training never ran the module that holds it "
+                f"({type(self._module).__name__}), so it was not rounded: give it float"
+            )
