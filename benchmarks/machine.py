@@ -12,7 +12,7 @@ FLAGS = (
     *("avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
     *("asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
-PACKAGES = ("edgekit", "executorch", "torch", "torchao")
+PACKAGES = ("edgekit", "executorch", "onnxruntime", "torch", "torchao")
 QUIET_SHARE = 0.05
 QUIET_SECONDS = 1.0
 
