@@ -175,8 +175,9 @@ def _made(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "row", "held"),
     [
-        ("mobilenet", "w8a8", ("executorch", "onnx")),
+        pytest.param("mobilenet", "w8a8", ("executorch", "onnx"), marks=pytest.mark.slow),
         ("resnet", "w8a8", ("executorch", "onnx")),
+        pytest.param("mobilenet", "qat-w4a8", ("executorch", "onnx"), marks=pytest.mark.slow),
         ("mobilenet", "w8a8-tensor-affine", ("onnx",)),
         ("resnet", "w8a8-affine", ()),
     ],

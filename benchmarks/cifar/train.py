@@ -44,7 +44,7 @@ class Training:
     epochs: int = 12
     peak: float = 0.4
     momentum: float = 0.9
-    decay: float = 1.5e-3
+    decay: float = 7.5e-4
     smoothing: float = 0.1
     seed: int = 0
     width: float = 1.0
