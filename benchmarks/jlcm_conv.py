@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.cifar.data import DEFAULT_CACHE, load, normalise
-from benchmarks.cifar.train import load_net
 from torch import Tensor, nn
 
+from benchmarks.cifar.data import DEFAULT_CACHE, load, normalise
+from benchmarks.cifar.train import load_net
 from benchmarks.jlcm import CODEBOOKS, METHODS, wanted
 from benchmarks.machine import facts
 from benchmarks.report import table

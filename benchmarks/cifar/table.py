@@ -114,7 +114,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     for name, row in ROWS.items():
         if name in rows:
             top = rows[name]["torch"]
-            loss = f"{100 * (top - rows['float']['torch']):+.2f}" if "float" in rows else ""
+            compared = name != "float" and "float" in rows
+            loss = f"{100 * (top - rows['float']['torch']):+.2f}" if compared else ""
             cells = [_cell(rows[name][target]) for target in TARGETS]
             lines.append(f"| {row.label} | {top:.2%} | {loss} | {' | '.join(cells)} |")
     return "\n".join(lines)
