@@ -168,7 +168,7 @@ def test_json_and_table(text_file: Path, tiny_artifact: Path) -> None:
     ("content", "words"),
     [
         (b"", ["is empty"]),
-        (b"\n", ["has 1 tokens", "a chunk is 512"]),
+        (b"\n", ["has 1 token,", "a chunk is 512"]),
         (b"short", ["tokens, but a chunk is 512", "smaller --context"]),
         (b"abc\xffdef", ["is not UTF-8", "byte 0xff at offset 3"]),
     ],
