@@ -236,20 +236,27 @@ class _Layers:
 
     def load(self, index: int) -> Codes | None:
         path = self._path(index)
-        if not path.is_file():
-            return None
         try:
-            found = load_quantized(path)
-        except EdgekitError:  # damaged: it is made again
+            if path.with_suffix(".sha256").read_text() != _digest(path):
+                return None  # damaged, or half of it written: it is made again
+        except (OSError, UnicodeDecodeError):
             return None
+        found = load_quantized(path)
         return {name: each for name, each in found.items() if isinstance(each, QuantizedTensor)}
 
     def save(self, index: int, codes: Codes) -> None:
         make_folder(self.folder)
-        save_quantized(self._path(index), codes)
+        path = self._path(index)
+        save_quantized(path, codes)
+        path.with_suffix(".sha256").write_text(_digest(path))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"layer-{index}.safetensors"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _facts(texts: Texts, gains: Gains) -> dict[str, str | int | float | bool]:

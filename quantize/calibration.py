@@ -5,7 +5,7 @@
 """
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,4 +103,5 @@ def _range(path: Path, name: str, value: object) -> tuple[float, float]:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    # Compared, not converted: an integer of JSON may have more digits than a float holds.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]

@@ -256,9 +256,9 @@ def check_entry(entry: object) -> dict[str, Any]:
         reason = "has other keys than shape, bits, group_size, axis and signed"
     else:
         shape, signed = entry["shape"], entry["signed"]
-        numbers = [entry["bits"], entry["group_size"] or 0, entry["axis"] or 0]
+        optional = all(type(entry[key]) in (int, type(None)) for key in ("group_size", "axis"))
         is_shape = isinstance(shape, list) and all(type(size) is int for size in shape)
-        fits = is_shape and type(signed) is bool and all(type(value) is int for value in numbers)
+        fits = is_shape and type(signed) is bool and type(entry["bits"]) is int and optional
         reason = "" if fits else "has a value of the wrong type"
     if reason:
         raise ValueError(f"its metadata {reason}")

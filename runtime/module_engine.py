@@ -60,8 +60,14 @@ class ClosesItself:
         self.close()
 
 
-def load_module(target: str, path: Path, threads: int | None = None) -> ModuleEngine:
-    """Open a module's file in the target's engine; `threads` None is the engine's choice."""
+def load_module(target: str, path: Path | str, threads: int | None = None) -> ModuleEngine:
+    """Open a module's file in the target's engine; `threads` None is the engine's choice.
+
+    `path` is the engine's file, an artifact's `model_path`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise EdgekitError(f"{path}: is a folder: give Artifact.open(folder).model_path")
     return cast(ModuleEngine, import_module_engine(target).open_module(path, threads))
 
 

@@ -187,6 +187,22 @@ def test_a_run_that_was_broken_off_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ["q.safetensors"]
 
 
+def test_a_layer_that_was_damaged_meanwhile_is_made_again(
+    model: Path, text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "q.safetensors"
+    arguments = ("quantize", model, "--int4", "--calibrate", text, "-o", out)
+    monkeypatch.setattr(layerwise, "gptq", Broken(at=LINEARS - 1))
+    assert run(*arguments).exit_code == 130
+    (kept,) = tmp_path.glob(".q.safetensors.calibration/*/layer-0.safetensors")
+    content = bytearray(kept.read_bytes())
+    content[-1] ^= 1  # in a tensor: still a file of codes
+    kept.write_bytes(content)
+    monkeypatch.setattr(layerwise, "gptq", gptq)
+    done(*arguments)
+    assert same(out, whole)
+
+
 def test_a_killed_run_goes_on(model: Path, text: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "q.safetensors"
     arguments = ("quantize", str(model), "--int4", "--calibrate", str(text), "-o", str(out))

@@ -14,6 +14,7 @@ from edgekit.exporters.pte import Program
 from edgekit.exporters.xnnpack_graph import Graph, read_graph
 from edgekit.quantize.calibration import Calibration
 from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.traced.calibrate import calibrate
 from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
 from edgekit.quantize.traced.operators import LINEAR, TRANSPOSED
 from edgekit.quantize.traced.placement import place
@@ -110,6 +111,19 @@ def _as_stored(node: torch.fx.Node, weight: QuantizedTensor) -> torch.Tensor:
     ):
         codes = codes.transpose(0, 1)
     return codes.permute(0, 2, 3, 1).contiguous()
+
+
+def test_a_global_average_is_right_at_a_small_largest_batch(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x = torch.randn(3, 8, 6, 6)
+    placement = place(trace(net, (x,), 3), LayerRecipe.uniform("w8a8"))
+    network = quantize_module(placement, calibrate(placement, [x]))
+    write_module(network, tmp_path / "m.pte", lambda stage: None)
+    with load_module("executorch", tmp_path / "m.pte") as engine:
+        for size in (1, 2, 3):
+            found = engine.run([x[:size].numpy()])
+            assert float(steps_apart(network, found, x[:size]).max()) <= 1.01
 
 
 def test_a_depthwise_net_is_one_chain_of_codes(tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ def test_a_calibration_is_read_back(tmp_path: Path) -> None:
         ({"ranges": {"x": {"min": 2, "max": 1}}}, "in order"),
         ({"ranges": {"x": {"min": float("nan"), "max": 1}}}, "finite"),
         ({"ranges": {"x": {"min": "0", "max": 1}}}, "must hold min and max"),
+        ({"ranges": {"x": {"min": 0, "max": 10**400}}}, "finite"),
     ],
 )
 def test_a_damaged_calibration_is_refused(

@@ -149,6 +149,8 @@ BAD_ENTRIES: list[object] = [
     {**GOOD_ENTRY, "axis": "0"},
     {**GOOD_ENTRY, "axis": None, "group_size": 2},
     {**GOOD_ENTRY, "axis": None, "group_size": "2"},
+    {**GOOD_ENTRY, "axis": None, "group_size": ""},
+    {**GOOD_ENTRY, "axis": []},
 ]
 
 

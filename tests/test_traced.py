@@ -332,6 +332,41 @@ def test_other_mistakes_in_tracing() -> None:
         trace(lambda: None, (x,))  # type: ignore[arg-type]
 
 
+class _Counting(nn.Module):
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return x * self.calls
+
+
+class _InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(1) * 2
+
+
+class _Named(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"y": x * 2}
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (_Counting(), "_Counting changes 'calls' in its forward"),
+        (_InPlace(), "_InPlace changes 'x' in its forward"),
+        (_Named(), "must return a tensor or a tuple of tensors"),
+    ],
+)
+def test_what_a_file_cannot_do_is_refused(module: nn.Module, said: str) -> None:
+    with pytest.raises(EdgekitError, match=said):
+        trace(module, (torch.ones(2, 3),))
+
+
 def test_inputs_unlike_the_example_are_refused() -> None:
     network = quantized("separable", "w8a8")
     for given in (

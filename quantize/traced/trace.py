@@ -116,7 +116,7 @@ def trace(
         warnings.simplefilter("ignore")
         graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, GraphModule)
-    _check_outputs(graph_module)
+    _check_outputs(program, graph_module)
     _normalise(graph_module, dropouts)
     return TracedModule(graph_module, _names(graph_module), example, max_batch)
 
@@ -199,9 +199,16 @@ def _export(
             program = export(module, example, dynamic_shapes=shapes, strict=False)
             # No decomposition: this makes in-place operators functional.
             functional: ExportedProgram = program.run_decompositions({})
-            return functional
     except Exception as error:  # whatever the module's own code or a tracer raises
         raise EdgekitError(_why(module, error)) from error
+    signature = functional.graph_signature
+    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if changed:
+        raise EdgekitError(
+            f"{type(module).__name__} changes {changed[0]!r} in its forward: a file keeps nothing "
+            "from one call to the next"
+        )
+    return functional
 
 
 @contextmanager
@@ -235,11 +242,13 @@ def _why(module: nn.Module, error: Exception) -> str:
     return ": ".join([*parts, said])
 
 
-def _check_outputs(graph_module: GraphModule) -> None:
+def _check_outputs(program: ExportedProgram, graph_module: GraphModule) -> None:
+    structure = program.call_spec.out_spec
+    is_flat = structure is None or structure.type in (None, tuple, list)
     (last,) = (node for node in graph_module.graph.nodes if node.op == "output")
     returned = last.args[0]
     found = list(returned) if isinstance(returned, list | tuple) else [returned]
-    if not found or not all(isinstance(item, Node) for item in found):
+    if not is_flat or not found or not all(isinstance(item, Node) for item in found):
         raise EdgekitError("the module must return a tensor or a tuple of tensors")
 
 
