@@ -310,6 +310,19 @@ def test_a_recipe_that_matches_nothing_is_refused() -> None:
     edgekit.prepare(model, "int8")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "bits", "group"), [("int4", 4, 32), ("w4g64", 4, 64), ("w4", 4, None)]
+)
+def test_a_module_without_a_vocabulary_takes_every_recipe(
+    recipe: str, bits: int, group: int | None
+) -> None:
+    net = nn.Sequential(nn.Linear(64, 64))
+    codes = edgekit.prepare(net, recipe).finalize()
+    weight = codes["0.weight"]
+    assert isinstance(weight, QuantizedTensor)
+    assert (weight.bits, weight.group_size) == (bits, group)
+
+
 def test_a_weight_that_another_module_reads_is_found() -> None:
     model = nn.MultiheadAttention(32, 4)
     qat = edgekit.prepare(model, Recipe((Rule(r"out_proj\.weight", Scheme.parse("w8")),)))
