@@ -323,6 +323,15 @@ def test_a_module_without_a_vocabulary_takes_every_recipe(
     assert (weight.bits, weight.group_size) == (bits, group)
 
 
+@pytest.mark.parametrize("recipe", ["cb3", "cb4nl", Recipe((Rule(".*", Scheme.parse("cb2")),))])
+def test_codebooks_are_refused_in_one_line(recipe: str | Recipe) -> None:
+    net = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(EdgekitError, match=r"0\.weight: cb\w+ is a codebook.* it takes float") as e:
+        edgekit.prepare(net, recipe)
+    assert "\n" not in str(e.value)
+    assert "forward" not in vars(net[0])
+
+
 def test_a_weight_that_another_module_reads_is_found() -> None:
     model = nn.MultiheadAttention(32, 4)
     qat = edgekit.prepare(model, Recipe((Rule(r"out_proj\.weight", Scheme.parse("w8")),)))

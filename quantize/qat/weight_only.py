@@ -5,7 +5,7 @@ nothing else of the model is touched. Parameters that two modules share stay one
 module rounds it as its own rule says.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class WeightTraining(Training):
         super().__init__(model, recipe.name, rules, milestones)
         weights = dict(model.named_parameters(remove_duplicate=False))
         rows = resolve(recipe, {name: tuple(weight.shape) for name, weight in weights.items()})
+        _refuse_codebooks(recipe, rows)
         self._rows = {row.tensor: row for row in rows}
         tied = _tied(weights)
         self._shared = shared_rows(rows, tied)
@@ -127,6 +128,15 @@ class WeightTraining(Training):
         layer = _Layer(module, leaf, self._quantizers[source], self, rounding)
         layer.is_tied = name in self._is_tied
         self._layers.append(layer)
+
+
+def _refuse_codebooks(recipe: Recipe, rows: Sequence[Resolved]) -> None:
+    for row in rows:
+        if row.scheme.books:
+            raise EdgekitError(
+                f"{recipe.name}: {row.tensor}: {row.scheme.name} is a codebook, which training "
+                "through quantization does not take: it takes float, w8, w4, w8gN, w4gN and w4gNa"
+            )
 
 
 def _tied(weights: Mapping[str, Tensor]) -> dict[str, str]:
