@@ -76,8 +76,8 @@ def train(
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         qat.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     return losses
 
@@ -332,6 +332,29 @@ def test_codebooks_are_refused_in_one_line(recipe: str | Recipe) -> None:
     assert "forward" not in vars(net[0])
 
 
+@pytest.mark.parametrize("recipe", ["w4g32", "w8"])
+def test_inference_rounds_the_weights_of_now(recipe: str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 64, bias=False)).eval(), torch.randn(3, 64)
+    qat = edgekit.prepare(net, recipe)
+    before = net(x)
+    net.get_parameter("0.weight").data.mul_(5)  # which torch's version counter does not see
+    after = net(x)
+    assert not torch.equal(before, after)
+    weight = qat.finalize()["0.weight"]
+    assert isinstance(weight, QuantizedTensor)
+    assert torch.equal(after, nn.functional.linear(x, weight.dequantize()))
+
+
+def test_rounding_may_begin_after_the_end() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64))
+    qat = edgekit.prepare(net, "int4", milestones=Milestones(0, 9))
+    net(torch.randn(3, 64)).sum().backward()
+    qat.step()
+    assert isinstance(qat.finalize()["0.weight"], QuantizedTensor)
+
+
 def test_a_weight_that_another_module_reads_is_found() -> None:
     model = nn.MultiheadAttention(32, 4)
     qat = edgekit.prepare(model, Recipe((Rule(r"out_proj\.weight", Scheme.parse("w8")),)))
@@ -385,8 +408,8 @@ def test_the_file_of_an_engine_is_what_was_trained(
     for _ in range(3):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         qat.step()
+        optimizer.zero_grad()
     path = tmp_path / "codes.safetensors"
     qat.save(path, "small", Checkpoint.open(folder).sha256(), loss="cross-entropy")
     codes = load_quantized(path)

@@ -10,8 +10,6 @@ from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.weights import WeightQuantizer
 
 FORMAT_VERSION = 1
-RANGE_EVERY = 10
-"""Steps for which a searched range is used in training; minimum and maximum are of each step."""
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -90,10 +88,6 @@ class Training:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Take over what a kind of training keeps besides."""
-
-    def range_key(self, quantizer: WeightQuantizer) -> int | None:
-        """Return what a range that is searched for stays the same for in training."""
-        return self.steps // RANGE_EVERY if quantizer.searches else None
 
 
 def _learned(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...] | None]:

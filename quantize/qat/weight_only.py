@@ -16,10 +16,12 @@ from edgekit.errors import EdgekitError
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.straight_through import rounded
 from edgekit.quantize.qat.training import Prepared, Training
-from edgekit.quantize.qat.weights import INFERENCE, TRAINING, WeightQuantizer
+from edgekit.quantize.qat.weights import WeightQuantizer
 from edgekit.quantize.recipe import Recipe, Resolved, resolve, shared_rows
 from edgekit.quantize.storage import About, Stored, save_quantized
 
+RANGE_EVERY = 10
+"""Steps for which a searched range is used in training; minimum and maximum are of each step."""
 Rounding = Callable[[Tensor], Tensor]
 
 
@@ -56,9 +58,9 @@ class WeightTraining(Training):
             raise EdgekitError(f"{recipe.name}: leaves every tensor float: nothing is trained")
 
     def step(self) -> None:
-        """Count one step of the optimizer.
+        """Count one step of the optimizer, before its `zero_grad()`.
 
-        EdgekitError where a weight got a gradient although the module that holds it did not run:
+        EdgekitError, as long as there are gradients to tell by, where a weight got a gradient although the module that holds it did not run:
         another module reads it, past the rounding.
         """
         if self.milestones.fake_quantizing(self.steps):
@@ -70,7 +72,7 @@ class WeightTraining(Training):
         """Return every tensor of the model, codes or float32, and undo what `prepare` did.
 
         Names are those of `state_dict`. Tied tensors of one scheme are one object. EdgekitError
-        names a weight that cannot be quantized, and one that training never saw rounded.
+        names a weight that cannot be quantized, and one whose module training never ran.
         """
         if self.steps:
             for layer in self._layers:
@@ -169,18 +171,16 @@ class _Layer(Prepared):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the module's own
         """Run the module's own forward pass with the rounded weight in place of its parameter."""
         training = self._module.training
+        self._used |= training
         if training and not self._training.milestones.fake_quantizing(self._training.steps):
             return self._inner(*args, **kwargs)
-        self._used |= training
         if self._round_inputs is not None and args:
             args = (rounded(args[0], self._round_inputs), *args[1:])
         weight = getattr(self._module, self._leaf)
-        if training:
-            key = self._training.range_key(self._quantizer)
-            values, _ = self._quantizer.fake(weight, TRAINING, key)
-        else:  # as long as the weight is what it was
-            unchanged = weight._version, self._training.steps
-            values, _ = self._quantizer.fake(weight, INFERENCE, unchanged)
+        # In inference ranges are always of the weight as it is now: no counter of torch's sees all
+        # that may be written into it, such as an average of weights that is swapped in.
+        period = self._training.steps // RANGE_EVERY if training else None
+        values, _ = self._quantizer.fake(weight, period)
         # What stands in the instance's own dictionary hides the parameter of that name.
         vars(self._module)[self._leaf] = values
         try:
@@ -203,7 +203,7 @@ class _Layer(Prepared):
             self.check_used()
 
     def check_used(self) -> None:
-        """Raise EdgekitError where no forward pass of the module ever rounded the weight."""
+        """Raise EdgekitError where the module's own forward pass never ran in training."""
         if not self._used:
             raise EdgekitError(
                 f"{self._quantizer.name}: training never ran the module that holds it "
