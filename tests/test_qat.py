@@ -516,12 +516,24 @@ def test_what_was_never_seen_has_no_range() -> None:
 def test_values_that_are_not_finite_are_named() -> None:
     net = make_net("separable").train()
     prepare(net, "w8a8", (batch_for("separable", 4),))
-    with pytest.raises(EdgekitError, match="step 0: tensor 'x' holds infinities or NaN"):
+    with pytest.raises(EdgekitError, match="step 0: tensor 'x' holds infinities or NaN") as caught:
         net(torch.full((2, 3, 16, 16), float("nan")))
+    assert "\n" not in str(caught.value)
     with torch.no_grad():
         net.get_parameter("head.weight")[0, 0] = float("inf")
     with pytest.raises(EdgekitError, match=r"head\.weight: cannot be quantized"):
         net(batch_for("separable", 4))
+
+
+def test_a_value_that_is_the_same_everywhere_is_named() -> None:
+    block = _block().train()
+    with torch.no_grad():  # as residual branches may begin
+        block.norm.weight.zero_()
+        block.norm.bias.zero_()
+    x = torch.randn(4, 3, 6, 6)
+    prepare(block, "w8a8", (x,))
+    with pytest.raises(EdgekitError, match="^training step 0: tensor 'conv' is 0 everywhere$"):
+        block(x)
 
 
 def test_inputs_come_by_name_and_in_any_number() -> None:

@@ -127,6 +127,7 @@ class Forward(Interpreter):
 
     def __init__(self, graph: LiveGraph, state: State, device: torch.device) -> None:
         super().__init__(graph.placement.traced.graph_module)
+        self.extra_traceback = False  # torch's addition to messages, which are of one line
         self._graph, self._state = graph, state
         self._device = device
 

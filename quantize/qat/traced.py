@@ -178,9 +178,9 @@ class TracedTraining(Training, Prepared):
 
     def parameters_of(self, node: str) -> ActivationParameters:
         """Return the parameters of a value's edge as they are now."""
-        members = (self._observers[name] for name in self._members[self._edges[node]])
+        members = self._members[self._edges[node]]
         # In the first batch the later values of an edge were not seen yet.
-        seen = [observer.range() for observer in members if observer.seen]
+        seen = [self._range(name) for name in members if self._observers[name].seen]
         if not seen:
             raise self._error(node, EdgekitError("has no range yet: run a batch in train() first"))
         least, most = min(low for low, _ in seen), max(high for _, high in seen)
@@ -196,6 +196,12 @@ class TracedTraining(Training, Prepared):
         more than a step of the optimizer does, and beside activations they are small.
         """
         return self._quantizers[weight].fake(values)
+
+    def _range(self, node: str) -> tuple[float, float]:
+        try:
+            return self._observers[node].range()
+        except EdgekitError as error:
+            raise self._error(node, error) from error
 
     def _error(self, node: str, error: Exception) -> EdgekitError:
         name = self._graph.placement.traced.names[node]

@@ -170,6 +170,7 @@ class _Simulation(Interpreter):
 
     def __init__(self, network: QuantizedNetwork) -> None:
         super().__init__(network.traced.graph_module)
+        self.extra_traceback = False  # torch's addition to messages, which are of one line
         self._network = network
         self._weights = {name: codes.dequantize() for name, codes in network.weights.items()}
 
