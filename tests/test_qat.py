@@ -504,6 +504,33 @@ def test_a_checkpoint_of_something_else_is_refused(
         other.load_state_dict({"step": 4})
 
 
+def test_a_checkpoint_that_is_not_whole_changes_nothing() -> None:
+    net, x = make_net("separable").train(), batch_for("separable", 4)
+    qat = prepare(net, "w4a8", (x,), learn_scales=True)
+    net(x)
+    qat.step()
+    state = copy.deepcopy(qat.state_dict())
+    with torch.no_grad():
+        for scales in qat.parameters():
+            scales.mul_(2)
+    net(2 * x)
+    qat.step()
+    before = repr(qat.state_dict())
+    missing = [
+        {name: value for name, value in state.items() if name != key}
+        for key in ("rules", "steps", "weights", "observers", "samples")
+    ]
+    short = {name: item[:2] for name, item in state["observers"].items()}
+    changes = ({"weights": 3}, {"steps": "many"}, {"observers": short}, {"samples": None})
+    for broken in [*missing, *({**state, **change} for change in changes)]:
+        with pytest.raises(EdgekitError, match="no whole training state|another module") as caught:
+            qat.load_state_dict(broken)
+        assert "\n" not in str(caught.value)
+        assert repr(qat.state_dict()) == before
+    qat.load_state_dict(state)
+    assert repr(qat.state_dict()) == repr(state)
+
+
 def test_what_was_never_seen_has_no_range() -> None:
     net = make_net("separable")
     qat = prepare(net, "w8a8", (batch_for("separable", 4),))

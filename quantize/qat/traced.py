@@ -118,7 +118,7 @@ class TracedTraining(Training, Prepared):
         if set(observed) != {names[node] for node in self._observers}:
             raise EdgekitError("the checkpoint is of another module: its activations differ")
         for node, observer in self._observers.items():
-            observer.restore(observed[names[node]])
+            observer.restore([float(number) for number in observed[names[node]]])
         self._samples, self._batches = int(state["samples"]), int(state["batches"])
 
     def _add_quantizers(self, placement: Placement, learn_scales: bool) -> None:

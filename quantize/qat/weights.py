@@ -108,7 +108,9 @@ class WeightQuantizer:
         self._kept = None
         if "kept" in state:
             period, scales, zeros = state["kept"]
-            self._kept = period, (scales, zeros)
+            if not isinstance(scales, Tensor) or not isinstance(zeros, Tensor | None):
+                raise TypeError("kept ranges are no tensors")
+            self._kept = int(period), (scales, zeros)
 
     def _parameters(self, weight: Tensor, period: int | None) -> Parameters:
         if period is None or not self._searches:
