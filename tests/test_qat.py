@@ -212,6 +212,26 @@ def test_batch_norm_is_corrected_as_in_the_paper(frozen: bool, bias: bool) -> No
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-3, msg=key)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_prepared_module_computes_what_the_paper_does(frozen: bool) -> None:
+    block, twin = _block().train(), _block()
+    x = torch.randn(4, 3, 6, 6)
+    qat = prepare(block, "w8a8", (x,), milestones=Milestones(0, 0, 0 if frozen else NEVER))
+    found = block(x)
+    edges = [qat.parameters_of(node.name) for node in qat._graph.placement.values()]
+    given, expected = edges[0].fake_quantize(x), []
+    for mode in (frozen, not frozen):
+        with torch.no_grad():
+            exact = _by_the_paper(twin, given, mode)
+        expected.append(edges[-1].fake_quantize(exact))
+    steps = [((found - item) / edges[-1].scale).abs() for item in expected]
+    assert steps[0].max() < 1.01  # a tie may fall to the other side
+    assert (steps[0] > 0.5).float().mean() < 0.01
+    assert (steps[1] > 0.5).float().mean() > 0.5
+    moved = not torch.equal(block.norm.running_mean, twin.norm.running_mean)  # type: ignore[arg-type]
+    assert moved != frozen
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_statistics_move_as_torchs_until_the_freeze(momentum: float | None) -> None:
     block, twin = _block(momentum=momentum).train(), _block(momentum=momentum).train()
@@ -220,7 +240,7 @@ def test_statistics_move_as_torchs_until_the_freeze(momentum: float | None) -> N
     for step, x in enumerate(batches):
         block(x)
         if step < 2:
-            twin.norm(twin.conv(qat._graph.model.get_buffer("norm.running_mean").new_tensor(0) + x))
+            twin.norm(twin.conv(x))
         qat.step()
     # The layer sees inputs on codes, so its statistics differ by that.
     for one, other in zip(block.buffers(), twin.buffers(), strict=True):
