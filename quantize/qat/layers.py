@@ -92,19 +92,6 @@ class LiveBatchNorm:
             self.eps,
         )
 
-    def running(self, read: Read, values: Tensor) -> Tensor:
-        """Return what torch's batch norm does in inference."""
-        return functional.batch_norm(
-            values,
-            read(self.mean),
-            read(self.variance),
-            None if self.weight is None else read(self.weight),
-            None if self.bias is None else read(self.bias),
-            False,
-            0.0,
-            self.eps,
-        )
-
     def _share(self, owner: nn.Module) -> float:
         """Return the weight of a new batch, counted where the module counts batches."""
         if not isinstance(owner, nn.modules.batchnorm._BatchNorm):

@@ -66,10 +66,6 @@ class QuantizedNetwork:
         """Return each quantized layer with its scheme's name, by node name."""
         return {name: (item.layer, item.scheme) for name, item in self.layers.items()}
 
-    def is_on_codes(self, node: Node) -> bool:
-        """Whether the value of a node has codes."""
-        return node.name in self.edges
-
     def parameters(self, node: Node) -> ActivationParameters:
         """Return the parameters of a value that has codes."""
         return self.edges[node.name]
