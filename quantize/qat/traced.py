@@ -59,10 +59,8 @@ class TracedTraining(Training, Prepared):
             raise EdgekitError(f"{recipe.name}: leaves every layer float: nothing is trained")
         self._graph = LiveGraph(model, traced, placement)
         self._observers = {node.name: MovingAverage() for node in placement.values()}
-        self._members: dict[str, list[str]] = {}
+        self._members = placement.members()
         self._edges = placement.edges
-        for node, edge in placement.edges.items():
-            self._members.setdefault(edge, []).append(node)
         self._samples = 0
         self._batches = 0
         self._add_quantizers(placement, learn_scales)
