@@ -212,6 +212,26 @@ def test_batch_norm_is_corrected_as_in_the_paper(frozen: bool, bias: bool) -> No
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-3, msg=key)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_prepared_module_computes_what_the_paper_does(frozen: bool) -> None:
+    block, twin = _block().train(), _block()
+    x = torch.randn(4, 3, 6, 6)
+    qat = prepare(block, "w8a8", (x,), milestones=Milestones(0, 0, 0 if frozen else NEVER))
+    found = block(x)
+    edges = [qat.parameters_of(node.name) for node in qat._graph.placement.values()]
+    given, expected = edges[0].fake_quantize(x), []
+    for mode in (frozen, not frozen):
+        with torch.no_grad():
+            exact = _by_the_paper(twin, given, mode)
+        expected.append(edges[-1].fake_quantize(exact))
+    steps = [((found - item) / edges[-1].scale).abs() for item in expected]
+    assert steps[0].max() < 1.01  # a tie may fall to the other side
+    assert (steps[0] > 0.5).float().mean() < 0.01
+    assert (steps[1] > 0.5).float().mean() > 0.5
+    moved = not torch.equal(block.norm.running_mean, twin.norm.running_mean)  # type: ignore[arg-type]
+    assert moved != frozen
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_statistics_move_as_torchs_until_the_freeze(momentum: float | None) -> None:
     block, twin = _block(momentum=momentum).train(), _block(momentum=momentum).train()
@@ -220,7 +240,7 @@ def test_statistics_move_as_torchs_until_the_freeze(momentum: float | None) -> N
     for step, x in enumerate(batches):
         block(x)
         if step < 2:
-            twin.norm(twin.conv(qat._graph.model.get_buffer("norm.running_mean").new_tensor(0) + x))
+            twin.norm(twin.conv(x))
         qat.step()
     # The layer sees inputs on codes, so its statistics differ by that.
     for one, other in zip(block.buffers(), twin.buffers(), strict=True):
@@ -504,6 +524,33 @@ def test_a_checkpoint_of_something_else_is_refused(
         other.load_state_dict({"step": 4})
 
 
+def test_a_checkpoint_that_is_not_whole_changes_nothing() -> None:
+    net, x = make_net("separable").train(), batch_for("separable", 4)
+    qat = prepare(net, "w4a8", (x,), learn_scales=True)
+    net(x)
+    qat.step()
+    state = copy.deepcopy(qat.state_dict())
+    with torch.no_grad():
+        for scales in qat.parameters():
+            scales.mul_(2)
+    net(2 * x)
+    qat.step()
+    before = repr(qat.state_dict())
+    missing = [
+        {name: value for name, value in state.items() if name != key}
+        for key in ("rules", "steps", "weights", "observers", "samples")
+    ]
+    short = {name: item[:2] for name, item in state["observers"].items()}
+    changes = ({"weights": 3}, {"steps": "many"}, {"observers": short}, {"samples": None})
+    for broken in [*missing, *({**state, **change} for change in changes)]:
+        with pytest.raises(EdgekitError, match="no whole training state|another module") as caught:
+            qat.load_state_dict(broken)
+        assert "\n" not in str(caught.value)
+        assert repr(qat.state_dict()) == before
+    qat.load_state_dict(state)
+    assert repr(qat.state_dict()) == repr(state)
+
+
 def test_what_was_never_seen_has_no_range() -> None:
     net = make_net("separable")
     qat = prepare(net, "w8a8", (batch_for("separable", 4),))
@@ -516,12 +563,24 @@ def test_what_was_never_seen_has_no_range() -> None:
 def test_values_that_are_not_finite_are_named() -> None:
     net = make_net("separable").train()
     prepare(net, "w8a8", (batch_for("separable", 4),))
-    with pytest.raises(EdgekitError, match="step 0: tensor 'x' holds infinities or NaN"):
+    with pytest.raises(EdgekitError, match="step 0: tensor 'x' holds infinities or NaN") as caught:
         net(torch.full((2, 3, 16, 16), float("nan")))
+    assert "\n" not in str(caught.value)
     with torch.no_grad():
         net.get_parameter("head.weight")[0, 0] = float("inf")
     with pytest.raises(EdgekitError, match=r"head\.weight: cannot be quantized"):
         net(batch_for("separable", 4))
+
+
+def test_a_value_that_is_the_same_everywhere_is_named() -> None:
+    block = _block().train()
+    with torch.no_grad():  # as residual branches may begin
+        block.norm.weight.zero_()
+        block.norm.bias.zero_()
+    x = torch.randn(4, 3, 6, 6)
+    prepare(block, "w8a8", (x,))
+    with pytest.raises(EdgekitError, match="^training step 0: tensor 'conv' is 0 everywhere$"):
+        block(x)
 
 
 def test_inputs_come_by_name_and_in_any_number() -> None:

@@ -76,8 +76,8 @@ def train(
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         qat.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     return losses
 
@@ -310,6 +310,51 @@ def test_a_recipe_that_matches_nothing_is_refused() -> None:
     edgekit.prepare(model, "int8")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "bits", "group"), [("int4", 4, 32), ("w4g64", 4, 64), ("w4", 4, None)]
+)
+def test_a_module_without_a_vocabulary_takes_every_recipe(
+    recipe: str, bits: int, group: int | None
+) -> None:
+    net = nn.Sequential(nn.Linear(64, 64))
+    codes = edgekit.prepare(net, recipe).finalize()
+    weight = codes["0.weight"]
+    assert isinstance(weight, QuantizedTensor)
+    assert (weight.bits, weight.group_size) == (bits, group)
+
+
+@pytest.mark.parametrize("recipe", ["cb3", "cb4nl", Recipe((Rule(".*", Scheme.parse("cb2")),))])
+def test_codebooks_are_refused_in_one_line(recipe: str | Recipe) -> None:
+    net = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(EdgekitError, match=r"0\.weight: cb\w+ is a codebook.* it takes float") as e:
+        edgekit.prepare(net, recipe)
+    assert "\n" not in str(e.value)
+    assert "forward" not in vars(net[0])
+
+
+@pytest.mark.parametrize("recipe", ["w4g32", "w8"])
+def test_inference_rounds_the_weights_of_now(recipe: str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 64, bias=False)).eval(), torch.randn(3, 64)
+    qat = edgekit.prepare(net, recipe)
+    before = net(x)
+    net.get_parameter("0.weight").data.mul_(5)  # which torch's version counter does not see
+    after = net(x)
+    assert not torch.equal(before, after)
+    weight = qat.finalize()["0.weight"]
+    assert isinstance(weight, QuantizedTensor)
+    assert torch.equal(after, nn.functional.linear(x, weight.dequantize()))
+
+
+def test_rounding_may_begin_after_the_end() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64))
+    qat = edgekit.prepare(net, "int4", milestones=Milestones(0, 9))
+    net(torch.randn(3, 64)).sum().backward()
+    qat.step()
+    assert isinstance(qat.finalize()["0.weight"], QuantizedTensor)
+
+
 def test_a_weight_that_another_module_reads_is_found() -> None:
     model = nn.MultiheadAttention(32, 4)
     qat = edgekit.prepare(model, Recipe((Rule(r"out_proj\.weight", Scheme.parse("w8")),)))
@@ -363,8 +408,8 @@ def test_the_file_of_an_engine_is_what_was_trained(
     for _ in range(3):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         qat.step()
+        optimizer.zero_grad()
     path = tmp_path / "codes.safetensors"
     qat.save(path, "small", Checkpoint.open(folder).sha256(), loss="cross-entropy")
     codes = load_quantized(path)

@@ -400,8 +400,19 @@ def separable() -> Placement:
 def test_calibration_data_that_is_no_use(
     separable: Placement, batches: list[Tensor], said: str
 ) -> None:
-    with pytest.raises(EdgekitError, match=said):
+    with pytest.raises(EdgekitError, match=said) as caught:
         calibrate(separable, batches)
+    assert "\n" not in str(caught.value)
+
+
+def test_indices_beyond_a_table_are_refused_in_one_line() -> None:
+    net = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4))
+    placement = place(trace(net, (torch.zeros(2, 3).long(),)), LayerRecipe.uniform("w8a8"))
+    with pytest.raises(
+        EdgekitError, match="batch 1: the module does not run on it: index out of range"
+    ) as caught:
+        calibrate(placement, [torch.full((2, 3), 8)])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_dead_activation_is_named() -> None:

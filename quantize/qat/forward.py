@@ -13,7 +13,12 @@ from edgekit.quantize.observers import ActivationParameters
 from edgekit.quantize.qat.layers import LiveBatchNorm, LiveLayer
 from edgekit.quantize.qat.straight_through import fake_quantize_activation, rounded
 from edgekit.quantize.traced.fold import layer_before
-from edgekit.quantize.traced.network import average_of_codes
+from edgekit.quantize.traced.network import (
+    average_of_codes,
+    bias_codes,
+    bias_of_codes,
+    bias_scales,
+)
 from edgekit.quantize.traced.operators import AVERAGES, BATCH_NORM, EMBEDDING, Layer, layer_of
 from edgekit.quantize.traced.placement import Placement
 from edgekit.quantize.traced.trace import DROPOUTS, TracedModule
@@ -127,6 +132,7 @@ class Forward(Interpreter):
 
     def __init__(self, graph: LiveGraph, state: State, device: torch.device) -> None:
         super().__init__(graph.placement.traced.graph_module)
+        self.extra_traceback = False  # torch's addition to messages, which are of one line
         self._graph, self._state = graph, state
         self._device = device
 
@@ -223,11 +229,9 @@ class Forward(Interpreter):
     def _integer_bias(self, live: LiveLayer, bias: Tensor, scales: Tensor) -> Tensor:
         """Round a bias to int32 in units of the input's scale times the weight's."""
         layer = live.layer
-        step = self._state.parameters_of(layer.input.name).scale
-        units = (scales * torch.tensor(step, device=scales.device)).double()
-        if layer.channel_axis and len(units) > 1:
-            units = units.repeat(layer.groups)
-        return rounded(bias, lambda values: ((values.double() / units).round() * units).float())
+        given = self._state.parameters_of(layer.input.name)
+        units = bias_scales(layer, scales, given, per_channel=len(scales) > 1)
+        return rounded(bias, lambda values: bias_of_codes(bias_codes(values, units), units))
 
 
 def _live_layer(layer: Layer, original: Node, norm: LiveBatchNorm | None) -> LiveLayer:

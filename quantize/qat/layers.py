@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional
 
-from edgekit.quantize.traced.fold import along_channels
+from edgekit.quantize.traced import fold
 from edgekit.quantize.traced.operators import EMBEDDING, Layer, arguments
 
 Read = Callable[[str], Tensor]
@@ -54,20 +54,18 @@ class LiveBatchNorm:
 
     def sigma(self, read: Read) -> Tensor:
         """Return the running standard deviation, float64 [channels]."""
-        return (read(self.variance).double() + self.eps).sqrt()
+        return fold.sigma_of(read(self.variance), self.eps)
 
     def scale_and_shift(self, read: Read) -> tuple[Tensor, Tensor]:
         """Return gamma and beta, float64 [channels]."""
-        like = read(self.mean).double()
-        gamma = torch.ones_like(like) if self.weight is None else read(self.weight).double()
-        beta = torch.zeros_like(like) if self.bias is None else read(self.bias).double()
-        return gamma, beta
+        gamma, beta = (None if name is None else read(name) for name in (self.weight, self.bias))
+        return fold.scale_and_shift(read(self.mean), gamma, beta)
 
     def factor_and_offset(self, read: Read) -> tuple[Tensor, Tensor]:
         """Return gamma / sigma and beta - gamma mu / sigma, as `fold_batch_norms` has them."""
-        gamma, beta = self.scale_and_shift(read)
-        factor = gamma / self.sigma(read)
-        return factor, beta - read(self.mean).double() * factor
+        return fold.factor_and_offset(
+            read(self.mean), self.sigma(read), *self.scale_and_shift(read)
+        )
 
     def update(self, read: Read, owner: nn.Module, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics towards those of a batch, as torch's batch norm does.
@@ -89,19 +87,6 @@ class LiveBatchNorm:
             None if self.bias is None else read(self.bias),
             True,
             self._share(owner),
-            self.eps,
-        )
-
-    def running(self, read: Read, values: Tensor) -> Tensor:
-        """Return what torch's batch norm does in inference."""
-        return functional.batch_norm(
-            values,
-            read(self.mean),
-            read(self.variance),
-            None if self.weight is None else read(self.weight),
-            None if self.bias is None else read(self.bias),
-            False,
-            0.0,
             self.eps,
         )
 
@@ -141,10 +126,7 @@ class LiveLayer:
         if self.weight is None:
             taps = self.layer.weight.meta["val"].ndim - 1
             return factor.float().view(-1, *[1] * taps), offset.float()
-        weight = read(self.weight)
-        weight = (weight * along_channels(factor, weight, self.layer)).float()
-        offset = offset if bias is None else bias.double() * factor + offset
-        return weight, offset.float()
+        return fold.folded(self.layer, read(self.weight), bias, factor, offset)
 
     def call(self, args: tuple[Any, ...], weight: Tensor, bias: Tensor | None) -> Tensor:
         """Run the layer's operator with other parameters; `args` are its operands."""
@@ -174,10 +156,8 @@ class LiveLayer:
         values = self.before_norm(args, read)
         axes = [axis for axis in range(values.ndim) if axis != 1]
         variance, mean = torch.var_mean(values, axes, correction=0)
-        sigma, batch_sigma = (
-            self.batch_norm.sigma(read),
-            (variance.double() + self.batch_norm.eps).sqrt(),
-        )
+        sigma = self.batch_norm.sigma(read)
+        batch_sigma = fold.sigma_of(variance, self.batch_norm.eps)
         correction = (batch_sigma / sigma).float()
         product = self.call(args, fake(self.folded(read)[0]), None)
         gamma, beta = self.batch_norm.scale_and_shift(read)

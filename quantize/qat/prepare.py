@@ -1,6 +1,7 @@
 """`prepare`: a module becomes one that is trained through quantization."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import overload
 
 from torch import Tensor, nn
@@ -58,10 +59,11 @@ def prepare(
 
     Convolutions are quantized with `example_inputs` only. Ranges are those of the weights as they
     are, but without `example_inputs` one that is searched for (the default at 4 bits) costs some ten
-    roundings of a large matrix: in `train()` it is renewed every tenth step.
+    roundings of a large matrix: in `train()` it is renewed every tenth step, in `eval()` each time.
 
-    After each step of the optimizer `step()` is called on what is returned, at the end `finalize()`.
-    `steps`, the length of the training, gives static ranges their usual `milestones`. With
+    After each step of the optimizer, and before its `zero_grad()`, `step()` is called on what is
+    returned: by the gradients it finds weights that training does not round. At the end comes
+    `finalize()`. `steps`, the length of the training, gives static ranges their usual `milestones`. With
     `learn_scales` the optimizer must also get `parameters()` of what is returned. Raises
     EdgekitError for a module that cannot be traced and a recipe that matches nothing.
     """
@@ -73,7 +75,8 @@ def prepare(
         if steps is not None:
             raise EdgekitError("steps are for recipes with static ranges: give milestones instead")
         when = milestones or Milestones()
-        return WeightTraining(model, _weight_recipe(recipe), when, learn_scales, round_inputs)
+        chosen = _weight_recipe(recipe, model)
+        return WeightTraining(model, chosen, when, learn_scales, round_inputs)
     if round_inputs is not None:
         raise EdgekitError("round_inputs is for recipes of weights alone: leave it out")
     return TracedTraining(
@@ -93,9 +96,15 @@ def _layer_recipe(recipe: LayerRecipe | Recipe | str) -> LayerRecipe:
     return LayerRecipe.uniform(recipe) if isinstance(recipe, str) else recipe
 
 
-def _weight_recipe(recipe: LayerRecipe | Recipe | str) -> Recipe:
+def _weight_recipe(recipe: LayerRecipe | Recipe | str, model: nn.Module) -> Recipe:
     if isinstance(recipe, LayerRecipe):
         raise EdgekitError(f"{recipe.name}: its static ranges need example_inputs")
     if isinstance(recipe, Recipe):
         return recipe
-    return preset(recipe) if recipe in PRESETS else uniform(Scheme.parse(recipe))
+    found = preset(recipe) if recipe in PRESETS else uniform(Scheme.parse(recipe))
+    # What these have before the last rule is for a language model's vocabulary: other modules
+    # have none, and a rule that takes nothing is an error.
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    *special, last = found.rules
+    kept = [rule for rule in special if any(map(rule.matches, names))]
+    return replace(found, rules=(*kept, last))

@@ -59,10 +59,8 @@ class TracedTraining(Training, Prepared):
             raise EdgekitError(f"{recipe.name}: leaves every layer float: nothing is trained")
         self._graph = LiveGraph(model, traced, placement)
         self._observers = {node.name: MovingAverage() for node in placement.values()}
-        self._members: dict[str, list[str]] = {}
+        self._members = placement.members()
         self._edges = placement.edges
-        for node, edge in placement.edges.items():
-            self._members.setdefault(edge, []).append(node)
         self._samples = 0
         self._batches = 0
         self._add_quantizers(placement, learn_scales)
@@ -118,7 +116,7 @@ class TracedTraining(Training, Prepared):
         if set(observed) != {names[node] for node in self._observers}:
             raise EdgekitError("the checkpoint is of another module: its activations differ")
         for node, observer in self._observers.items():
-            observer.restore(observed[names[node]])
+            observer.restore([float(number) for number in observed[names[node]]])
         self._samples, self._batches = int(state["samples"]), int(state["batches"])
 
     def _add_quantizers(self, placement: Placement, learn_scales: bool) -> None:
@@ -178,9 +176,9 @@ class TracedTraining(Training, Prepared):
 
     def parameters_of(self, node: str) -> ActivationParameters:
         """Return the parameters of a value's edge as they are now."""
-        members = (self._observers[name] for name in self._members[self._edges[node]])
+        members = self._members[self._edges[node]]
         # In the first batch the later values of an edge were not seen yet.
-        seen = [observer.range() for observer in members if observer.seen]
+        seen = [self._range(name) for name in members if self._observers[name].seen]
         if not seen:
             raise self._error(node, EdgekitError("has no range yet: run a batch in train() first"))
         least, most = min(low for low, _ in seen), max(high for _, high in seen)
@@ -196,6 +194,12 @@ class TracedTraining(Training, Prepared):
         more than a step of the optimizer does, and beside activations they are small.
         """
         return self._quantizers[weight].fake(values)
+
+    def _range(self, node: str) -> tuple[float, float]:
+        try:
+            return self._observers[node].range()
+        except EdgekitError as error:
+            raise self._error(node, error) from error
 
     def _error(self, node: str, error: Exception) -> EdgekitError:
         name = self._graph.placement.traced.names[node]

@@ -10,8 +10,8 @@ from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.weights import WeightQuantizer
 
 FORMAT_VERSION = 1
-RANGE_EVERY = 10
-"""Steps for which a searched range is used in training; minimum and maximum are of each step."""
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What reading a state raises where something is missing or of another kind."""
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -66,8 +66,20 @@ class Training:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned.
 
-        EdgekitError, with nothing changed, for the state of another recipe or model.
+        EdgekitError, with nothing changed, for the state of another recipe or model and for one
+        that is not whole.
         """
+        before = self.state_dict()
+        try:
+            self._load(state)
+        except _MALFORMED as error:
+            self._load(before)
+            raise EdgekitError(
+                f"is no whole training state ({type(error).__name__}: {str(error)[:100]!r}): load "
+                "what state_dict() returned"
+            ) from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         if not isinstance(state, Mapping) or state.get("format_version") != FORMAT_VERSION:
             raise EdgekitError(f"is no training state of format {FORMAT_VERSION}")
         if state["rules"] != self._rules:
@@ -90,10 +102,6 @@ class Training:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Take over what a kind of training keeps besides."""
-
-    def range_key(self, quantizer: WeightQuantizer) -> int | None:
-        """Return what a range that is searched for stays the same for in training."""
-        return self.steps // RANGE_EVERY if quantizer.searches else None
 
 
 def _learned(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...] | None]:

@@ -5,7 +5,7 @@ nothing else of the model is touched. Parameters that two modules share stay one
 module rounds it as its own rule says.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from edgekit.errors import EdgekitError
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.straight_through import rounded
 from edgekit.quantize.qat.training import Prepared, Training
-from edgekit.quantize.qat.weights import INFERENCE, TRAINING, WeightQuantizer
+from edgekit.quantize.qat.weights import WeightQuantizer
 from edgekit.quantize.recipe import Recipe, Resolved, resolve, shared_rows
 from edgekit.quantize.storage import About, Stored, save_quantized
 
+RANGE_EVERY = 10
+"""Steps for which a searched range is used in training; minimum and maximum are of each step."""
 Rounding = Callable[[Tensor], Tensor]
 
 
@@ -43,6 +45,7 @@ class WeightTraining(Training):
         super().__init__(model, recipe.name, rules, milestones)
         weights = dict(model.named_parameters(remove_duplicate=False))
         rows = resolve(recipe, {name: tuple(weight.shape) for name, weight in weights.items()})
+        _refuse_codebooks(recipe, rows)
         self._rows = {row.tensor: row for row in rows}
         tied = _tied(weights)
         self._shared = shared_rows(rows, tied)
@@ -55,9 +58,9 @@ class WeightTraining(Training):
             raise EdgekitError(f"{recipe.name}: leaves every tensor float: nothing is trained")
 
     def step(self) -> None:
-        """Count one step of the optimizer.
+        """Count one step of the optimizer, before its `zero_grad()`.
 
-        EdgekitError where a weight got a gradient although the module that holds it did not run:
+        EdgekitError, as long as there are gradients to tell by, where a weight got a gradient although the module that holds it did not run:
         another module reads it, past the rounding.
         """
         if self.milestones.fake_quantizing(self.steps):
@@ -69,7 +72,7 @@ class WeightTraining(Training):
         """Return every tensor of the model, codes or float32, and undo what `prepare` did.
 
         Names are those of `state_dict`. Tied tensors of one scheme are one object. EdgekitError
-        names a weight that cannot be quantized, and one that training never saw rounded.
+        names a weight that cannot be quantized, and one whose module training never ran.
         """
         if self.steps:
             for layer in self._layers:
@@ -129,6 +132,15 @@ class WeightTraining(Training):
         self._layers.append(layer)
 
 
+def _refuse_codebooks(recipe: Recipe, rows: Sequence[Resolved]) -> None:
+    for row in rows:
+        if row.scheme.books:
+            raise EdgekitError(
+                f"{recipe.name}: {row.tensor}: {row.scheme.name} is a codebook, which training "
+                "through quantization does not take: it takes float, w8, w4, w8gN, w4gN and w4gNa"
+            )
+
+
 def _tied(weights: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the names of parameters that came under another name before, with that name."""
     first: dict[int, str] = {}
@@ -159,18 +171,16 @@ class _Layer(Prepared):
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the module's own
         """Run the module's own forward pass with the rounded weight in place of its parameter."""
         training = self._module.training
+        self._used |= training
         if training and not self._training.milestones.fake_quantizing(self._training.steps):
             return self._inner(*args, **kwargs)
-        self._used |= training
         if self._round_inputs is not None and args:
             args = (rounded(args[0], self._round_inputs), *args[1:])
         weight = getattr(self._module, self._leaf)
-        if training:
-            key = self._training.range_key(self._quantizer)
-            values, _ = self._quantizer.fake(weight, TRAINING, key)
-        else:  # as long as the weight is what it was
-            unchanged = weight._version, self._training.steps
-            values, _ = self._quantizer.fake(weight, INFERENCE, unchanged)
+        # In inference ranges are always of the weight as it is now: no counter of torch's sees all
+        # that may be written into it, such as an average of weights that is swapped in.
+        period = self._training.steps // RANGE_EVERY if training else None
+        values, _ = self._quantizer.fake(weight, period)
         # What stands in the instance's own dictionary hides the parameter of that name.
         vars(self._module)[self._leaf] = values
         try:
@@ -193,7 +203,7 @@ class _Layer(Prepared):
             self.check_used()
 
     def check_used(self) -> None:
-        """Raise EdgekitError where no forward pass of the module ever rounded the weight."""
+        """Raise EdgekitError where the module's own forward pass never ran in training."""
         if not self._used:
             raise EdgekitError(
                 f"{self._quantizer.name}: training never ran the module that holds it "

@@ -1,7 +1,7 @@
 """The fake quantization of one weight, and its codes in the end."""
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,6 @@ from edgekit.quantize.grid import Grid
 from edgekit.quantize.qat.straight_through import fake_quantize_rows, round_scales
 from edgekit.quantize.ranges import Parameters, RangeMethod
 from edgekit.quantize.tensor import QuantizedTensor, scales_shape
-
-TRAINING, INFERENCE = "train", "eval"
-"""Modes, each of which keeps ranges of its own."""
 
 
 class WeightQuantizer:
@@ -38,13 +35,9 @@ class WeightQuantizer:
         self.name = name
         self.learned: nn.Parameter | None = None
         self._grid, self._axis, self._group_size, self._method = grid, axis, group_size, method
+        self._searches = method == "mse"  # which costs as much as ten roundings
         self._zeros: Tensor | None = None
-        self._kept: dict[str, tuple[Hashable, Parameters]] = {}
-
-    @property
-    def searches(self) -> bool:
-        """Whether its ranges are searched for, which costs as much as ten roundings."""
-        return self._method == "mse" and self.learned is None
+        self._kept: tuple[int, Parameters] | None = None
 
     def learn(self, weight: Tensor) -> nn.Parameter:
         """Make the scales a parameter that starts at those of the scheme's range.
@@ -55,17 +48,17 @@ class WeightQuantizer:
         self.learned = nn.Parameter(scales)
         return self.learned
 
-    def fake(self, weight: Tensor, mode: str = "", key: Hashable = None) -> tuple[Tensor, Tensor]:
+    def fake(self, weight: Tensor, period: int | None = None) -> tuple[Tensor, Tensor]:
         """Return what the weight's codes stand for, and the scales `[ranges]`.
 
-        Ranges are those of the last call of the same `mode` where that had the same `key`, unless
-        it is None. EdgekitError for a weight that cannot be quantized.
+        Ranges that are searched for stay the same within a `period`, unless that is None.
+        EdgekitError for a weight that cannot be quantized.
         """
         rows = as_ranges(weight, self._axis, self._group_size)
         if self.learned is not None:
             scales, zeros = round_scales(self.learned, self._grid.scales), self._zeros
         else:
-            scales, zeros = self._parameters(weight, mode, key)
+            scales, zeros = self._parameters(weight, period)
         # Each scale's gradient is balanced against those of its weights (section 2.2 there).
         step_gradient = 1 / math.sqrt(rows.shape[1] * self._grid.high)
         limits = (self._grid.low, self._grid.high)
@@ -102,27 +95,29 @@ class WeightQuantizer:
         """Return the learned scales, or the ranges that training keeps for some steps."""
         if self.learned is not None:
             return {"learned": self.learned.detach().clone()}
-        if TRAINING not in self._kept:
+        if self._kept is None:
             return {}
-        key, (scales, zeros) = self._kept[TRAINING]
-        return {"kept": [key, scales, zeros]}
+        period, (scales, zeros) = self._kept
+        return {"kept": [period, scales, zeros]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
         if self.learned is not None:
             with torch.no_grad():
                 self.learned.copy_(state["learned"])
-        self._kept.clear()
+        self._kept = None
         if "kept" in state:
-            key, scales, zeros = state["kept"]
-            self._kept[TRAINING] = key, (scales, zeros)
+            period, scales, zeros = state["kept"]
+            if not isinstance(scales, Tensor) or not isinstance(zeros, Tensor | None):
+                raise TypeError("kept ranges are no tensors")
+            self._kept = int(period), (scales, zeros)
 
-    def _parameters(self, weight: Tensor, mode: str, key: Hashable) -> Parameters:
-        if key is None:
+    def _parameters(self, weight: Tensor, period: int | None) -> Parameters:
+        if period is None or not self._searches:
             return self._choose(weight)
-        if mode not in self._kept or self._kept[mode][0] != key:
-            self._kept[mode] = key, self._choose(weight)
-        return self._kept[mode][1]
+        if self._kept is None or self._kept[0] != period:
+            self._kept = period, self._choose(weight)
+        return self._kept[1]
 
     def _choose(self, weight: Tensor) -> Parameters:
         try:

@@ -24,8 +24,8 @@ def calibrate(
 
     `batches` yields what the module takes: a tensor, or a tuple of several; about a hundred
     mini-batches are what the whitepaper uses. `progress` is told the number of each. EdgekitError
-    where there is none, where one is not like the example, and where a tensor holds infinities
-    or NaN or is the same everywhere.
+    where there is none, where one is not like the example or the module does not run on it, and
+    where a tensor holds infinities or NaN or is the same everywhere.
     """
     traced = placement.traced
     observers = {node.name: observer(method) for node in placement.values()}
@@ -40,6 +40,11 @@ def calibrate(
                 run.run(*inputs)
             except EdgekitError as error:
                 raise EdgekitError(f"calibration batch {count}: {error}") from error
+            except (IndexError, RuntimeError) as error:  # such as an index beyond a table
+                said = str(error).partition("\n")[0]
+                raise EdgekitError(
+                    f"calibration batch {count}: the module does not run on it: {said}"
+                ) from error
             samples += len(inputs[0])
             progress(count)
     if not count:
@@ -60,6 +65,7 @@ def calibrate(
 class _Observation(Interpreter):
     def __init__(self, placement: Placement, observers: dict[str, Observer]) -> None:
         super().__init__(placement.traced.graph_module)
+        self.extra_traceback = False  # torch's addition to messages, which are of one line
         self._observers = observers
         self._names = placement.traced.names
 

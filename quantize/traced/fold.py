@@ -45,10 +45,10 @@ def _fold(traced: TracedModule, node: Node, factor: Tensor, offset: Tensor) -> N
     if layer is None:
         _stand_alone(traced, node, factor, offset)
         return
-    weight = traced.parameter(layer.weight)
-    bias = torch.zeros(()) if layer.bias is None else traced.parameter(layer.bias)
-    _set_weight(traced, layer, weight * along_channels(factor, weight, layer))
-    _set_bias(traced, layer, bias.double() * factor + offset)
+    bias = None if layer.bias is None else traced.parameter(layer.bias)
+    weight, bias = folded(layer, traced.parameter(layer.weight), bias, factor, offset)
+    _set_weight(traced, layer, weight)
+    _set_bias(traced, layer, bias)
     node.replace_all_uses_with(layer.node)
     node.graph.erase_node(node)
 
@@ -64,15 +64,49 @@ def layer_before(node: Node) -> Layer | None:
 def _factor_and_offset(traced: TracedModule, node: Node) -> tuple[Tensor, Tensor]:
     """Return gamma / sigma and beta - gamma mu / sigma, float64 [channels]."""
     found = arguments(node)
-    mean = traced.parameter(found["running_mean"]).double()
-    sigma = (traced.parameter(found["running_var"]).double() + found["eps"]).sqrt()
-    gamma = torch.ones_like(mean) if found["weight"] is None else traced.parameter(found["weight"])
-    beta = torch.zeros_like(mean) if found["bias"] is None else traced.parameter(found["bias"])
-    factor = gamma.double() / sigma
-    return factor, beta.double() - mean * factor
+    mean, variance = (traced.parameter(found[name]) for name in ("running_mean", "running_var"))
+    gamma, beta = (
+        None if found[name] is None else traced.parameter(found[name])
+        for name in ("weight", "bias")
+    )
+    return factor_and_offset(
+        mean, sigma_of(variance, found["eps"]), *scale_and_shift(mean, gamma, beta)
+    )
 
 
-def along_channels(factor: Tensor, weight: Tensor, layer: Layer) -> Tensor:
+def sigma_of(variance: Tensor, eps: float) -> Tensor:
+    """Return the standard deviation that a batch norm divides by, float64 [channels]."""
+    return (variance.double() + eps).sqrt()
+
+
+def scale_and_shift(
+    mean: Tensor, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return a batch norm's gamma and beta, 1 and 0 where it has none, float64 like its mean."""
+    like = mean.double()
+    return (
+        torch.ones_like(like) if gamma is None else gamma.double(),
+        torch.zeros_like(like) if beta is None else beta.double(),
+    )
+
+
+def factor_and_offset(
+    mean: Tensor, sigma: Tensor, gamma: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return gamma / sigma and beta - gamma mu / sigma, float64 [channels]."""
+    factor = gamma / sigma
+    return factor, beta - mean.double() * factor
+
+
+def folded(
+    layer: Layer, weight: Tensor, bias: Tensor | None, factor: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a layer's weight and bias with a batch norm folded into them, float32."""
+    shift = offset if bias is None else bias.double() * factor + offset
+    return (weight * _along_channels(factor, weight, layer)).float(), shift.float()
+
+
+def _along_channels(factor: Tensor, weight: Tensor, layer: Layer) -> Tensor:
     """Shape a factor per output channel so that it multiplies the weight."""
     if layer.channel_axis == 0:
         return factor.view(-1, *[1] * (weight.ndim - 1))

@@ -66,10 +66,6 @@ class QuantizedNetwork:
         """Return each quantized layer with its scheme's name, by node name."""
         return {name: (item.layer, item.scheme) for name, item in self.layers.items()}
 
-    def is_on_codes(self, node: Node) -> bool:
-        """Whether the value of a node has codes."""
-        return node.name in self.edges
-
     def parameters(self, node: Node) -> ActivationParameters:
         """Return the parameters of a value that has codes."""
         return self.edges[node.name]
@@ -108,12 +104,9 @@ def edge_parameters(
     if calibration is None:
         raise EdgekitError("quantized activations need a calibration: give calibration data")
     names = placement.traced.names
-    members: dict[str, list[str]] = {}
-    for node, edge in placement.edges.items():
-        members.setdefault(edge, []).append(names[node])
     found = {}
-    for edge, tensors in members.items():
-        least, most = calibration.covering(tensors)
+    for edge, members in placement.members().items():
+        least, most = calibration.covering([names[node] for node in members])
         try:
             found[edge] = activation_parameters(least, most)
         except ValueError as error:
@@ -134,17 +127,33 @@ def _layer(
     output = end_of_chain(layer.node)
     if layer.bias is None:
         return QuantizedLayer(layer, name, scheme, None, None, output)
-    # In float32, as engines multiply them: the codes are then theirs, too.
-    scales = weight.scales * torch.tensor(edges[layer.input.name].scale)
-    bias = placement.traced.parameter(layer.bias)
-    if weight.granularity == "channel":
-        scales = scales.repeat(layer.groups if layer.channel_axis else 1)
-    codes = (bias.double() / scales.double()).round()
+    per_channel = weight.granularity == "channel"
+    scales = bias_scales(layer, weight.scales, edges[layer.input.name], per_channel)
+    codes = bias_codes(placement.traced.parameter(layer.bias), scales)
     if not bool((codes.abs() <= LARGEST_BIAS).all()):  # also false for NaN
         raise EdgekitError(
             f"{layer.bias.target}: does not fit 32 bits in units of input scale times weight scale"
         )
     return QuantizedLayer(layer, name, scheme, codes.to(torch.int32), scales, output)
+
+
+def bias_scales(
+    layer: Layer, scales: Tensor, given: ActivationParameters, per_channel: bool
+) -> Tensor:
+    """Return the units of a layer's bias, float32: its input's scale times each of its weight's."""
+    # In float32, as engines multiply them: the codes are then theirs, too.
+    found = scales * torch.tensor(given.scale, device=scales.device)
+    return found.repeat(layer.groups) if per_channel and layer.channel_axis else found
+
+
+def bias_codes(bias: Tensor, scales: Tensor) -> Tensor:
+    """Return the whole numbers of `scales` that a bias is rounded to, float64 of any size."""
+    return (bias.double() / scales.double()).round()
+
+
+def bias_of_codes(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return the bias that codes stand for, float32."""
+    return (codes.double() * scales.double()).float()
 
 
 def average_of_codes(
@@ -170,6 +179,7 @@ class _Simulation(Interpreter):
 
     def __init__(self, network: QuantizedNetwork) -> None:
         super().__init__(network.traced.graph_module)
+        self.extra_traceback = False  # torch's addition to messages, which are of one line
         self._network = network
         self._weights = {name: codes.dequantize() for name, codes in network.weights.items()}
 
@@ -193,7 +203,7 @@ class _Simulation(Interpreter):
     def _with_integer_bias(self, node: Node, layer: QuantizedLayer) -> Tensor:
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         assert layer.bias is not None and layer.bias_scales is not None
-        bias = (layer.bias.double() * layer.bias_scales.double()).float()
+        bias = bias_of_codes(layer.bias, layer.bias_scales)
         result = self.call_function(node.target, (*args[:2], bias, *args[3:]), kwargs)
         assert isinstance(result, Tensor)
         return result

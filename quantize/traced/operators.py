@@ -158,8 +158,3 @@ def numbers(value: int | Sequence[int], count: int) -> list[int]:
 def rank(node: Node) -> int:
     """Return how many axes the node's tensor has."""
     return len(node.meta["val"].shape)
-
-
-def spatial(layer: Layer) -> int:
-    """Return how many axes a convolution slides over."""
-    return rank(layer.weight) - 2

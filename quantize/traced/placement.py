@@ -50,6 +50,13 @@ class Placement:
         """Yield the nodes whose values have codes, in order."""
         return (node for node in self.traced.graph_module.graph.nodes if node.name in self.edges)
 
+    def members(self) -> dict[str, list[str]]:
+        """Return the values that share each edge's parameters, node names by the edge's name."""
+        found: dict[str, list[str]] = {}
+        for node, edge in self.edges.items():
+            found.setdefault(edge, []).append(node)
+        return found
+
     def schemes(self) -> dict[str, tuple[Layer, str]]:
         """Return each quantized layer with its scheme's name, by node name."""
         return {name: (layer, rule.scheme.name) for name, (layer, rule) in self.layers.items()}

@@ -100,9 +100,6 @@ class LayerScheme:
         )
 
 
-FLOAT_LAYER = LayerScheme(bits=None)
-
-
 @dataclass(frozen=True)
 class LayerRule:
     """Layers whose weight's whole name matches `pattern` get `scheme`; `range` None: its default."""
