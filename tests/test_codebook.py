@@ -317,6 +317,27 @@ def test_descent_of_indices_never_raises_the_error_and_ends_where_no_neighbour_i
             assert error(changed) > after - 1e-4 * abs(after)
 
 
+def test_a_sweep_over_columns_takes_for_each_the_best_neighbour_given_all_others() -> None:
+    """Two blocks of columns and a part of one, against a gradient made anew for every column."""
+    layer, scheme = Layer(rows=12, columns=320), Scheme.parse("cb3")
+    start = scheme.fit_codebook(layer.weight)
+    assert start.codebook is not None
+    book, scales = start.codebook.double(), start.scales.double()
+    hessian, wanted = layer.error.hessian.double(), layer.error.wanted.double()
+    codes = start.codes.long()
+    for column in range(320):
+        weight = book[codes] * scales[:, None]
+        slope = weight @ hessian[:, column] - wanted[:, column]
+        candidates = (codes[:, column] + torch.tensor([[-1], [0], [1]])).clamp(0, 7)
+        change = book[candidates] * scales - weight[:, column]
+        costs = change.square() * hessian[column, column] + 2 * change * slope
+        codes[:, column] = candidates.gather(0, costs.argmin(0)[None])[0]
+    found = settle(start, layer.error, 0, fixed=True)
+    assert (codes != start.codes).double().mean() > 0.1
+    # A value on the edge between two entries may fall to either side of it.
+    assert (found.codes == codes).double().mean() > 0.995
+
+
 @pytest.mark.parametrize("rounds", [0, ROUNDS])
 def test_a_fixed_table_stays_as_it_is_for_weights_however_small(rounds: int) -> None:
     layer = Layer(rows=32)
