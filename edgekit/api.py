@@ -149,9 +149,7 @@ def _quality(
     bits: float | None,
     target_size: int | None,
 ) -> Quality:
-    if bits is not None and target_size is not None:
-        raise EdgekitError("bits and target_size exclude each other: give one of them")
-    budget = None if bits is None and target_size is None else Budget(target_size, bits)
+    budget = None if (target_size, bits) == (None, None) else Budget(target_size, bits)
     return Quality(None if calibrate is None else Path(calibrate), method, budget)
 
 

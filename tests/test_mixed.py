@@ -1,13 +1,17 @@
 """Mixed precision: the choice fits the budget, is the cheapest, and is what gets written."""
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import edgekit
 from edgekit import mixed as module
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
@@ -121,6 +125,16 @@ def test_a_gguf_takes_the_bytes_that_were_asked_for(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_output_that_exists_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekit.model_export.plan_export", None)
+    (tmp_path / "out").mkdir()
+    done = run("export", "lfm2-tiny", "--target", "gguf", "--bits", "5.5", "-o", tmp_path / "out")
+    assert done.exit_code == 2
+    assert f"{tmp_path / 'out'}: exists" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -138,3 +152,25 @@ def test_mistakes_end_in_one_line(tmp_path: Path, given: tuple[str, ...], messag
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"method": "gpqt"}, "--method 'gpqt': for language models there are rtn, mse, gptq"),
+        ({"method": "gptq"}, "--method gptq needs a text"),
+        ({"bits": 5.0, "target_size": 500}, "--bits and --target-size exclude each other"),
+        ({"bits": math.nan}, "--bits nan: must be a number of bits per weight"),
+        ({"bits": "5.5"}, "--bits 5.5: must be a number of bits per weight"),
+        ({"target_size": 0}, "--target-size 0: must be a number of bytes"),
+        ({"target_size": "500MB"}, "--target-size '500MB': must be a number of bytes"),
+    ],
+)
+def test_python_refuses_what_the_command_refuses(
+    given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(EdgekitError, match=re.escape(said)):
+        edgekit.export("lfm2-tiny", tmp_path / "out", target="gguf", **given)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(EdgekitError, match="must be a number of bits per weight"):
+        Budget()

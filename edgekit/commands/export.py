@@ -132,6 +132,8 @@ def command(
         )
     if codes is not None and quality != Quality():
         raise EdgekitError("--codes are chosen already: leave out how to choose them")
+    if output is not None and not dry_run:
+        check_output(output, force)  # a budget is measured before the plan is there
     form = choice.llama_format
     with resumable(quality), progress_line() as show:
         plan = plan_export(
