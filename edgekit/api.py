@@ -13,7 +13,7 @@ with quiet_imports():
     from edgekit.exporters.artifact import check_output
     from edgekit.exporters.llama_formats import find_format, format_recipe
     from edgekit.exporters.target import Options
-    from edgekit.model_export import export_plan, plan_export, prepared
+    from edgekit.model_export import export_plan, plan_export, with_codes
     from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
     from edgekit.quantize.scheme import Scheme
 
@@ -138,7 +138,7 @@ def export_model(
         codes=None if codes is None else Path(codes),
         quality=quality,
     )
-    with prepared(plan, Path(output)) as (ready, _made):
+    with with_codes(plan, Path(output)) as (ready, _made):
         export_plan(ready, Path(output), force, progress)
     return Artifact.open(output)
 

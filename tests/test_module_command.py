@@ -172,6 +172,9 @@ def test_two_artifacts_are_timed_in_turn(code: Path, place: Path) -> None:
     assert [item["recipe"] for item in document["artifacts"]] == ["float", "w8a8"]
     assert_only_one_line(run("bench", place / "int8", "-p", 4), "-p is for language models")
     assert_only_one_line(run("bench", place / "int8", "--batch", 3), "batches of up to 2")
+    none = place / "none"
+    assert_only_one_line(run("bench", place / "int8", none), f"{none}: no such file or folder")
+    assert_only_one_line(run("bench", place / "int8", record), f"{record} is no artifact of a mod")
 
 
 def test_a_damaged_module_fails_its_verification(code: Path, place: Path) -> None:

@@ -190,12 +190,12 @@ def _export(
     plan: "Plan", folder: Path, force: bool, as_json: bool
 ) -> "tuple[dict[str, Any], Made | None]":
     """Choose the codes, where that was asked for, and export them."""
-    from edgekit.model_export import export_plan, prepared
+    from edgekit.model_export import export_plan, with_codes
     from edgekit.progress import stage_printer
 
     with ExitStack() as stack:
         with progress_line() as show:
-            ready, made = stack.enter_context(prepared(plan, folder, show))
+            ready, made = stack.enter_context(with_codes(plan, folder, show))
         if not as_json:
             click.echo("".join(f"{part}\n" for part in quality_text(plan.mixed, made)), nl=False)
         return export_plan(ready, folder, force, stage_printer()), made
