@@ -33,7 +33,7 @@ from edgekit.models.config import ModelConfig
 from edgekit.models.eager import float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
-from edgekit.models.weights import Weight
+from edgekit.quantize.tensor import Weight
 from edgekit.runtime.divergence import divergence, join, perplexity, score_rows
 from edgekit.runtime.evaluate import cut, evaluate_each, tokenize
 

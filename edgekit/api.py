@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError
 from edgekit.progress import Progress
-from edgekit.quality import Budget, Method, Quality
+from edgekit.quality import Budget, Quality
+from edgekit.quantize.methods import Method
 from edgekit.quiet import quiet_imports
 
 with quiet_imports():
@@ -14,8 +15,7 @@ with quiet_imports():
     from edgekit.exporters.llama_formats import find_format, format_recipe
     from edgekit.exporters.target import Options
     from edgekit.model_export import export_plan, plan_export, with_codes
-    from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
-    from edgekit.quantize.scheme import Scheme
+    from edgekit.quantize.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -156,4 +156,4 @@ def _quality(
 def _recipe(given: Recipe | str) -> Recipe:
     if isinstance(given, Recipe):
         return given
-    return preset(given) if given in PRESETS else uniform(Scheme.parse(given))
+    return Recipe.named(given)

@@ -19,7 +19,8 @@ with quiet_imports():
     from edgekit.exporters.verify_module import REFERENCE_FILE, reference_case, verify_module
     from edgekit.module_data import open_data
     from edgekit.quantize.calibration import Calibration
-    from edgekit.quantize.storage import Stored, save_quantized
+    from edgekit.quantize.storage import save_quantized
+    from edgekit.quantize.tensor import Weight
     from edgekit.quantize.traced.calibrate import Batch, calibrate
     from edgekit.quantize.traced.fold import fold_batch_norms
     from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
@@ -185,7 +186,7 @@ def save_codes(network: QuantizedNetwork, path: Path) -> None:
     A bias becomes int32 in units of input scale times weight scale when an engine's file is made.
     """
     traced = network.traced
-    contents: dict[str, Stored] = dict(network.weights)
+    contents: dict[str, Weight] = dict(network.weights)
     for node in traced.graph_module.graph.nodes:
         if node.op == "get_attr" and str(node.target) not in contents:
             contents[str(node.target)] = traced.parameter(node)

@@ -2,17 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from edgekit.errors import EdgekitError
+from edgekit.quantize.methods import METHODS, Method
 
-Method = Literal["rtn", "mse", "gptq", "kmeans", "weighted-kmeans", "jlcm"]
-"""How codes are chosen: rounded to nearest with ranges of minimum and maximum, with ranges of least
-squared error, or by GPTQ on a text; codebooks by k-means, by one that weighs errors by what a layer
-sees in a text, or learned on it."""
 CODEBOOK_METHODS: tuple[Method, ...] = ("kmeans", "weighted-kmeans", "jlcm")
 WITH_TEXT: tuple[Method, ...] = ("gptq", "weighted-kmeans", "jlcm")
-METHODS: tuple[Method, ...] = get_args(Method)
 _MOST_BITS = 64
 _TOO_MANY_BYTES = 1 << 60
 

@@ -293,7 +293,7 @@ def _metadata(path: Path) -> dict[str, Any]:
         ({"about": None}, "does not say which model it was made of"),
         ({"about": [1]}, "what it is about"),
         ({"about": {"more": "m"}}, "what it is about"),
-        ({"about": {"method": "guess"}}, "method must be one of rtn, mse, gptq, qat, jlcm"),
+        ({"about": {"method": "guess"}}, "method must be one of rtn, mse, gptq, kmeans"),
         ({"about": {"sha256": "\x1b[31m"}}, "sha256 must be 64 hexadecimal digits"),
         ({"about": {"facts": {"x": [1]}}}, "fact 'x' must be a short text or a finite number"),
         ({"format_version": 2}, "format version 2, this edgekit reads 1"),

@@ -13,12 +13,13 @@ from click.testing import CliRunner, Result
 
 import edgekit
 from edgekit import mixed as module
+from edgekit import sensitivity
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.reference_text import TEXT
 from edgekit.gguf_file import GgufFile
 from edgekit.mixed import mixed_recipe
-from edgekit.models.source import resolve_model
+from edgekit.models.source import ModelSource, resolve_model
 from edgekit.quality import Budget
 from edgekit.quantize.recipe import EMBEDDING, HEAD, resolve, tied_shapes
 from edgekit.quantize.scheme import Scheme
@@ -56,6 +57,23 @@ def test_the_choice_fits_and_more_bytes_cost_less() -> None:
     costs = [mixed.predicted_kld for mixed in found]
     assert costs == sorted(costs, reverse=True)
     assert {scheme for _, scheme, _ in found[-1].choices} == {"w8"}
+
+
+def test_the_float_model_runs_once_for_all_schemes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runs = []
+    usual = sensitivity._FloatRun.of
+
+    def counted(source: ModelSource, tokens: list[int]) -> sensitivity._FloatRun:
+        runs.append(len(tokens))
+        return usual(source, tokens)
+
+    monkeypatch.setattr(sensitivity._FloatRun, "of", counted)
+    monkeypatch.setattr(sensitivity._FloatRun, "cost", lambda self, name, scheme: (1.0, 0.5))
+    mixed_recipe(resolve_model("lfm2-tiny"), Budget(bits=64.0), SCHEMES, TEXT)
+    assert len(runs) == 1
 
 
 def test_the_greedy_choice_is_close_to_the_best() -> None:

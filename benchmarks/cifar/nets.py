@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from edgekit.errors import EdgekitError
 
-CLASSES = 10
 IMAGE = (3, 32, 32)
 
 

@@ -33,7 +33,8 @@ class QualityChoice:
 
     def of_a_model(self, choice: RecipeChoice) -> "Quality":
         """Return what is asked for a language model; EdgekitError where it contradicts a recipe."""
-        from edgekit.quality import Budget, Method, Quality
+        from edgekit.quality import Budget, Quality
+        from edgekit.quantize.methods import Method
 
         size = None if self.target_size is None else _bytes(self.target_size)
         budget = None if (self.bits, size) == (None, None) else Budget(size, self.bits)

@@ -155,7 +155,7 @@ def command(
         )
     label = choice.label if quality.budget is None else quality.budget.label
     label = label if codes is None else codes.stem
-    folder = output or Path(f"{Path(plan.source.id).name.lower()}-{target}-{label}")
+    folder = output or Path(f"{plan.source.short_name}-{target}-{label}")
     if not dry_run:
         check_output(folder, force)
     for warning in warnings(plan.rows):
