@@ -1,4 +1,4 @@
-"""Exporting any module that `torch.export` traces: calibrate, quantize, write, verify in the engine."""
+"""Exporting any module that `torch.export` traces: calibrate, quantize, write, verify."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ with quiet_imports():
 
 CALIBRATION_FILE = "calibration.json"
 Data = Iterable[Batch] | Calibration | Path | str | None
-"""Mini-batches of inputs, a calibration, a path or function that `edgekit.module_data` reads, or None
+"""Mini-batches of inputs, a calibration, what `edgekit.module_data` reads by its name, or None
 where none is needed."""
 
 
@@ -67,9 +67,10 @@ def export_module(
     lets it vary up to that. `recipe` is a scheme (w8a8, w4a8-tensor, float, ...) or a
     `LayerRecipe`. `calibration` gives mini-batches of inputs, is a `Calibration`, or names what
     the command's --calibrate takes: a file or folder of inputs, `FILE.py:FUNCTION`, or a saved
-    calibration (the artifact holds `calibration.json`); `method` is how ranges are found. `name` is what the manifest calls the module, by default its class. Raises
-    `EdgekitError` for a mistake and `VerificationError` for a file that does not compute what the
-    quantized module computes; both leave nothing at `output`.
+    calibration (the artifact holds `calibration.json`); `method` is how ranges are found.
+    `name` is what the manifest calls the module, by default its class. Raises `EdgekitError` for a
+    mistake and `VerificationError` for a file that does not compute what the quantized module
+    computes; both leave nothing at `output`.
     """
     check_output(Path(output), force)
     find_module_target(target)

@@ -82,7 +82,7 @@ def sqnr_db(weight: Tensor, quantized: QuantizedTensor) -> float:
 
 
 def ratio_db(signal: float, noise: float) -> float:
-    """Return 10 log10(signal / noise): infinite without noise, -infinite without a signal only."""
+    """Return 10 log10(signal / noise): infinite without noise, else -infinite without a signal."""
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -119,7 +119,7 @@ def save_quantized(path: Path, tensors: Mapping[str, Weight], about: About | Non
 
 
 def load_quantized(path: Path) -> Contents:
-    """Read what `save_quantized` wrote; EdgekitError in one line where the file is anything else."""
+    """Read what `save_quantized` wrote; EdgekitError where the file is anything else."""
     if not path.is_file():
         raise EdgekitError(f"{path}: no such file")
     try:

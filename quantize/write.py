@@ -25,7 +25,8 @@ def quantize_to_file(
 
     Float tensors are written as float32, what the table counts, and are not in the result.
     `get_tensor` and `tied` are those of `quantize_tensors`; `on_tensor` hears each name when it
-    is done, `about` is what the file says of itself. Raises EdgekitError naming the tensor, or the file where it cannot be written.
+    is done, `about` is what the file says of itself. Raises EdgekitError naming the tensor, or the
+    file where it cannot be written.
     """
     try:
         str(path).encode()

@@ -1,4 +1,4 @@
-"""GPTQ against the elimination that it is a fast form of, and what it gains on the bundled model."""
+"""GPTQ against the elimination that it is a fast form of, and what it makes up for."""
 
 import pytest
 import torch

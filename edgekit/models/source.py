@@ -62,7 +62,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One line of `edgekit models`; `local_bytes` is None for a model that is not on this machine."""
+    """One line of `edgekit models`; `local_bytes` is None for one that is not on this machine."""
 
     name: str
     aliases: tuple[str, ...]

@@ -90,7 +90,7 @@ def _local_step(entries: Tensor) -> Tensor:
 
 
 class _State:
-    """Logits `[3, rows, columns]`, books `[books * levels]` in units of 127, logarithms of scales."""
+    """Logits `[3, rows, columns]`, books `[books * levels]` over 127, logarithms of scales."""
 
     def __init__(self, weight: Tensor, start: QuantizedTensor, learning: Learning) -> None:
         assert start.codebook is not None
