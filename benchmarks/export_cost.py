@@ -5,8 +5,8 @@
 Runs each export once, alone, as a user would: `edgekit export MODEL --random-weights ...` in a new
 process, and export_llm by benchmarks/peers/export_llm.py, whose random checkpoint is made before
 the clock starts (edgekit's draws its weights inside it). Peak memory is the larger of the kernel's
-high-water mark of one process and the sampled sum (PSS) over the process tree. Artifacts stay in FOLDER under the names
-that plan.toml reads; an artifact already there is replaced.
+high-water mark of one process and the sampled sum (PSS) over the process tree. Artifacts stay in
+FOLDER under the names that plan.toml reads; an artifact already there is replaced.
 """
 
 import argparse

@@ -34,13 +34,12 @@ from edgekit.models.layerwise import Choose, layer_codes
 from edgekit.models.reorder import grouped_orders, reordered
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
-from edgekit.models.weights import Weight
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.codebook.jlcm import jlcm, weighted_kmeans
 from edgekit.quantize.codebook.learn import Learning
 from edgekit.quantize.recipe import resolve, tied_shapes, uniform
 from edgekit.quantize.scheme import Scheme
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.runtime.evaluate import cut, tokenize
 
 MODEL = "lfm2-tiny"

@@ -3,11 +3,11 @@
     python -m benchmarks.lfm2_tiny_int4 --stories ../shared/data/stories [--qat FILE]
         [-o benchmarks/results/lfm2-tiny-int4.json]
 
-Every row is a file, run in its engine (a GGUF in llama.cpp, the last a .pte in ExecuTorch) and scored
-by `edgekit eval` against the float model; bits per weight are those of all tensors in the file over
-the model's parameters. What calibrates sees the
-start of train.txt, what is scored is valid.txt. --qat takes a file of codes that
-examples/qat_lfm2_tiny.py wrote. The last table is of weights alone, in torch: torchao has no GGUF.
+Every row is a file, run in its engine (a GGUF in llama.cpp, the last a .pte in ExecuTorch) and
+scored by `edgekit eval` against the float model; bits per weight are those of all tensors in the
+file over the model's parameters. What calibrates sees the start of train.txt, what is scored is
+valid.txt. --qat takes a file of codes that examples/qat_lfm2_tiny.py wrote. The last table is of
+weights alone, in torch: torchao has no GGUF.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from edgekit.models.config import ModelConfig
 from edgekit.models.eager import float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
-from edgekit.models.weights import Weight
+from edgekit.quantize.tensor import Weight
 from edgekit.runtime.divergence import divergence, join, perplexity, score_rows
 from edgekit.runtime.evaluate import cut, evaluate_each, tokenize
 

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError
 from edgekit.progress import Progress
-from edgekit.quality import Budget, Method, Quality
+from edgekit.quality import Budget, Quality
+from edgekit.quantize.methods import Method
 from edgekit.quiet import quiet_imports
 
 with quiet_imports():
     from edgekit.exporters.artifact import check_output
     from edgekit.exporters.llama_formats import find_format, format_recipe
     from edgekit.exporters.target import Options
-    from edgekit.model_export import export_plan, plan_export, prepared
-    from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
-    from edgekit.quantize.scheme import Scheme
+    from edgekit.model_export import export_plan, plan_export, with_codes
+    from edgekit.quantize.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -138,7 +138,7 @@ def export_model(
         codes=None if codes is None else Path(codes),
         quality=quality,
     )
-    with prepared(plan, Path(output)) as (ready, _made):
+    with with_codes(plan, Path(output)) as (ready, _made):
         export_plan(ready, Path(output), force, progress)
     return Artifact.open(output)
 
@@ -149,13 +149,11 @@ def _quality(
     bits: float | None,
     target_size: int | None,
 ) -> Quality:
-    if bits is not None and target_size is not None:
-        raise EdgekitError("bits and target_size exclude each other: give one of them")
-    budget = None if bits is None and target_size is None else Budget(target_size, bits)
+    budget = None if (target_size, bits) == (None, None) else Budget(target_size, bits)
     return Quality(None if calibrate is None else Path(calibrate), method, budget)
 
 
 def _recipe(given: Recipe | str) -> Recipe:
     if isinstance(given, Recipe):
         return given
-    return preset(given) if given in PRESETS else uniform(Scheme.parse(given))
+    return Recipe.named(given)

@@ -24,16 +24,16 @@ from edgekit.models.layerwise import Choose, Codes, layer_codes
 from edgekit.models.reorder import grouped_orders, reordered
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import Tokenizer
-from edgekit.models.weights import Weight
 from edgekit.progress import Steps
-from edgekit.quality import CODEBOOK_METHODS, WITH_TEXT, Method
-from edgekit.quantize.apply import Stored, quantize_tensors, sqnr_db
+from edgekit.quality import CODEBOOK_METHODS, WITH_TEXT
+from edgekit.quantize.apply import quantize_tensors, sqnr_db
 from edgekit.quantize.codebook.jlcm import jlcm, weighted_kmeans
 from edgekit.quantize.gptq import Inputs, gptq
+from edgekit.quantize.methods import Method
 from edgekit.quantize.recipe import Recipe, Resolved, resolve, tied_shapes, with_ranges
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import About, load_quantized, save_quantized, short_text
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.runtime.evaluate import cut, tokenize
 
 VERSION = 1
@@ -113,13 +113,13 @@ def quantize_calibrated(
     read = reordered(in_order, grouped_orders(source.config, rows, in_order))
     digest = checkpoint.sha256()
 
-    def rounded(ranges: Literal["rtn", "mse"]) -> dict[str, Stored]:
+    def rounded(ranges: Literal["rtn", "mse"]) -> dict[str, Weight]:
         found = resolve(with_ranges(recipe, ranges), shapes)
         return dict(quantize_tensors(found, read, tied))
 
     # A text decides the codes of the layers' linears, so those are not rounded first.
     simple = [row for row in rows if not (method in WITH_TEXT and _is_linear(row))]
-    contents: dict[str, Stored] = {
+    contents: dict[str, Weight] = {
         name: value.float() if isinstance(value, Tensor) else value
         for name, value in quantize_tensors(simple, read, tied)
     }
@@ -136,7 +136,7 @@ def quantize_calibrated(
             None if method == "gptq" else _chooser(method),
         )
         contents = {row.tensor: contents[row.tensor] for row in rows}  # in the model's order
-    steps: dict[str, Callable[[], Mapping[str, Stored]]] = {}
+    steps: dict[str, Callable[[], Mapping[str, Weight]]] = {}
     if method in CODEBOOK_METHODS:
         steps["kmeans"] = lambda: rounded("mse")
     else:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from edgekit.compare import Compared, Comparison
-from edgekit.exporters.weights import TensorComparison, sqnr_db
+from edgekit.exporters.weights import TensorComparison, known_ratio_db
 from edgekit.plots import Axis, Point, bars, lines, marker, scatter
 from edgekit.quantize.recipe import EMBEDDING, HEAD
 from edgekit.runtime.record import spread
@@ -254,7 +254,7 @@ def _layer_sqnr(tensors: Sequence[TensorComparison], place: int) -> float | None
     signals = [tensor.signal for tensor in tensors]
     if None in noises or None in signals:
         return None
-    return sqnr_db(sum(filter(None, signals)), sum(filter(None, noises)))
+    return known_ratio_db(sum(filter(None, signals)), sum(filter(None, noises)))
 
 
 def _figure(title: str, note: str, plot: str) -> str:

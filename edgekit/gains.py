@@ -15,8 +15,9 @@ from edgekit.logits import Logits
 from edgekit.models.activations import unrounded
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import build_eager
-from edgekit.models.weights import ReadWeight, Weight
+from edgekit.models.weights import ReadWeight
 from edgekit.progress import Steps
+from edgekit.quantize.tensor import Weight
 from edgekit.runtime.divergence import Estimate, divergence, join, perplexity, score_rows
 from edgekit.tables import markdown_table
 

@@ -19,7 +19,7 @@ from edgekit.quality import Budget
 from edgekit.quantize.recipe import Recipe, Resolved, Rule, resolve, tied_shapes
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.table import total_bytes
-from edgekit.sensitivity import sensitivity_of
+from edgekit.sensitivity import sensitivities
 from edgekit.tables import markdown_table
 
 CANDIDATES = ("w4g64", "w4g32", "w4g32a", "w8g32", "w8")
@@ -137,10 +137,9 @@ def _items(
     progress: Steps,
 ) -> list[_Item]:
     costs: dict[str, dict[str, float]] = {}
-    for scheme in schemes:
-        found = sensitivity_of(source, scheme, text, _named(progress, scheme.name))
+    for found in sensitivities(source, schemes, text, lambda scheme: _named(progress, scheme.name)):
         for cost in found.costs:
-            costs.setdefault(cost.tensor, {})[scheme.name] = cost.kld
+            costs.setdefault(cost.tensor, {})[found.scheme] = cost.kld
     order = [name for name in tied_shapes(source.config.tensor_shapes())[0] if name in costs]
     items = []
     for name in order:

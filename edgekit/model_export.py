@@ -137,7 +137,7 @@ def _counter(writer: Target) -> CountBytes:
 
 
 @contextmanager
-def prepared(
+def with_codes(
     plan: Plan, output: Path, steps: Steps | None = None
 ) -> Iterator[tuple[Plan, Made | None]]:
     """Give the plan to export, and what was found while its codes were chosen.
@@ -248,9 +248,9 @@ def _missing_engine(name: str) -> str | None:
 
 
 def _check_origin(codes: CodesFile, source: ModelSource) -> None:
-    """Refuse codes of another model's weights; those that were trained are of no checkpoint."""
+    """Refuse codes of another model's weights, and those whose training began with others."""
     about = codes.about
-    if about.method != "qat" and about.sha256 != source.checkpoint.sha256():
+    if about.sha256 != source.checkpoint.sha256():
         raise EdgekitError(
             f"{codes.path}: was made of other weights than those of {source.id}: of a model "
             f"called {about.model}"

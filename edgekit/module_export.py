@@ -1,4 +1,4 @@
-"""Exporting any module that `torch.export` traces: calibrate, quantize, write, verify in the engine."""
+"""Exporting any module that `torch.export` traces: calibrate, quantize, write, verify."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,8 +17,10 @@ with quiet_imports():
     from edgekit.exporters.artifact import check_output, new_artifact, write_manifest
     from edgekit.exporters.module_target import find_module_target, tensor_rows
     from edgekit.exporters.verify_module import REFERENCE_FILE, reference_case, verify_module
+    from edgekit.module_data import open_data
     from edgekit.quantize.calibration import Calibration
-    from edgekit.quantize.storage import Stored, save_quantized
+    from edgekit.quantize.storage import save_quantized
+    from edgekit.quantize.tensor import Weight
     from edgekit.quantize.traced.calibrate import Batch, calibrate
     from edgekit.quantize.traced.fold import fold_batch_norms
     from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
@@ -29,7 +31,8 @@ with quiet_imports():
 
 CALIBRATION_FILE = "calibration.json"
 Data = Iterable[Batch] | Calibration | Path | str | None
-"""Mini-batches of inputs, a calibration, the path of a saved one, or None where none is needed."""
+"""Mini-batches of inputs, a calibration, what `edgekit.module_data` reads by its name, or None
+where none is needed."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,12 @@ def export_module(
 
     `example_inputs` are the module's arguments, tensors whose first axis is the batch; `max_batch`
     lets it vary up to that. `recipe` is a scheme (w8a8, w4a8-tensor, float, ...) or a
-    `LayerRecipe`. `calibration` gives mini-batches of inputs, or is a `Calibration` or the path
-    of one that was saved (the artifact holds `calibration.json`); `method` is how ranges are
-    found. `name` is what the manifest calls the module, by default its class. Raises
-    `EdgekitError` for a mistake and `VerificationError` for a file that does not compute what the
-    quantized module computes; both leave nothing at `output`.
+    `LayerRecipe`. `calibration` gives mini-batches of inputs, is a `Calibration`, or names what
+    the command's --calibrate takes: a file or folder of inputs, `FILE.py:FUNCTION`, or a saved
+    calibration (the artifact holds `calibration.json`); `method` is how ranges are found.
+    `name` is what the manifest calls the module, by default its class. Raises `EdgekitError` for a
+    mistake and `VerificationError` for a file that does not compute what the quantized module
+    computes; both leave nothing at `output`.
     """
     check_output(Path(output), force)
     find_module_target(target)
@@ -166,10 +170,10 @@ def _calibrate(
             "quantized activations need calibration data: give mini-batches of inputs, or a "
             "saved calibration"
         )
+    if isinstance(given, Path | str):
+        given = open_data(str(given), placement.traced)
     if isinstance(given, Calibration):
         return given, None
-    if isinstance(given, Path | str):
-        return Calibration.load(Path(given)), None
     if isinstance(given, Tensor):
         raise EdgekitError("calibration must be mini-batches, as a list: got one tensor")
     first: list[tuple[Tensor, ...]] = []
@@ -183,7 +187,7 @@ def save_codes(network: QuantizedNetwork, path: Path) -> None:
     A bias becomes int32 in units of input scale times weight scale when an engine's file is made.
     """
     traced = network.traced
-    contents: dict[str, Stored] = dict(network.weights)
+    contents: dict[str, Weight] = dict(network.weights)
     for node in traced.graph_module.graph.nodes:
         if node.op == "get_attr" and str(node.target) not in contents:
             contents[str(node.target)] = traced.parameter(node)

@@ -2,25 +2,42 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from edgekit.errors import EdgekitError
+from edgekit.quantize.methods import METHODS, Method
 
-Method = Literal["rtn", "mse", "gptq", "kmeans", "weighted-kmeans", "jlcm"]
-"""How codes are chosen: rounded to nearest with ranges of minimum and maximum, with ranges of least
-squared error, or by GPTQ on a text; codebooks by k-means, by one that weighs errors by what a layer
-sees in a text, or learned on it."""
 CODEBOOK_METHODS: tuple[Method, ...] = ("kmeans", "weighted-kmeans", "jlcm")
 WITH_TEXT: tuple[Method, ...] = ("gptq", "weighted-kmeans", "jlcm")
-METHODS: tuple[Method, ...] = get_args(Method)
+_MOST_BITS = 64
+_TOO_MANY_BYTES = 1 << 60
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of all tensors, or bits for each of the model's parameters; exactly one of the two."""
+    """Bytes of all tensors, or bits for each of the model's parameters; exactly one of the two.
+
+    EdgekitError for both, for neither, and for no positive number.
+    """
 
     bytes: int | None = None
     bits: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no budget."""
+        if self.bytes is not None and self.bits is not None:
+            raise EdgekitError("--bits and --target-size exclude each other: give one of them")
+        if self.bytes is None and not (
+            isinstance(self.bits, int | float) and 0 < self.bits <= _MOST_BITS
+        ):
+            raise EdgekitError(
+                f"--bits {self.bits!s:.40}: must be a number of bits per weight, such as 5.5"
+            )
+        if self.bits is None and not (
+            isinstance(self.bytes, int) and 1 <= self.bytes < _TOO_MANY_BYTES
+        ):
+            raise EdgekitError(
+                f"--target-size {self.bytes!r:.40}: must be a number of bytes, such as 500000000"
+            )
 
     def of(self, parameters: int) -> int:
         """Return the bytes for a model of so many parameters."""
@@ -49,7 +66,11 @@ class Quality:
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a method that learns from a text without one."""
+        """Refuse a method that is none, and one that learns from a text without one."""
+        if self.method is not None and self.method not in METHODS:
+            raise EdgekitError(
+                f"--method {self.method!r:.40}: for language models there are {', '.join(METHODS)}"
+            )
         if self.method in WITH_TEXT and self.calibrate is None:
             raise EdgekitError(f"--method {self.method} needs a text: give one with --calibrate")
 

@@ -10,9 +10,10 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,28 +117,43 @@ def sensitivity(
     """
     if scheme.is_float:
         raise EdgekitError("--scheme float costs nothing: give one that quantizes, such as w4g32")
-    return sensitivity_of(_source(name), scheme, text, progress)
+    return next(sensitivities(_source(name), [scheme], text, lambda scheme: progress or no_steps))
 
 
-def sensitivity_of(
-    source: ModelSource, scheme: Scheme, text: str, progress: Steps | None = None
-) -> Sensitivity:
-    """Do what `sensitivity` does for a model that is found already."""
-    show = progress or no_steps
+def sensitivities(
+    source: ModelSource,
+    schemes: Iterable[Scheme],
+    text: str,
+    progress: Callable[[Scheme], Steps] = lambda scheme: no_steps,
+) -> Iterator[Sensitivity]:
+    """Yield what `sensitivity` returns, scheme by scheme, of a model that is found already.
+
+    The float model is run once, where a figure is missing in the cache.
+    """
     tokens = _tokens(source, text)
+    float_run = cache(lambda: _FloatRun.of(source, tokens))
+    for scheme in schemes:
+        yield _sensitivity(source, scheme, tokens, float_run, progress(scheme))
+
+
+def _sensitivity(
+    source: ModelSource,
+    scheme: Scheme,
+    tokens: list[int],
+    float_run: "Callable[[], _FloatRun]",
+    show: Steps,
+) -> Sensitivity:
     tensors = _tensors(source, scheme)
-    cache = _Cache.open(source, scheme, tokens)
-    missing = [tensor for tensor in tensors if tensor not in cache.figures]
-    if missing:
-        run = _FloatRun.of(source, tokens)
-        for tensor in missing:
-            show(len(tensors) - len(missing) + missing.index(tensor), len(tensors), tensor)
-            cache.keep(tensor, run.cost(tensor, scheme))
+    kept = _Cache.open(source, scheme, tokens)
+    missing = [tensor for tensor in tensors if tensor not in kept.figures]
+    for place, tensor in enumerate(missing, start=len(tensors) - len(missing)):
+        show(place, len(tensors), tensor)
+        kept.keep(tensor, float_run().cost(tensor, scheme))
     show(len(tensors), len(tensors), "")
-    costs = [TensorCost(tensor, *cache.figures[tensor], tensors[tensor]) for tensor in tensors]
+    costs = [TensorCost(tensor, *kept.figures[tensor], tensors[tensor]) for tensor in tensors]
     costs.sort(key=lambda cost: cost.kld, reverse=True)
     positions = len(tokens) - FIRST
-    return Sensitivity(source.id, scheme.name, len(tokens), positions, tuple(costs), cache.path)
+    return Sensitivity(source.id, scheme.name, len(tokens), positions, tuple(costs), kept.path)
 
 
 def divergence_of(source: ModelSource, weights: ReadWeight, text: str) -> Estimate:

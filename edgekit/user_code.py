@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from edgekit.errors import EdgekitError, one_line
+from edgekit.errors import EdgekitError, Terminated, one_line
 
 _SPELLING = re.compile(r"(?P<file>.+\.py)(?::(?P<function>[A-Za-z_]\w*))?", re.DOTALL)
 
@@ -66,7 +66,7 @@ class Factory:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 yield
-        except EdgekitError:
+        except (EdgekitError, Terminated):
             raise
         except (Exception, SystemExit) as error:
             raise EdgekitError(f"{_place(self.file, error)}: {_said(error)}") from error

@@ -19,11 +19,11 @@ from edgekit.exporters.verify import Reference, check_format_cost, reference, ve
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
-from edgekit.models.weights import Weight
 from edgekit.module_verification import verify_module_artifact
 from edgekit.progress import Progress
 from edgekit.quantize.recipe import Resolved, tied_shapes
 from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.tensor import Weight
 from edgekit.runtime.engine import import_engine, load_engine
 
 VERIFY_TOKENS = 128

@@ -11,9 +11,8 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.target import Job, Options, Weights
 from edgekit.models.activations import per_token
 from edgekit.models.config import ModelConfig
-from edgekit.models.weights import Weight
 from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 NAME = "executorch"
 MODEL_FILE = "model.pte"

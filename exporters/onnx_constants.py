@@ -8,8 +8,8 @@ from torch import Tensor
 from edgekit.exporters.onnx_graph import Array, OnnxGraph
 from edgekit.exporters.onnx_names import SCALES, ZERO_POINTS
 from edgekit.exporters.onnx_packing import Packed
-from edgekit.models.weights import Weight
 from edgekit.quantize.packing import pack
+from edgekit.quantize.tensor import Weight
 
 _CHUNK_ELEMENTS = 1 << 22
 _CODE_TYPES = {

@@ -15,7 +15,8 @@ from edgekit.exporters.onnx_packing import Packed, pack_matrix, stack
 from edgekit.exporters.onnx_plain import causal_taps
 from edgekit.models.config import ModelConfig
 from edgekit.models.rope import rope_tables
-from edgekit.models.weights import Weight, floats
+from edgekit.models.weights import floats
+from edgekit.quantize.tensor import Weight
 
 INT8_ACTIVATIONS = 4
 """`accuracy_level` of MatMulNBits: activations are rounded to int8, block by block.

@@ -15,7 +15,8 @@ from edgekit.exporters.onnx_graph import OnnxGraph
 from edgekit.exporters.onnx_packing import pack_matrix
 from edgekit.models.config import ModelConfig
 from edgekit.models.rope import rope_tables
-from edgekit.models.weights import Weight, floats
+from edgekit.models.weights import floats
+from edgekit.quantize.tensor import Weight
 
 _UNSEEN = np.float32(np.finfo(np.float32).min)
 

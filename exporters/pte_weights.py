@@ -20,9 +20,9 @@ from edgekit.exporters.pte import FORWARD, Constant, KernelCall, Method, Program
 from edgekit.exporters.stored_size import StoredSize
 from edgekit.exporters.xnnpack_graph import BACKEND, GraphConstant, read_graph
 from edgekit.models.config import ModelConfig
-from edgekit.models.weights import Weight, floats
+from edgekit.models.weights import floats
 from edgekit.quantize.recipe import EMBEDDING, HEAD
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 EMBEDDING_OPERATORS = (
     "quantized_decomposed::embedding_byte.out",

@@ -14,11 +14,10 @@ from torch import Tensor
 from edgekit.errors import EdgekitError
 from edgekit.exporters.weights import read_weights
 from edgekit.models.config import ModelConfig
-from edgekit.models.weights import Weight
 from edgekit.quantize.recipe import EMBEDDING, HEAD, Resolved
 from edgekit.quantize.scales import SMALLEST_SCALE
 from edgekit.quantize.scheme import Scheme
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 
 def read_codes(

@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from edgekit.errors import EdgekitError
-from edgekit.models.weights import Weight
 from edgekit.quantize.codebook.snap import as_int8
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.table import table_json
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 
 def stored_rows(rows: Sequence[Resolved], tables: Collection[str]) -> list[Resolved]:

@@ -15,11 +15,10 @@ from edgekit.exporters.stored import stored_weight
 from edgekit.models.checkpoint import WeightSource
 from edgekit.models.codes import CodesFile
 from edgekit.models.config import ModelConfig
-from edgekit.models.weights import Weight
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scheme import FORMS
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 # Each module is a `Target`; only the one asked for is imported, with its libraries.
 TARGETS = {

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from edgekit.errors import EdgekitError, VerificationError, one_line
+from edgekit.exporters.verify import SHARE_OF_QUANTIZATION
 from edgekit.quantize.observers import LEVELS
 from edgekit.quantize.traced.network import QuantizedNetwork
 from edgekit.tables import markdown_table
@@ -24,11 +25,6 @@ Both compute the same sums of the same codes, but round at ties differently, so 
 there a code differs by one: a layer after an average of four codes, a quarter of which are ties
 that engines leave to the noise of float sums, strays by 0.6. A scale or a zero point that is lost
 moves outputs by dozens.
-"""
-SHARE_OF_QUANTIZATION = 0.5
-"""Where quantization itself moves the outputs further than that, the bound is this share of it.
-
-A deep network of 4-bit weights amplifies single codes as it does every other rounding.
 """
 LEAST_STEP = 1e-5
 """Step, relative to the largest value, of outputs that have no codes: float32 sums differ."""

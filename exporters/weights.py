@@ -1,7 +1,6 @@
 """Weights read back from artifacts of any target, and compared tensor by tensor."""
 
 import importlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from edgekit.errors import EdgekitError
 from edgekit.exporters.stored_size import StoredSize
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.apply import ratio_db
 from edgekit.quantize.tensor import CHUNK_ELEMENTS, as_rows
 
 # Each module offers `weights(path, config)`, which yields checkpoint names with float32 tensors, and
@@ -77,7 +77,7 @@ class TensorComparison:
     @property
     def sqnr(self) -> tuple[float | None, ...]:
         """Per file the signal to quantization noise ratio in dB; None where it has no noise."""
-        return tuple(sqnr_db(self.signal, noise) for noise in self.noise)
+        return tuple(known_ratio_db(self.signal, noise) for noise in self.noise)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as JSON data."""
@@ -90,9 +90,9 @@ class TensorComparison:
         }
 
 
-def sqnr_db(signal: float | None, noise: float | None) -> float | None:
-    """Return 10 log10(signal / noise); None where one of them is unknown or zero."""
-    return 10 * math.log10(signal / noise) if signal and noise else None
+def known_ratio_db(signal: float | None, noise: float | None) -> float | None:
+    """Return `ratio_db`; None where one of them is unknown or zero."""
+    return ratio_db(signal, noise) if signal and noise else None
 
 
 def compare_weights(

@@ -40,10 +40,10 @@ def quantize(
     """Choose ranges for a float weight and return its codes.
 
     `axis` gives one scale per channel, `group_size` one per run of the last axis, neither one
-    scale for the tensor. `method` minmax covers every value, mse minimises the squared
-    error. Works in cache-sized pieces: beside the codes, no copy of a contiguous weight is made
-    unless `axis` is above 0. Raises ValueError for types other than float32, float16 and bfloat16, for shapes
-    that cannot be grouped, and for values that are infinite, NaN or too large to store.
+    scale for the tensor. `method` minmax covers every value, mse minimises the squared error. Works
+    in cache-sized pieces: beside the codes, no copy of a contiguous weight is made unless `axis` is
+    above 0. Raises ValueError for types other than float32, float16 and bfloat16, for shapes that
+    cannot be grouped, and for values that are infinite, NaN or too large to store.
     """
     if method not in RANGE_METHODS:
         raise ValueError(f"range must be one of {', '.join(RANGE_METHODS)}, got {method!r}")

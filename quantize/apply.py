@@ -9,9 +9,7 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.recipe import Resolved, shared_rows
-from edgekit.quantize.tensor import QuantizedTensor, as_rows
-
-Stored = QuantizedTensor | Tensor
+from edgekit.quantize.tensor import QuantizedTensor, Weight, as_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +22,7 @@ class Applied:
     """
 
     row: Resolved
-    value: Stored
+    value: Weight
     weight: Tensor | None
     same_as: str | None = None
 
@@ -33,7 +31,7 @@ def quantize_tensors(
     rows: Sequence[Resolved],
     get_tensor: Callable[[str], Tensor],
     tied: Mapping[str, str] | None = None,
-) -> Iterator[tuple[str, Stored]]:
+) -> Iterator[tuple[str, Weight]]:
     """Yield each tensor's name with its codes, or with the tensor as stored where it is float.
 
     `get_tensor` is called once per row with the tensor's name, or, for a name in `tied`, with
@@ -53,7 +51,7 @@ def apply(
     sources = dict(tied or {})
     shared = shared_rows(rows, sources)
     # Only codes that a later name will ask for outlive their turn; their weight does not.
-    kept: dict[str, tuple[str, Stored]] = {}
+    kept: dict[str, tuple[str, Weight]] = {}
     for row in rows:
         source = sources.get(row.tensor, row.tensor)
         is_shared = row.tensor in shared or row.tensor in shared.values()
@@ -80,12 +78,17 @@ def sqnr_db(weight: Tensor, quantized: QuantizedTensor) -> float:
         exact = rows[part].to(torch.float32)
         signal += float(exact.square().sum())
         noise += float((exact - restored).square_().sum())
+    return ratio_db(signal, noise)
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """Return 10 log10(signal / noise): infinite without noise, else -infinite without a signal."""
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
-def _quantize(row: Resolved, weight: Tensor) -> Stored:
+def _quantize(row: Resolved, weight: Tensor) -> Weight:
     if tuple(weight.shape) != row.shape:
         raise EdgekitError(f"{row.tensor}: expected shape {row.shape}, got {tuple(weight.shape)}")
     if row.scheme.is_float:

@@ -95,6 +95,11 @@ class Recipe:
     name: str = "recipe"
 
     @classmethod
+    def named(cls, name: str) -> "Recipe":
+        """Return a preset's recipe, or that of one scheme for all linears."""
+        return preset(name) if name in PRESETS else uniform(Scheme.parse(name))
+
+    @classmethod
     def load(cls, path: Path) -> "Recipe":
         """Read a .toml or .json recipe; EdgekitError names the file and the rule at fault."""
         rules = load_rules(path, lambda *entry: Rule(entry[0], Scheme.parse(entry[1]), entry[2]))
@@ -225,7 +230,7 @@ def shared_rows(rows: Iterable[Resolved], tied: Mapping[str, str]) -> dict[str, 
 
 
 def method_of(rows: Sequence[Resolved]) -> str:
-    """Return the method of rows that are rounded to nearest (`edgekit.quantize.storage.METHODS`)."""
+    """Return the method of rows that are rounded to nearest (`edgekit.quantize.methods`)."""
     if any(row.scheme.books for row in rows):
         return "kmeans"
     return "mse" if any(row.range == "mse" for row in rows) else "rtn"

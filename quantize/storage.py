@@ -23,20 +23,18 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError, one_line
 from edgekit.files import new_file
+from edgekit.quantize.methods import RECORDED
 from edgekit.quantize.packing import pack, unpack
-from edgekit.quantize.tensor import QuantizedTensor, scales_shape
+from edgekit.quantize.tensor import QuantizedTensor, Weight, scales_shape
 
 FORMAT_VERSION = 1
 PARTS = ("codes", "scales", "zero_points", "codebook")
 """What a quantized tensor may consist of in the file."""
-METHODS = ("rtn", "mse", "gptq", "qat", "jlcm", "kmeans", "weighted-kmeans")
-"""rtn: rounded to nearest, ranges by minimum and maximum; mse: ranges of least squared error;
-jlcm and those after it: codebooks."""
 _MOST_FACTS = 64
 _LONGEST = 200
 
-Stored = QuantizedTensor | Tensor
-Contents = dict[str, Stored]
+Stored = Weight
+Contents = dict[str, Weight]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class About:
     model   what the manifest calls the model
     sha256  of the weights that were quantized (`WeightSource.sha256`)
     recipe  the recipe's name
-    method  one of `METHODS`
+    method  one of `edgekit.quantize.methods.RECORDED`
     facts   anything else worth keeping: text, numbers, truth values
 
     Raises ValueError for values of other types, too long, or not printable.
@@ -65,8 +63,10 @@ class About:
                 raise ValueError(f"{name} must be a printable text of at most {_LONGEST} letters")
         if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ValueError("sha256 must be 64 hexadecimal digits")
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r:.40}")
+        if self.method not in RECORDED:
+            raise ValueError(
+                f"method must be one of {', '.join(RECORDED)}, got {self.method!r:.40}"
+            )
         if not isinstance(self.facts, Mapping) or len(self.facts) > _MOST_FACTS:
             raise ValueError(f"facts must be at most {_MOST_FACTS} names with values")
         for name, value in self.facts.items():
@@ -97,7 +97,7 @@ class Document:
     about: About | None
 
 
-def save_quantized(path: Path, tensors: Mapping[str, Stored], about: About | None = None) -> None:
+def save_quantized(path: Path, tensors: Mapping[str, Weight], about: About | None = None) -> None:
     """Write tensors to `path` whole or not at all; an existing file is replaced.
 
     Raises ValueError where two names would collide in the file and
@@ -119,7 +119,7 @@ def save_quantized(path: Path, tensors: Mapping[str, Stored], about: About | Non
 
 
 def load_quantized(path: Path) -> Contents:
-    """Read what `save_quantized` wrote; EdgekitError in one line where the file is anything else."""
+    """Read what `save_quantized` wrote; EdgekitError where the file is anything else."""
     if not path.is_file():
         raise EdgekitError(f"{path}: no such file")
     try:
@@ -131,7 +131,7 @@ def load_quantized(path: Path) -> Contents:
     return _assemble(path, entries, arrays)
 
 
-def _flatten(tensors: Mapping[str, Stored]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _flatten(tensors: Mapping[str, Weight]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the file's arrays and the metadata's entries."""
     arrays: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
@@ -160,7 +160,7 @@ def _describe(tensor: QuantizedTensor) -> dict[str, Any]:
     }
 
 
-def _arrays(name: str, tensor: Stored) -> dict[str, Tensor]:
+def _arrays(name: str, tensor: Weight) -> dict[str, Tensor]:
     if isinstance(tensor, Tensor):
         return {name: tensor.contiguous()}
     codes = tensor.codes.contiguous()

@@ -209,6 +209,10 @@ class QuantizedTensor:
             raise ValueError(f"{books} codebooks must divide the rows of shape {self.shape}")
 
 
+Weight = QuantizedTensor | Tensor
+"""A weight as codes or as floats."""
+
+
 def code_range(bits: int, signed: bool) -> tuple[int, int]:
     """Return the lowest and highest code of `bits` bits."""
     low = -(1 << (bits - 1)) if signed else 0

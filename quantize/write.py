@@ -9,8 +9,8 @@ from torch import Tensor
 from edgekit.errors import EdgekitError
 from edgekit.quantize.apply import Applied, apply, sqnr_db
 from edgekit.quantize.recipe import Resolved
-from edgekit.quantize.storage import About, Stored, save_quantized
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.storage import About, save_quantized
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 
 def quantize_to_file(
@@ -25,13 +25,14 @@ def quantize_to_file(
 
     Float tensors are written as float32, what the table counts, and are not in the result.
     `get_tensor` and `tied` are those of `quantize_tensors`; `on_tensor` hears each name when it
-    is done, `about` is what the file says of itself. Raises EdgekitError naming the tensor, or the file where it cannot be written.
+    is done, `about` is what the file says of itself. Raises EdgekitError naming the tensor, or the
+    file where it cannot be written.
     """
     try:
         str(path).encode()
     except UnicodeEncodeError as error:  # the safetensors library takes names as UTF-8 alone
         raise EdgekitError(f"{path}: its name is not UTF-8; give another name") from error
-    contents: dict[str, Stored] = {}
+    contents: dict[str, Weight] = {}
     sqnr: dict[str, float] = {}
     for applied in apply(rows, get_tensor, tied):
         _add(applied, contents, sqnr)
@@ -41,7 +42,7 @@ def quantize_to_file(
     return sqnr
 
 
-def _add(applied: Applied, contents: dict[str, Stored], sqnr: dict[str, float]) -> None:
+def _add(applied: Applied, contents: dict[str, Weight], sqnr: dict[str, float]) -> None:
     """Add one tensor to the file's contents and measure it, unless that was done before."""
     name, value = applied.row.tensor, applied.value
     if applied.same_as is not None:

@@ -90,8 +90,9 @@ def evaluate(
     Both are a folder that `edgekit export` wrote, what `find_model_file` takes besides, or a model
     (a name of `edgekit models`, a hub id or a folder), which runs in torch as the float model it
     is. `chunks` bounds how many chunks of `context` tokens are scored; `tokenizer` is a
-    tokenizer.json, or the folder of one, to use for files instead of their own. Raises `EdgekitError` for a text that is too short, a context that
-    does not fit, a reference with other tokens, and logits that are not finite.
+    tokenizer.json, or the folder of one, to use for files instead of their own. Raises
+    `EdgekitError` for a text that is too short, a context that does not fit, a reference with other
+    tokens, and logits that are not finite.
     """
     return evaluate_each(
         [artifact],

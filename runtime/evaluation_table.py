@@ -24,7 +24,8 @@ def _introduction(result: Evaluation) -> str:
     return (
         f"{result.name} in {result.engine} {result.engine_version}{against}\n"
         f"{counted(result.tokens, 'token')} scored: second half of "
-        f"{counted(result.chunks, 'chunk')} of {result.context} from a text of {counted(result.text_tokens, 'token')}"
+        f"{counted(result.chunks, 'chunk')} of {result.context} from a text of "
+        f"{counted(result.text_tokens, 'token')}"
     )
 
 

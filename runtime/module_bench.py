@@ -43,9 +43,10 @@ def all_modules(artifacts: Sequence[Path]) -> bool:
     found = [(path / MANIFEST).is_file() and Artifact.open(path).is_module for path in artifacts]
     if any(found) and not all(found):
         module, other = artifacts[found.index(True)], artifacts[found.index(False)]
-        raise EdgekitError(
-            f"{module} is a module, {other} is a language model: measure them one by one"
-        )
+        if not other.exists():
+            raise EdgekitError(f"{other}: no such file or folder")
+        what = "a language model" if (other / MANIFEST).is_file() else "no artifact of a module"
+        raise EdgekitError(f"{module} is a module, {other} is {what}: measure them one by one")
     return any(found)
 
 

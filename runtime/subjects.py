@@ -24,8 +24,8 @@ def open_subject(
     """Open an artifact or a foreign file in its engine, or a model, in torch as the float model.
 
     `context` is the number of positions a model needs; an artifact has those of its file.
-    `tokenizer` is another tokenizer.json for a file, or its folder. Raises `EdgekitError` where there is
-    neither.
+    `tokenizer` is another tokenizer.json for a file, or its folder. Raises `EdgekitError` where
+    there is neither.
     """
     check_threads(threads)
     if is_model_file(Path(name)):

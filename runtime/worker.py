@@ -4,8 +4,9 @@ It reads one JSON request per line from stdin and answers each with one JSON lin
 stdin does. `{"op": "load", "engine", "model", "threads", "context"}` loads an engine;
 `{"op": "measure", "kind", "tokens", "depth", "seed"}` times one repetition of a test. Of modules,
 `{"op": "load_module", "target", "model", "threads"}` loads one and `{"op": "run_module", "inputs",
-"seed", "runs", "at_least_ns"}` times a burst of runs. A failure is answered as `{"error": "one line"}`. One process per artifact makes load time and peak memory
-that artifact's own.
+"seed", "runs", "at_least_ns"}` times a burst of runs. A failure is answered as
+`{"error": "one line"}`. One process per artifact makes load time and peak memory that artifact's
+own.
 """
 
 import json

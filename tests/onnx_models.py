@@ -14,9 +14,9 @@ from edgekit.exporters import onnx as target
 from edgekit.exporters.target import Job, Options, Weights
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import build_eager
-from edgekit.models.weights import Weight
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.recipe import Recipe, resolve, tied_shapes
+from edgekit.quantize.tensor import Weight
 
 Abi = Literal["genai", "transformersjs"]
 Logits = NDArray[np.float32]

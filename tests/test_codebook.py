@@ -208,6 +208,22 @@ def test_the_proximal_gradient_falls_with_the_distance() -> None:
     assert abs(found[2]) < abs(found[1])
 
 
+def test_weighted_kmeans_weighs_by_the_mean_square_of_each_columns_inputs() -> None:
+    """Columns that are never seen take no part: here those of a hundredfold size."""
+    weight, x = draw(15, 16, 64), draw(16, 300, 64)
+    x[:, 32:] = 0
+    weight[:, 32:] *= 100
+    inputs, scheme = Inputs(64), Scheme.parse("cb3g32")
+    inputs.add(x, x)
+    found = weighted_kmeans(weight, inputs, scheme)
+    alone = scheme.fit_codebook(weight[:, :32], x[:, :32].square().mean(0))
+    assert found.codebook is not None
+    assert alone.codebook is not None
+    torch.testing.assert_close(found.codebook, alone.codebook, atol=1, rtol=0)
+    with pytest.raises(ValueError, match="expected inputs of 32 columns, got 64"):
+        weighted_kmeans(weight[:, :32], inputs, scheme)
+
+
 class Layer:
     """A linear layer whose inputs are correlated, as a model's are."""
 
@@ -262,7 +278,7 @@ def test_what_is_owed_is_made_up_for() -> None:
 def test_each_step_lowers_the_error(gradient: Gradient, name: str) -> None:
     layer, scheme = Layer(), Scheme.parse(name)
     plain = scheme.fit_codebook(layer.weight)
-    start = weighted_kmeans(layer.weight, layer.inputs, scheme)
+    start = scheme.fit_codebook(layer.weight, layer.error.importance)
     learned = learn(layer.weight, start, layer.error, Learning(gradient))
     settled = settle(learned, layer.error, ROUNDS)
     losses = [layer.loss(each) for each in (plain, start, learned, settled)]
@@ -299,6 +315,36 @@ def test_descent_of_indices_never_raises_the_error_and_ends_where_no_neighbour_i
             changed = base.clone()
             changed[row, column] = tensor.codebook[index] * spread[row, column]
             assert error(changed) > after - 1e-4 * abs(after)
+
+
+def test_a_sweep_over_columns_takes_for_each_the_best_neighbour_given_all_others() -> None:
+    """Two blocks of columns and a part of one, against a gradient made anew for every column."""
+    layer, scheme = Layer(rows=12, columns=320), Scheme.parse("cb3")
+    start = scheme.fit_codebook(layer.weight)
+    assert start.codebook is not None
+    book, scales = start.codebook.double(), start.scales.double()
+    hessian, wanted = layer.error.hessian.double(), layer.error.wanted.double()
+    codes = start.codes.long()
+    for column in range(320):
+        weight = book[codes] * scales[:, None]
+        slope = weight @ hessian[:, column] - wanted[:, column]
+        candidates = (codes[:, column] + torch.tensor([[-1], [0], [1]])).clamp(0, 7)
+        change = book[candidates] * scales - weight[:, column]
+        costs = change.square() * hessian[column, column] + 2 * change * slope
+        codes[:, column] = candidates.gather(0, costs.argmin(0)[None])[0]
+    found = settle(start, layer.error, 0, fixed=True)
+    assert (codes != start.codes).double().mean() > 0.1
+    # A value on the edge between two entries may fall to either side of it.
+    assert (found.codes == codes).double().mean() > 0.995
+
+
+@pytest.mark.parametrize("rounds", [0, ROUNDS])
+def test_a_fixed_table_stays_as_it_is_for_weights_however_small(rounds: int) -> None:
+    layer = Layer(rows=32)
+    found = jlcm(1e-3 * layer.weight, layer.inputs, Scheme.parse("cb4nl"), rounds=rounds)
+    assert found.codebook is not None
+    assert found.codebook.tolist() == list(IQ4_NL)
+    assert int(found.codes.max()) < 16
 
 
 def test_inputs_that_were_never_seen_change_nothing() -> None:

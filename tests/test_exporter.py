@@ -22,7 +22,7 @@ from edgekit.model_export import plan_export
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import build_eager
 from edgekit.models.source import resolve_model
-from edgekit.models.weights import Weight, row_block
+from edgekit.models.weights import row_block
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.recipe import (
     EMBEDDING,
@@ -35,7 +35,7 @@ from edgekit.quantize.recipe import (
     uniform,
 )
 from edgekit.quantize.scheme import Scheme
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.runtime.executorch_engine import ExecutorchEngine
 
 CONTEXT = 24

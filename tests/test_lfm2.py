@@ -13,10 +13,10 @@ from edgekit.models.config import ModelConfig
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.lfm2 import LFM2
 from edgekit.models.source import resolve_model
-from edgekit.models.weights import Weight
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.recipe import EMBEDDING, HEAD, Recipe, preset, resolve, tied_shapes, uniform
 from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.tensor import Weight
 
 CONTEXT = 48
 LENGTH = 37

@@ -1,20 +1,25 @@
 """Mixed precision: the choice fits the budget, is the cheapest, and is what gets written."""
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import edgekit
 from edgekit import mixed as module
+from edgekit import sensitivity
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.reference_text import TEXT
 from edgekit.gguf_file import GgufFile
 from edgekit.mixed import mixed_recipe
-from edgekit.models.source import resolve_model
+from edgekit.models.source import ModelSource, resolve_model
 from edgekit.quality import Budget
 from edgekit.quantize.recipe import EMBEDDING, HEAD, resolve, tied_shapes
 from edgekit.quantize.scheme import Scheme
@@ -52,6 +57,23 @@ def test_the_choice_fits_and_more_bytes_cost_less() -> None:
     costs = [mixed.predicted_kld for mixed in found]
     assert costs == sorted(costs, reverse=True)
     assert {scheme for _, scheme, _ in found[-1].choices} == {"w8"}
+
+
+def test_the_float_model_runs_once_for_all_schemes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runs = []
+    usual = sensitivity._FloatRun.of
+
+    def counted(source: ModelSource, tokens: list[int]) -> sensitivity._FloatRun:
+        runs.append(len(tokens))
+        return usual(source, tokens)
+
+    monkeypatch.setattr(sensitivity._FloatRun, "of", counted)
+    monkeypatch.setattr(sensitivity._FloatRun, "cost", lambda self, name, scheme: (1.0, 0.5))
+    mixed_recipe(resolve_model("lfm2-tiny"), Budget(bits=64.0), SCHEMES, TEXT)
+    assert len(runs) == 1
 
 
 def test_the_greedy_choice_is_close_to_the_best() -> None:
@@ -121,6 +143,16 @@ def test_a_gguf_takes_the_bytes_that_were_asked_for(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_output_that_exists_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekit.model_export.plan_export", None)
+    (tmp_path / "out").mkdir()
+    done = run("export", "lfm2-tiny", "--target", "gguf", "--bits", "5.5", "-o", tmp_path / "out")
+    assert done.exit_code == 2
+    assert f"{tmp_path / 'out'}: exists" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -138,3 +170,25 @@ def test_mistakes_end_in_one_line(tmp_path: Path, given: tuple[str, ...], messag
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"method": "gpqt"}, "--method 'gpqt': for language models there are rtn, mse, gptq"),
+        ({"method": "gptq"}, "--method gptq needs a text"),
+        ({"bits": 5.0, "target_size": 500}, "--bits and --target-size exclude each other"),
+        ({"bits": math.nan}, "--bits nan: must be a number of bits per weight"),
+        ({"bits": "5.5"}, "--bits 5.5: must be a number of bits per weight"),
+        ({"target_size": 0}, "--target-size 0: must be a number of bytes"),
+        ({"target_size": "500MB"}, "--target-size '500MB': must be a number of bytes"),
+    ],
+)
+def test_python_refuses_what_the_command_refuses(
+    given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(EdgekitError, match=re.escape(said)):
+        edgekit.export("lfm2-tiny", tmp_path / "out", target="gguf", **given)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(EdgekitError, match="must be a number of bits per weight"):
+        Budget()

@@ -18,6 +18,8 @@ from edgekit.quantize.storage import load_quantized
 from edgekit.user_code import Factory
 
 CODE = """
+import os
+import signal
 import sys
 import torch
 from torch import nn
@@ -68,6 +70,9 @@ def broken():
 
 def leaving():
     sys.exit("enough")
+
+def terminated():
+    os.kill(os.getpid(), signal.SIGTERM)
 
 def nothing():
     return None
@@ -167,6 +172,9 @@ def test_two_artifacts_are_timed_in_turn(code: Path, place: Path) -> None:
     assert [item["recipe"] for item in document["artifacts"]] == ["float", "w8a8"]
     assert_only_one_line(run("bench", place / "int8", "-p", 4), "-p is for language models")
     assert_only_one_line(run("bench", place / "int8", "--batch", 3), "batches of up to 2")
+    none = place / "none"
+    assert_only_one_line(run("bench", place / "int8", none), f"{none}: no such file or folder")
+    assert_only_one_line(run("bench", place / "int8", record), f"{record} is no artifact of a mod")
 
 
 def test_a_damaged_module_fails_its_verification(code: Path, place: Path) -> None:
@@ -385,6 +393,13 @@ def test_a_function_that_gives_no_traceable_module(
     code: Path, place: Path, name: str, words: tuple[str, ...]
 ) -> None:
     assert_only_one_line(export(code, place / "net", "--float", name=name), *words)
+    assert list(place.iterdir()) == []
+
+
+def test_sigterm_while_the_users_code_runs(code: Path, place: Path) -> None:
+    words = ("export", f"{code}:terminated", "--target", "onnx", "-o", place / "net")
+    done = edgekit(*words, "--example-shape", "1x3x6x6")
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "edgekit: terminated\n")
     assert list(place.iterdir()) == []
 
 

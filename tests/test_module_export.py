@@ -98,6 +98,17 @@ def test_a_saved_calibration_gives_the_same_file(tmp_path: Path) -> None:
     assert json.loads(saved.read_text())["method"] == "percentile"
 
 
+def test_a_path_means_the_data_that_it_means_on_the_command_line(tmp_path: Path) -> None:
+    batches = [batch_for("residual", 4, seed) for seed in range(3)]
+    first = _export(tmp_path / "a", calibration=batches)
+    np.save(tmp_path / "x.npy", torch.cat(batches).numpy())
+    for number, given in enumerate((tmp_path / "x.npy", str(tmp_path / "x.npy"))):
+        again = _export(tmp_path / f"b{number}", calibration=given)
+        assert again.model_path.read_bytes() == first.model_path.read_bytes()
+    with pytest.raises(EdgekitError, match=r"none\.npz: no such file"):
+        _export(tmp_path / "c", calibration=tmp_path / "none.npz")
+
+
 def test_a_float_module_needs_no_calibration(tmp_path: Path) -> None:
     artifact = _export(tmp_path / "net", recipe="float", calibration=None)
     assert {row["scheme"] for row in artifact.manifest["tensors"]} == {"float"}

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cifar.data import CLASSES
 from edgekit.errors import EdgekitError
 
-CLASSES = 10
 IMAGE = (3, 32, 32)
 
 
@@ -48,7 +48,7 @@ class MobileNet(nn.Module):
             channels = int(base * width)
         self.blocks = nn.Sequential(*blocks)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(channels, CLASSES)
+        self.head = nn.Linear(channels, len(CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.head(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
@@ -94,7 +94,7 @@ class ResNet(nn.Module):
             channels = int(base * width)
         self.blocks = nn.Sequential(*blocks)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(channels, CLASSES)
+        self.head = nn.Linear(channels, len(CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.head(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -16,7 +16,7 @@ from edgekit.errors import EdgekitError, Interrupted
 
 if TYPE_CHECKING:
     from edgekit.mixed import Mixed
-    from edgekit.quality import Budget, Quality
+    from edgekit.quality import Quality
     from edgekit.quantization import Made
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -33,15 +33,13 @@ class QualityChoice:
 
     def of_a_model(self, choice: RecipeChoice) -> "Quality":
         """Return what is asked for a language model; EdgekitError where it contradicts a recipe."""
-        from edgekit.quality import METHODS, Quality
+        from edgekit.quality import Budget, Quality
+        from edgekit.quantize.methods import Method
 
-        budget = _budget(self.bits, self.target_size)
-        if self.method is not None and self.method not in METHODS:
-            raise EdgekitError(
-                f"--method {self.method!r:.40}: for language models there are {', '.join(METHODS)}"
-            )
+        size = None if self.target_size is None else _bytes(self.target_size)
+        budget = None if (self.bits, size) == (None, None) else Budget(size, self.bits)
         text = None if self.calibrate is None else Path(self.calibrate)
-        quality = Quality(text, self.method, budget)
+        quality = Quality(text, cast("Method | None", self.method), budget)
         if budget is not None and choice.given:
             raise EdgekitError(
                 f"{budget.option} and {choice.option} exclude each other: a budget chooses the "
@@ -139,20 +137,6 @@ def quality_dict(mixed: "Mixed | None", made: "Made | None") -> dict[str, Any]:
     if made is not None and made.gains is not None:
         found["gains"] = made.gains.to_dict()
     return found
-
-
-def _budget(bits: float | None, size: str | None) -> "Budget | None":
-    from edgekit.quality import Budget
-
-    if bits is not None and size is not None:
-        raise EdgekitError("--bits and --target-size exclude each other: give one of them")
-    if size is not None:
-        return Budget(bytes=_bytes(size))
-    if bits is None:
-        return None
-    if not 0 < bits <= 64:
-        raise EdgekitError(f"--bits {bits:g}: must be a number of bits per weight, such as 5.5")
-    return Budget(bits=bits)
 
 
 def _bytes(text: str) -> int:

@@ -56,8 +56,7 @@ class RecipeChoice:
         EdgekitError for one of llama.cpp's own formats, which edgekit does not quantize to.
         """
         from edgekit.exporters.llama_formats import check_format
-        from edgekit.quantize.recipe import Recipe, preset, uniform
-        from edgekit.quantize.scheme import Scheme
+        from edgekit.quantize.recipe import Recipe
 
         if self.llama_format is not None:
             raise EdgekitError(
@@ -68,8 +67,7 @@ class RecipeChoice:
             return Recipe.load(self.file)
         if self.scheme is not None:
             check_format(self.scheme)
-            return uniform(Scheme.parse(self.scheme))
-        return preset(self.preset or "int8")
+        return Recipe.named(self.scheme or self.preset or "int8")
 
     def layer_recipe(self) -> "LayerRecipe":
         """Return the recipe of a module; w8a8 where int8 or nothing was asked for."""

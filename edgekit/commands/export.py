@@ -132,6 +132,8 @@ def command(
         )
     if codes is not None and quality != Quality():
         raise EdgekitError("--codes are chosen already: leave out how to choose them")
+    if output is not None and not dry_run:
+        check_output(output, force)  # a budget is measured before the plan is there
     form = choice.llama_format
     with resumable(quality), progress_line() as show:
         plan = plan_export(
@@ -153,7 +155,7 @@ def command(
         )
     label = choice.label if quality.budget is None else quality.budget.label
     label = label if codes is None else codes.stem
-    folder = output or Path(f"{Path(plan.source.id).name.lower()}-{target}-{label}")
+    folder = output or Path(f"{plan.source.short_name}-{target}-{label}")
     if not dry_run:
         check_output(folder, force)
     for warning in warnings(plan.rows):
@@ -188,12 +190,12 @@ def _export(
     plan: "Plan", folder: Path, force: bool, as_json: bool
 ) -> "tuple[dict[str, Any], Made | None]":
     """Choose the codes, where that was asked for, and export them."""
-    from edgekit.model_export import export_plan, prepared
+    from edgekit.model_export import export_plan, with_codes
     from edgekit.progress import stage_printer
 
     with ExitStack() as stack:
         with progress_line() as show:
-            ready, made = stack.enter_context(prepared(plan, folder, show))
+            ready, made = stack.enter_context(with_codes(plan, folder, show))
         if not as_json:
             click.echo("".join(f"{part}\n" for part in quality_text(plan.mixed, made)), nl=False)
         return export_plan(ready, folder, force, stage_printer()), made

@@ -87,7 +87,7 @@ def command(
         model, revision=revision, random_weights=random_weights or without_weights
     )
     label = choice.label if quality.budget is None else quality.budget.label
-    path = None if dry_run else output or Path(f"{_last(source.id)}-{label}.safetensors")
+    path = None if dry_run else output or Path(f"{source.short_name}-{label}.safetensors")
     if path is not None:
         check_output_file(path, force)
     recipe = choice.recipe() if quality.budget is None else preset("int8")
@@ -153,8 +153,3 @@ class _Report:
             "file": None if path is None else str(path),
             **quality_dict(self.mixed, made),
         }
-
-
-def _last(model_id: str) -> str:
-    """Return the part of a hub id that names the model."""
-    return model_id.rsplit("/", 1)[-1]

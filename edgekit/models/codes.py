@@ -21,12 +21,11 @@ from edgekit.models.checkpoint import (
     shape_problems,
 )
 from edgekit.models.config import ModelConfig
-from edgekit.models.weights import Weight
 from edgekit.quantize.recipe import EMBEDDING, HEAD, Resolved, tied_shapes
 from edgekit.quantize.scales import SCALES, ScaleGrid
 from edgekit.quantize.scheme import FLOAT, FORMS, Scheme, scheme_of
 from edgekit.quantize.storage import PARTS, About, build_tensor, check_entry, read_document
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 _MAX_CODEBOOK = 1 << 20
 _DTYPES = {**FLOAT_DTYPES, "I8": torch.int8, "U8": torch.uint8}

@@ -16,11 +16,12 @@ from edgekit.errors import EdgekitError
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import EagerBlocks
 from edgekit.models.lfm2 import LFM2, Layer
-from edgekit.models.weights import ReadWeight, Weight, floats
+from edgekit.models.weights import ReadWeight, floats
+from edgekit.progress import Steps, no_steps
 from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scheme import Scheme
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 # The linears of a layer in the order in which data reaches them; those of a stage have the same
 # inputs.
@@ -64,7 +65,7 @@ def layer_codes(
     read: Callable[[str], Tensor],
     codes: ReadWeight,
     texts: Sequence[Sequence[int]],
-    progress: Callable[[int, int, str], None] = lambda done, total, label: None,
+    progress: Steps = no_steps,
     kept: Kept | None = None,
     choose: Choose | None = None,
 ) -> Codes:

@@ -33,6 +33,11 @@ class ModelSource:
     random_weights: bool = False
     offline: bool = False
 
+    @property
+    def short_name(self) -> str:
+        """What default names of outputs begin with: the last part of the id, in lower case."""
+        return Path(self.id).name.lower()
+
     @cached_property
     def checkpoint(self) -> "WeightSource":
         """The weights; a model from the hub is downloaded when they are first asked for.
@@ -57,7 +62,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One line of `edgekit models`; `local_bytes` is None for a model that is not on this machine."""
+    """One line of `edgekit models`; `local_bytes` is None for one that is not on this machine."""
 
     name: str
     aliases: tuple[str, ...]

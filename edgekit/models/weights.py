@@ -4,9 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import Weight
 
-Weight = QuantizedTensor | Tensor
 ReadWeight = Callable[[str], Weight]
 
 

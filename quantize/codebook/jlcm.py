@@ -23,8 +23,10 @@ def weighted_kmeans(weight: Tensor, inputs: Inputs, scheme: Scheme) -> Quantized
 
     ValueError for a scheme without codebooks, shapes that do not fit, values that are not finite.
     """
-    exact = weight.detach().float()
-    return scheme.fit_codebook(exact, OutputError.of(exact, inputs).importance)
+    hessian = inputs.hessian
+    if len(hessian) != weight.shape[1]:
+        raise ValueError(f"expected inputs of {weight.shape[1]} columns, got {len(hessian)}")
+    return scheme.fit_codebook(weight.detach().float(), hessian.diagonal())
 
 
 def jlcm(

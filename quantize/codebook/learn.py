@@ -71,7 +71,7 @@ def learn(
     state = _State(weight, start, replace(learning, codebook=0.0) if fixed else learning)
     for step in range(learning.steps):
         state.step(error, step / learning.steps)
-    return state.quantized()
+    return state.quantized(fixed)
 
 
 def choice_gradient(p: Tensor, entries: Tensor, learning: Learning) -> Tensor:
@@ -90,7 +90,7 @@ def _local_step(entries: Tensor) -> Tensor:
 
 
 class _State:
-    """Logits `[3, rows, columns]`, books `[books * levels]` in units of 127, logarithms of scales."""
+    """Logits `[3, rows, columns]`, books `[books * levels]` over 127, logarithms of scales."""
 
     def __init__(self, weight: Tensor, start: QuantizedTensor, learning: Learning) -> None:
         assert start.codebook is not None
@@ -150,19 +150,22 @@ class _State:
         ):
             adam.step(slope, share)
 
-    def quantized(self) -> QuantizedTensor:
-        """Return what was learned, on the grids that are stored."""
-        books, order = self.books.view(-1, self.levels).sort(-1)
-        place = order.argsort(-1).flatten()  # entries that passed each other change their index
-        scales = self.log_scales.exp()
-        entries, factors = snap(books, scales.reshape(len(books), -1))
-        scales = scales * factors.repeat_interleave(self.run)[:, None]
-        scales = SCALES.round(scales.clamp(min=SMALLEST_SCALE))
+    def quantized(self, fixed: bool) -> QuantizedTensor:
+        """Return what was learned, on the grids that are stored; `fixed` codebooks as they were."""
         assert self.start.codebook is not None
+        books, codes = self.books.view(-1, self.levels), self.chosen()
+        scales = self.log_scales.exp()
+        if fixed:
+            entries, scales, codes = self.start.codebook, scales / LARGEST, codes % self.levels
+        else:
+            books, order = books.sort(-1)
+            codes = order.argsort(-1).flatten()[codes]  # entries may have passed each other
+            entries, factors = snap(books, scales.reshape(len(books), -1))
+            scales = scales * factors.repeat_interleave(self.run)[:, None]
         return replace(
             self.start,
-            codes=place[self.chosen()].to(torch.uint8),
-            scales=scales.reshape(self.start.scales.shape),
+            codes=codes.to(torch.uint8),
+            scales=SCALES.round(scales.clamp(min=SMALLEST_SCALE)).reshape(self.start.scales.shape),
             codebook=entries.reshape(self.start.codebook.shape),
         )
 
