@@ -618,7 +618,9 @@ def test_a_module_of_one_batch_size_trains_at_that() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"recipe": "w8a8"}, "unknown scheme 'w8a8'"),
+        ({"recipe": "w8a8"}, "w8a8: its static ranges need example_inputs"),
+        ({"recipe": "int4", "example_inputs": (torch.ones(1),)}, "give no example_inputs"),
+        ({"recipe": "w8a8", "example_inputs": torch.ones(1)}, "must be a tuple of tensors"),
         ({"recipe": LayerRecipe.uniform("w8a8")}, "need example_inputs"),
         ({"recipe": edgekit.Recipe(()), "example_inputs": (torch.ones(1),)}, "of weights alone"),
         ({"recipe": "w8a8", "steps": 9, "milestones": FROZEN, "example_inputs": (1,)}, "not both"),

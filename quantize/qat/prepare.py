@@ -13,7 +13,7 @@ from edgekit.quantize.qat.training import is_prepared
 from edgekit.quantize.qat.weight_only import Rounding, WeightTraining
 from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
 from edgekit.quantize.scheme import Scheme
-from edgekit.quantize.traced.schemes import LayerRecipe
+from edgekit.quantize.traced.schemes import LayerRecipe, LayerScheme
 
 
 @overload
@@ -71,11 +71,13 @@ def prepare(
         raise EdgekitError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if is_prepared(model):
         raise EdgekitError("the module is prepared already: finalize() or remove() that first")
+    if isinstance(example_inputs, Tensor):
+        raise EdgekitError("example_inputs must be a tuple of tensors: got one tensor")
     if example_inputs is None:
+        chosen = _weight_recipe(recipe, model)
         if steps is not None:
             raise EdgekitError("steps are for recipes with static ranges: give milestones instead")
         when = milestones or Milestones()
-        chosen = _weight_recipe(recipe, model)
         return WeightTraining(model, chosen, when, learn_scales, round_inputs)
     if round_inputs is not None:
         raise EdgekitError("round_inputs is for recipes of weights alone: leave it out")
@@ -93,6 +95,8 @@ def _when(steps: int | None, milestones: Milestones | None) -> Milestones:
 def _layer_recipe(recipe: LayerRecipe | Recipe | str) -> LayerRecipe:
     if isinstance(recipe, Recipe):
         raise EdgekitError(f"{recipe.name}: is a recipe of weights alone: give no example_inputs")
+    if recipe in PRESETS:
+        raise EdgekitError(f"{recipe}: rounds weights alone: give no example_inputs, or give w8a8")
     return LayerRecipe.uniform(recipe) if isinstance(recipe, str) else recipe
 
 
@@ -101,6 +105,8 @@ def _weight_recipe(recipe: LayerRecipe | Recipe | str, model: nn.Module) -> Reci
         raise EdgekitError(f"{recipe.name}: its static ranges need example_inputs")
     if isinstance(recipe, Recipe):
         return recipe
+    if LayerScheme.has_name(recipe):
+        raise EdgekitError(f"{recipe}: its static ranges need example_inputs")
     found = preset(recipe) if recipe in PRESETS else uniform(Scheme.parse(recipe))
     # What these have before the last rule is for a language model's vocabulary: other modules
     # have none, and a rule that takes nothing is an error.

@@ -56,6 +56,11 @@ class LayerScheme:
             raise EdgekitError(f"unknown scheme {name!r:.60}: allowed are {FORMS}")
         return cls(4 if match[1] == "4" else 8, "tensor" if match[2] else "channel", not match[3])
 
+    @staticmethod
+    def has_name(name: str) -> bool:
+        """Whether a name is that of a scheme with static ranges."""
+        return _NAME.fullmatch(name) is not None
+
     @property
     def name(self) -> str:
         """The name that `parse` reads."""
