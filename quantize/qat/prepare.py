@@ -95,7 +95,7 @@ def _when(steps: int | None, milestones: Milestones | None) -> Milestones:
 def _layer_recipe(recipe: LayerRecipe | Recipe | str) -> LayerRecipe:
     if isinstance(recipe, Recipe):
         raise EdgekitError(f"{recipe.name}: is a recipe of weights alone: give no example_inputs")
-    if recipe in PRESETS:
+    if recipe in PRESETS and recipe != "float":
         raise EdgekitError(f"{recipe}: rounds weights alone: give no example_inputs, or give w8a8")
     return LayerRecipe.uniform(recipe) if isinstance(recipe, str) else recipe
 
