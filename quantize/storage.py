@@ -33,7 +33,6 @@ PARTS = ("codes", "scales", "zero_points", "codebook")
 _MOST_FACTS = 64
 _LONGEST = 200
 
-Stored = Weight
 Contents = dict[str, Weight]
 
 

@@ -27,8 +27,8 @@ from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.weight_only import WeightTraining
 from edgekit.quantize.recipe import EMBEDDING, HEAD, Recipe, Rule, preset
 from edgekit.quantize.scheme import Scheme
-from edgekit.quantize.storage import Stored, load_quantized
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.storage import load_quantized
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 MIXED = Recipe(
     (
@@ -88,11 +88,11 @@ def logits(model: Lfm2ForCausalLM) -> Tensor:
     return found
 
 
-def floats(value: Stored) -> Tensor:
+def floats(value: Weight) -> Tensor:
     return value.dequantize() if isinstance(value, QuantizedTensor) else value
 
 
-def with_codes(codes: dict[str, Stored], seed: int = 0) -> Lfm2ForCausalLM:
+def with_codes(codes: dict[str, Weight], seed: int = 0) -> Lfm2ForCausalLM:
     """Return a float model whose weights are what the codes stand for, the head its own."""
     model = make_lm(seed, tied=False)
     model.load_state_dict({name: floats(value) for name, value in codes.items()})

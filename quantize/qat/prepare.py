@@ -11,8 +11,7 @@ from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.traced import TracedTraining
 from edgekit.quantize.qat.training import is_prepared
 from edgekit.quantize.qat.weight_only import Rounding, WeightTraining
-from edgekit.quantize.recipe import PRESETS, Recipe, preset, uniform
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.recipe import PRESETS, Recipe
 from edgekit.quantize.traced.schemes import LayerRecipe, LayerScheme
 
 
@@ -107,7 +106,7 @@ def _weight_recipe(recipe: LayerRecipe | Recipe | str, model: nn.Module) -> Reci
         return recipe
     if LayerScheme.has_name(recipe):
         raise EdgekitError(f"{recipe}: its static ranges need example_inputs")
-    found = preset(recipe) if recipe in PRESETS else uniform(Scheme.parse(recipe))
+    found = Recipe.named(recipe)
     # What these have before the last rule is for a language model's vocabulary: other modules
     # have none, and a rule that takes nothing is an error.
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]

@@ -18,7 +18,8 @@ from edgekit.quantize.qat.straight_through import rounded
 from edgekit.quantize.qat.training import Prepared, Training
 from edgekit.quantize.qat.weights import WeightQuantizer
 from edgekit.quantize.recipe import Recipe, Resolved, resolve, shared_rows
-from edgekit.quantize.storage import About, Stored, save_quantized
+from edgekit.quantize.storage import About, save_quantized
+from edgekit.quantize.tensor import Weight
 
 RANGE_EVERY = 10
 """Steps for which a searched range is used in training; minimum and maximum are of each step."""
@@ -68,7 +69,7 @@ class WeightTraining(Training):
                 layer.check_not_bypassed()
         super().step()
 
-    def finalize(self) -> dict[str, Stored]:
+    def finalize(self) -> dict[str, Weight]:
         """Return every tensor of the model, codes or float32, and undo what `prepare` did.
 
         Names are those of `state_dict`. Tied tensors of one scheme are one object. EdgekitError
@@ -78,7 +79,7 @@ class WeightTraining(Training):
             for layer in self._layers:
                 layer.check_used()
         self.remove()
-        found: dict[str, Stored] = {}
+        found: dict[str, Weight] = {}
         floats: dict[int, Tensor] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             source = self._shared.get(name, name)
