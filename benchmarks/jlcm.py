@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.machine import facts
 from benchmarks.report import table
+from edgekit.calibrated import is_linear
 from edgekit.gains import measure
 from edgekit.models.eager import float_reader
 from edgekit.models.layerwise import Choose, layer_codes
@@ -75,8 +76,10 @@ def quantized(source: ModelSource, row: str, texts: list[list[int]]) -> dict[str
     rows = resolve(uniform(Scheme.parse(scheme)), shapes)
     exact = float_reader(source.config, source.checkpoint)
     read: Callable[[str], Tensor] = reordered(exact, grouped_orders(source.config, rows, exact))
-    weights: dict[str, Weight] = dict(quantize_tensors(rows, read, tied))
     choose = METHODS[method]
+    # A text decides the codes of the layers' linears, so those are not rounded first.
+    simple = [row for row in rows if choose is None or not is_linear(row)]
+    weights: dict[str, Weight] = dict(quantize_tensors(simple, read, tied))
     if choose is not None:
         weights |= layer_codes(source.config, rows, read, weights.__getitem__, texts, choose=choose)
     return weights
@@ -139,6 +142,22 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return table(("scheme", "method", "bits per weight", "mean KLD", "perplexity"), cells)
 
 
+def run(
+    rows: Iterable[str],
+    measure_row: Callable[[str], dict[str, Any]],
+    show: Callable[[list[dict[str, Any]]], str],
+    record: dict[str, Any],
+    output: Path | None,
+) -> None:
+    """Add rows to a record, which is written after each, and print its table."""
+    for row in rows:
+        record["rows"].append(measure_row(row))
+        print(show(record["rows"][-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+        if output is not None:
+            output.write_text(json.dumps(record, indent=1) + "\n")
+    print(show(record["rows"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stories", type=Path, default=Path("../shared/data/stories"))
@@ -151,19 +170,14 @@ def main() -> None:
     source = resolve_model(MODEL)
     texts = chunks(source, arguments.stories / "train.txt", arguments.calibrate)
     held_out = chunks(source, arguments.stories / "valid.txt", arguments.score)
-    output = arguments.output
     record: dict[str, Any] = {"machine": facts(), "rows": []}
-    if output is not None and output.exists():
-        record["rows"] = json.loads(output.read_text())["rows"]
+    if arguments.output is not None and arguments.output.exists():
+        record["rows"] = json.loads(arguments.output.read_text())["rows"]
     done = {row["row"] for row in record["rows"]}
-    for row in wanted(arguments.rows):
-        if row in done:
-            continue
-        record["rows"].append(measured(source, row, texts, held_out))
-        print(markdown(record["rows"][-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-        if output is not None:
-            output.write_text(json.dumps(record, indent=1) + "\n")
-    print(markdown(record["rows"]))
+    rows = [row for row in wanted(arguments.rows) if row not in done]
+    run(
+        rows, lambda row: measured(source, row, texts, held_out), markdown, record, arguments.output
+    )
 
 
 if __name__ == "__main__":

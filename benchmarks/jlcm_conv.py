@@ -11,8 +11,6 @@ what is scored are test pictures: accuracy, and the divergence from the float ne
 
 import argparse
 import copy
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.cifar.data import DEFAULT_CACHE, load, normalise
 from benchmarks.cifar.train import load_net
-from benchmarks.jlcm import CODEBOOKS, METHODS, wanted
+from benchmarks.jlcm import CODEBOOKS, METHODS, run, wanted
 from benchmarks.machine import facts
 from benchmarks.report import table
 from edgekit.quantize.gptq import Inputs
@@ -136,12 +134,13 @@ def main() -> None:
         data.test.labels[:: 10_000 // arguments.score],
     )
     record: dict[str, Any] = {"machine": facts(), "net": arguments.net.stem, "rows": []}
-    for row in wanted(arguments.rows):
-        record["rows"].append(measured(net, row, images, test, 250))
-        print(markdown(record["rows"][-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-        if arguments.output is not None:
-            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(markdown(record["rows"]))
+    run(
+        wanted(arguments.rows),
+        lambda row: measured(net, row, images, test, 250),
+        markdown,
+        record,
+        arguments.output,
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from edgekit.artifact import sha256_of
 from edgekit.errors import EdgekitError
 from edgekit.files import os_reason, read_text
 from edgekit.gains import Gains, measure
@@ -118,7 +119,7 @@ def quantize_calibrated(
         return dict(quantize_tensors(found, read, tied))
 
     # A text decides the codes of the layers' linears, so those are not rounded first.
-    simple = [row for row in rows if not (method in WITH_TEXT and _is_linear(row))]
+    simple = [row for row in rows if not (method in WITH_TEXT and is_linear(row))]
     contents: dict[str, Weight] = {
         name: value.float() if isinstance(value, Tensor) else value
         for name, value in quantize_tensors(simple, read, tied)
@@ -176,7 +177,7 @@ def make_folder(folder: Path) -> None:
         raise EdgekitError(f"{folder}: cannot be made: {os_reason(error)}") from error
 
 
-def _is_linear(row: Resolved) -> bool:
+def is_linear(row: Resolved) -> bool:
     """Return whether the row is of a layer's linear and quantized."""
     return ".layers." in row.tensor and not row.scheme.is_float
 
@@ -237,7 +238,7 @@ class _Layers:
     def load(self, index: int) -> Codes | None:
         path = self._path(index)
         try:
-            if path.with_suffix(".sha256").read_text() != _digest(path):
+            if path.with_suffix(".sha256").read_text() != sha256_of(path):
                 return None  # damaged, or half of it written: it is made again
         except (OSError, UnicodeDecodeError):
             return None
@@ -248,15 +249,10 @@ class _Layers:
         make_folder(self.folder)
         path = self._path(index)
         save_quantized(path, codes)
-        path.with_suffix(".sha256").write_text(_digest(path))
+        path.with_suffix(".sha256").write_text(sha256_of(path))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"layer-{index}.safetensors"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _facts(texts: Texts, gains: Gains) -> dict[str, str | int | float | bool]:

@@ -38,6 +38,7 @@ _decomposed_ops = torch.ops.quantized_decomposed
 _OPERATOR = re.compile(r"aten\.\w+")
 _SHIFT = 128
 _CHOICE = 16
+_LEAST_PLANNED = 8
 LARGEST_RATIO, SMALLEST_RATIO = 256.0, 2.0**-32
 """XNNPACK's bounds on input scale times weight scale over output scale."""
 
@@ -112,9 +113,6 @@ def _refusals(traced: TracedModule) -> Iterator[None]:
 def _packet(node: Node) -> str:
     """Return what ExecuTorch's messages call an operator, without its overload."""
     return str(getattr(node.target, "overloadpacket", ""))
-
-
-_LEAST_PLANNED = 8
 
 
 def _export(module: nn.Module, traced: TracedModule) -> torch.export.ExportedProgram:

@@ -25,12 +25,12 @@ from edgekit.runtime.record import (
     ArtifactResult,
     Bandwidth,
     Interference,
-    Memory,
     Record,
     Sample,
     Settings,
     Shape,
     ShapeResult,
+    process_facts,
 )
 from edgekit.runtime.traffic import Holdings, holdings_of
 from edgekit.runtime.worker_process import WorkerProcess, worker_processes
@@ -273,12 +273,7 @@ def _artifact_result(
         schemes=subject.holdings.schemes,
         file_bytes=file.file_bytes,
         context=load["context"],
-        engine=load["engine"],
-        engine_version=load["version"],
-        affinity=tuple(load["affinity"]),
-        import_ns=load["import_ns"],
-        load_ns=load["load_ns"],
-        memory=Memory(peak=peak, before_load=load["before_load_bytes"]),
+        **process_facts(load, peak),
         traffic=subject.holdings.traffic,
         tests=tuple(tests),
     )

@@ -4,7 +4,6 @@ A repetition is a burst of runs, as many as take about a tenth of a second, each
 seeded normal numbers, zeros where they are integers, made outside the time.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,6 @@ from edgekit.artifact import MANIFEST, Artifact
 from edgekit.devices.conditions import Conditions, conditions
 from edgekit.devices.probe import probe
 from edgekit.errors import EdgekitError
-from edgekit.files import new_file
 from edgekit.progress import Steps, no_steps
 from edgekit.runtime.bench import DEFAULT_SEED, distinct_names
 from edgekit.runtime.engine import check_threads, physical_cores
@@ -26,10 +24,14 @@ from edgekit.runtime.gates import check_gates
 from edgekit.runtime.record import (
     SCHEMA_VERSION,
     Gate,
+    InProcess,
     Interference,
     Memory,
+    Saved,
+    Surrounded,
     paired_ratio,
     percentile,
+    process_facts,
     spread,
 )
 from edgekit.runtime.worker_process import WorkerProcess, worker_processes
@@ -62,7 +64,7 @@ class ModuleSettings:
 
 
 @dataclass(frozen=True)
-class ModuleSample:
+class ModuleSample(Surrounded):
     """One repetition: the duration of each of its runs. `order` is its place in the call."""
 
     order: int
@@ -81,14 +83,12 @@ class ModuleSample:
         return {
             "order": self.order,
             "run_ns": list(self.run_ns),
-            "interference": self.interference.to_dict(),
-            "gates": [gate.to_dict() for gate in self.gates],
-            "conditions_before": dict(self.conditions),
+            **self.surroundings(),
         }
 
 
 @dataclass(frozen=True)
-class ModuleResult:
+class ModuleResult(InProcess):
     """One artifact's identity, its process and its repetitions."""
 
     name: str
@@ -132,18 +132,14 @@ class ModuleResult:
             "recipe": self.recipe,
             "file_bytes": self.file_bytes,
             "batch": self.batch,
-            "engine": {"name": self.engine, "version": self.engine_version},
-            "affinity": list(self.affinity),
-            "import_ns": self.import_ns,
-            "load_ns": self.load_ns,
-            "memory": self.memory.to_dict(),
+            **self.process(),
             "samples": [sample.to_dict() for sample in self.samples],
             "summary": self.summary(),
         }
 
 
 @dataclass(frozen=True)
-class ModuleRecord:
+class ModuleRecord(Saved):
     """One call of the benchmark: a machine, its conditions, and one result per artifact."""
 
     edgekit_version: str
@@ -166,9 +162,9 @@ class ModuleRecord:
             for other in others
         ]
 
-    def to_json(self) -> str:
-        """Return the record as JSON text."""
-        document = {
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole record as JSON data."""
+        return {
             "schema_version": SCHEMA_VERSION,
             "kind": "edgekit-module-bench",
             "edgekit_version": self.edgekit_version,
@@ -180,12 +176,6 @@ class ModuleRecord:
             "artifacts": [artifact.to_dict() for artifact in self.artifacts],
             "ratios": self.ratios(),
         }
-        return json.dumps(document, indent=1, allow_nan=False)
-
-    def save(self, path: Path) -> None:
-        """Write the JSON text whole or not at all; raises `EdgekitError` where that fails."""
-        with new_file(path) as scratch:
-            scratch.write_text(self.to_json() + "\n", encoding="utf-8")
 
 
 def bench_modules(
@@ -280,12 +270,7 @@ class _Subject:
             recipe=str(manifest.get("recipe", "")),
             file_bytes=self.artifact.model_path.stat().st_size,
             batch=self.batch,
-            engine=load["engine"],
-            engine_version=load["version"],
-            affinity=tuple(load["affinity"]),
-            import_ns=load["import_ns"],
-            load_ns=load["load_ns"],
-            memory=Memory(peak=peak, before_load=load["before_load_bytes"]),
+            **process_facts(load, peak),
             samples=tuple(samples),
         )
 

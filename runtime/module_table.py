@@ -1,7 +1,7 @@
 """A benchmark record of modules as Markdown."""
 
 from edgekit.runtime.module_bench import ModuleRecord, ModuleResult
-from edgekit.runtime.table import gate_notes, load_note, machine_line, megabytes
+from edgekit.runtime.table import gate_notes, load_note, loading_cells, machine_line
 from edgekit.tables import markdown_table
 
 
@@ -36,10 +36,7 @@ def _artifact_table(record: ModuleRecord) -> str:
             item.model,
             item.recipe,
             f"{item.file_bytes / 1e3:,.1f}",
-            f"{item.engine} {item.engine_version}",
-            f"{item.load_ns / 1e6:.1f}",
-            megabytes(item.memory.peak),
-            megabytes(item.memory.before_load),
+            *loading_cells(item),
         ]
         for item in record.artifacts
     ]

@@ -95,8 +95,24 @@ class Gate:
         }
 
 
+class Surrounded:
+    """What the records of one repetition share, of a language model and of a module."""
+
+    interference: Interference
+    gates: tuple[Gate, ...]
+    conditions: Mapping[str, Any]
+
+    def surroundings(self) -> dict[str, Any]:
+        """Return what else went on in the machine, as JSON data."""
+        return {
+            "interference": self.interference.to_dict(),
+            "gates": [gate.to_dict() for gate in self.gates],
+            "conditions_before": dict(self.conditions),
+        }
+
+
 @dataclass(frozen=True)
-class Sample:
+class Sample(Surrounded):
     """One timed repetition.
 
     `order` is its place among all repetitions of the call. `token_ns` holds one duration per
@@ -126,9 +142,7 @@ class Sample:
             "elapsed_ns": self.elapsed_ns,
             "token_ns": list(self.token_ns),
             "first_token_ns": self.first_token_ns,
-            "interference": self.interference.to_dict(),
-            "gates": [gate.to_dict() for gate in self.gates],
-            "conditions_before": dict(self.conditions),
+            **self.surroundings(),
         }
 
 
@@ -254,8 +268,41 @@ class ShapeResult:
         }
 
 
+class InProcess:
+    """What the results of an artifact share: the process in which its engine ran."""
+
+    engine: str
+    engine_version: str
+    affinity: tuple[int, ...]
+    import_ns: int
+    load_ns: int
+    memory: Memory
+
+    def process(self) -> dict[str, Any]:
+        """Return the engine and what loading took, as JSON data."""
+        return {
+            "engine": {"name": self.engine, "version": self.engine_version},
+            "affinity": list(self.affinity),
+            "import_ns": self.import_ns,
+            "load_ns": self.load_ns,
+            "memory": self.memory.to_dict(),
+        }
+
+
+def process_facts(load: Mapping[str, Any], peak: int | None) -> dict[str, Any]:
+    """Return the fields of `InProcess` from a worker's reply to its loading."""
+    return {
+        "engine": load["engine"],
+        "engine_version": load["version"],
+        "affinity": tuple(load["affinity"]),
+        "import_ns": load["import_ns"],
+        "load_ns": load["load_ns"],
+        "memory": Memory(peak=peak, before_load=load["before_load_bytes"]),
+    }
+
+
 @dataclass(frozen=True)
-class ArtifactResult:
+class ArtifactResult(InProcess):
     """One artifact's identity, its process and its tests.
 
     `schemes` and `traffic` are empty and None for a file that edgekit neither made nor can read.
@@ -287,11 +334,7 @@ class ArtifactResult:
             "schemes": {name: dict(count) for name, count in self.schemes.items()},
             "file_bytes": self.file_bytes,
             "context": self.context,
-            "engine": {"name": self.engine, "version": self.engine_version},
-            "affinity": list(self.affinity),
-            "import_ns": self.import_ns,
-            "load_ns": self.load_ns,
-            "memory": self.memory.to_dict(),
+            **self.process(),
             "traffic": self.traffic and self.traffic.to_dict(),
             "tests": [test.to_dict(self.traffic, bandwidth) for test in self.tests],
         }
@@ -322,8 +365,25 @@ class Settings:
         }
 
 
+class Saved:
+    """A record of a benchmark as JSON text."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole record as JSON data."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """Return the record as JSON text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def save(self, path: Path) -> None:
+        """Write the JSON text whole or not at all; raises `EdgekitError` where that fails."""
+        with new_file(path) as scratch:
+            scratch.write_text(self.to_json() + "\n", encoding="utf-8")
+
+
 @dataclass(frozen=True)
-class Record:
+class Record(Saved):
     """One call of the benchmark: a machine, its conditions, and one result per artifact."""
 
     edgekit_version: str
@@ -375,15 +435,6 @@ class Record:
             "sequence": [list(step) for step in self.sequence()],
             "ratios": self.ratios(),
         }
-
-    def to_json(self) -> str:
-        """Return the record as JSON text."""
-        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
-
-    def save(self, path: Path) -> None:
-        """Write the JSON text whole or not at all; raises `EdgekitError` where that fails."""
-        with new_file(path) as scratch:
-            scratch.write_text(self.to_json() + "\n", encoding="utf-8")
 
 
 def rate(tokens: int, elapsed_ns: int) -> float:

@@ -1,27 +1,19 @@
 """A benchmark record as Markdown: what was measured, on what, and what disturbed it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from edgekit.runtime.record import ArtifactResult, Gate, Interference, Record, ShapeResult
+from edgekit.runtime.record import (
+    ArtifactResult,
+    InProcess,
+    Record,
+    ShapeResult,
+    Surrounded,
+)
 from edgekit.tables import markdown_table
 from edgekit.words import counted
 
 _NOTHING = "-"
-
-
-class Repetition(Protocol):
-    """What the notes need of a timed repetition."""
-
-    @property
-    def interference(self) -> Interference:
-        """What else the CPUs did."""
-        ...
-
-    @property
-    def gates(self) -> tuple[Gate, ...]:
-        """The readiness checks before it."""
-        ...
 
 
 def render(record: Record) -> str:
@@ -77,14 +69,21 @@ def _artifact_table(record: Record) -> str:
             str(artifact.model["id"] or _NOTHING),
             _schemes(artifact),
             megabytes(artifact.file_bytes),
-            f"{artifact.engine} {artifact.engine_version}",
-            f"{artifact.load_ns / 1e6:.1f}",
-            megabytes(artifact.memory.peak),
-            megabytes(artifact.memory.before_load),
+            *loading_cells(artifact),
         ]
         for artifact in record.artifacts
     ]
     return markdown_table(headers, rows, align="lllrlrrr")
+
+
+def loading_cells(item: InProcess) -> list[str]:
+    """Return an artifact's engine, how long it loaded, and its memory at most and before."""
+    return [
+        f"{item.engine} {item.engine_version}",
+        f"{item.load_ns / 1e6:.1f}",
+        megabytes(item.memory.peak),
+        megabytes(item.memory.before_load),
+    ]
 
 
 def _schemes(artifact: ArtifactResult) -> str:
@@ -158,7 +157,7 @@ def disturbances(record: Record) -> list[str]:
     return [*load_note(samples), *gate_notes(samples)]
 
 
-def load_note(samples: Sequence[Repetition]) -> list[str]:
+def load_note(samples: Sequence[Surrounded]) -> list[str]:
     """Say how much of the CPUs another load took, where it is visible."""
     seen = [sample.interference for sample in samples if sample.interference.visible]
     if not seen:
@@ -171,7 +170,7 @@ def load_note(samples: Sequence[Repetition]) -> list[str]:
     ]
 
 
-def gate_notes(samples: Sequence[Repetition]) -> list[str]:
+def gate_notes(samples: Sequence[Surrounded]) -> list[str]:
     """Say which readiness checks did not pass, and how often."""
     failed: dict[tuple[str, str], list[float]] = {}
     for sample in samples:

@@ -1,13 +1,30 @@
 """The command as tests run it: in a process of its own, killed, and refusing in one line."""
 
+import json
 import os
 import pty
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from click.testing import Result
+from click.testing import CliRunner, Result
+
+from edgekit.cli import main
+
+
+def run(*arguments: object) -> Result:
+    """The command in this process."""
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def done(*arguments: object) -> dict[str, Any]:
+    """The same; it succeeds, and what it prints is JSON."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    facts: dict[str, Any] = json.loads(result.stdout)
+    return facts
 
 
 def edgekit(

@@ -1,22 +1,19 @@
 """`--calibrate`: codes by GPTQ on a text, what each step gained, and runs that are broken off."""
 
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import done, run
 from gguf_models import small_model
 from torch import Tensor
 
 from edgekit import calibrated as module
 from edgekit.artifact import Artifact
-from edgekit.cli import main
 from edgekit.exporters.reference_text import TEXT
 from edgekit.exporters.verify import kld
 from edgekit.models import layerwise
@@ -46,17 +43,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(TEXT[start:] for start in range(0, 400, 40)))
     return path
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, list(map(str, arguments)))
-
-
-def done(*arguments: object) -> dict[str, Any]:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    facts: dict[str, Any] = json.loads(result.stdout)
-    return facts
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Codebooks in files: what each target holds, what is said of it, and what is refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import done, run
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from gguf_models import small_model
@@ -19,7 +18,6 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
 from edgekit.artifact import Artifact
-from edgekit.cli import main
 from edgekit.exporters.gguf_blocks import block_pieces, block_type
 from edgekit.exporters.reference_text import TEXT
 from edgekit.exporters.weights import read_weights
@@ -31,17 +29,6 @@ from edgekit.quantize.storage import load_quantized
 from edgekit.quantize.tensor import QuantizedTensor
 
 LINEAR = "model.layers.0.feed_forward.w1.weight"
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, list(map(str, arguments)))
-
-
-def done(*arguments: object) -> dict[str, Any]:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    facts: dict[str, Any] = json.loads(result.stdout)
-    return facts
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import done, run
 from gguf_models import small_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from edgekit.api import export_model
 from edgekit.artifact import Artifact
-from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.read_codes import codes_of
 from edgekit.exporters.weights import read_weights
@@ -29,17 +28,6 @@ from edgekit.quantize.tensor import QuantizedTensor
 
 LINEAR = "model.layers.0.feed_forward.w2.weight"
 NORM = "model.embedding_norm.weight"
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, list(map(str, arguments)))
-
-
-def done(*arguments: object) -> dict[str, Any]:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    facts: dict[str, Any] = json.loads(result.stdout)
-    return facts
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from command_line import run
 
 import edgekit
 from edgekit import mixed as module
 from edgekit import sensitivity
-from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.reference_text import TEXT
 from edgekit.gguf_file import GgufFile
@@ -35,10 +34,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, list(map(str, arguments)))
 
 
 def test_the_choice_fits_and_more_bytes_cost_less() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from command_line import assert_one_line, assert_only_one_line, edgekit, killed_at
+from command_line import assert_one_line, assert_only_one_line, edgekit, killed_at, run
 from safetensors.torch import load_file, save_file
 
 from edgekit.artifact import Artifact, sha256_of
@@ -128,10 +128,6 @@ def some(count: int = 5) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
 def export(code: Path, output: Path, *more: object, name: str = "net") -> Result:
     words = ["export", f"{code}:{name}", "--target", "onnx", "--example-shape", "1x3x6x6"]
     return CliRunner().invoke(main, [*words, "-o", str(output), *map(str, more)])
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
 
 
 def test_export_inspect_verify_and_bench(code: Path, place: Path) -> None:

@@ -5,7 +5,7 @@ batch norm and ReLU6 (arXiv 1704.04861, table 1, cut to 32 x 32 pictures). `resn
 residual blocks of two 3 x 3 convolutions with batch norm and ReLU (arXiv 1512.03385).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,31 +30,6 @@ class DepthwiseSeparable(nn.Sequential):
         )
 
 
-class MobileNet(nn.Module):
-    """A stem at 32 x 32, seven separable blocks at 16, 8 and 4, a linear layer."""
-
-    BLOCKS = ((32, 2), (32, 1), (64, 2), (64, 1), (64, 1), (128, 2), (128, 1))
-    """Output channels at width 1, and stride."""
-
-    def __init__(self, width: float = 1.0) -> None:
-        super().__init__()
-        channels = int(16 * width)
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU6()
-        )
-        blocks = []
-        for base, stride in self.BLOCKS:
-            blocks.append(DepthwiseSeparable(channels, int(base * width), stride))
-            channels = int(base * width)
-        self.blocks = nn.Sequential(*blocks)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(channels, len(CLASSES))
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.head(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
-        return result
-
-
 class Residual(nn.Module):
     """Two 3 x 3 convolutions beside a projection, or beside nothing where the shape stays."""
 
@@ -76,29 +51,54 @@ class Residual(nn.Module):
         return result
 
 
-class ResNet(nn.Module):
-    """A stem at 32 x 32, residual blocks at 16, 8 and 4, a linear layer."""
+class Net(nn.Module):
+    """A stem at 32 x 32, blocks at 16, 8 and 4, a linear layer.
 
-    BLOCKS = ((24, 2), (48, 2), (96, 2))
-    """Output channels at width 1, and stride."""
+    `blocks` are output channels at width 1, and stride.
+    """
 
-    def __init__(self, width: float = 1.0) -> None:
+    def __init__(
+        self,
+        width: float,
+        stem: int,
+        activation: nn.Module,
+        block: Callable[[int, int, int], nn.Module],
+        blocks: Sequence[tuple[int, int]],
+    ) -> None:
         super().__init__()
-        channels = int(24 * width)
+        channels = int(stem * width)
         self.stem = nn.Sequential(
-            nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+            nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), activation
         )
-        blocks = []
-        for base, stride in self.BLOCKS:
-            blocks.append(Residual(channels, int(base * width), stride))
+        made = []
+        for base, stride in blocks:
+            made.append(block(channels, int(base * width), stride))
             channels = int(base * width)
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*made)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(channels, len(CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.head(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
         return result
+
+
+class MobileNet(Net):
+    """Seven separable blocks."""
+
+    BLOCKS = ((32, 2), (32, 1), (64, 2), (64, 1), (64, 1), (128, 2), (128, 1))
+
+    def __init__(self, width: float = 1.0) -> None:
+        super().__init__(width, 16, nn.ReLU6(), DepthwiseSeparable, self.BLOCKS)
+
+
+class ResNet(Net):
+    """Three residual blocks."""
+
+    BLOCKS = ((24, 2), (48, 2), (96, 2))
+
+    def __init__(self, width: float = 1.0) -> None:
+        super().__init__(width, 24, nn.ReLU(), Residual, self.BLOCKS)
 
 
 NETS: dict[str, Callable[[float], nn.Module]] = {"mobilenet": MobileNet, "resnet": ResNet}

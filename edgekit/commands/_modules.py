@@ -34,7 +34,7 @@ def export_module_of(
 
     with interrupts_end_the_process(), quiet_imports():
         from edgekit.exporters.artifact import check_output
-        from edgekit.exporters.module_target import find_module_target, rows_text, tensor_rows
+        from edgekit.exporters.module_target import find_module_target, rows_text
         from edgekit.exporters.verify_module import figures_text
         from edgekit.module_export import export_network
         from edgekit.progress import stage_printer
@@ -45,9 +45,7 @@ def export_module_of(
     if not dry_run:
         check_output(folder, force)
     progress = stage_printer()
-    progress("tracing")
-    name, placement = module.place(factory, choice)
-    rows = tensor_rows(placement.traced, placement.schemes())
+    name, placement, rows = _plan(factory, choice, module, progress)
     if dry_run:
         _show_plan(name, rows, as_json)
         return
@@ -87,7 +85,7 @@ def quantize_module_of(
     from edgekit.quiet import quiet_imports
 
     with interrupts_end_the_process(), quiet_imports():
-        from edgekit.exporters.module_target import rows_text, tensor_rows
+        from edgekit.exporters.module_target import rows_text
         from edgekit.files import check_output_file
         from edgekit.module_export import save_codes
         from edgekit.progress import stage_printer
@@ -99,9 +97,7 @@ def quantize_module_of(
         check_output_file(path, force)
         check_output_file(ranges, force)
     progress = stage_printer()
-    progress("tracing")
-    name, placement = module.place(factory, choice)
-    rows = tensor_rows(placement.traced, placement.schemes())
+    name, placement, rows = _plan(factory, choice, module, progress)
     if dry_run:
         _show_plan(name, rows, as_json)
         return
@@ -116,6 +112,17 @@ def quantize_module_of(
     else:
         click.echo(rows_text(rows))
         click.echo(f"wrote {' and '.join(written)}")
+
+
+def _plan(
+    factory: "Factory", choice: RecipeChoice, module: ModuleChoice, progress: "Progress"
+) -> "tuple[str, Placement, list[dict[str, Any]]]":
+    """Return the module's name, what is to be quantized in it, and the table of that."""
+    from edgekit.exporters.module_target import tensor_rows
+
+    progress("tracing")
+    name, placement = module.place(factory, choice)
+    return name, placement, tensor_rows(placement.traced, placement.schemes())
 
 
 def _quantize(placement: "Placement", chosen: QualityChoice, progress: "Progress") -> "Quantized":

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
@@ -106,6 +107,11 @@ class Checkpoint:
 
         The files are taken in the order of their names.
         """
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        # An export asks several times, and gigabytes take seconds.
         digests = [_file_digest(path) for path in self.files]
         return (
             digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()

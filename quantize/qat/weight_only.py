@@ -61,8 +61,8 @@ class WeightTraining(Training):
     def step(self) -> None:
         """Count one step of the optimizer, before its `zero_grad()`.
 
-        EdgekitError, as long as there are gradients to tell by, where a weight got a gradient although the module that holds it did not run:
-        another module reads it, past the rounding.
+        EdgekitError, as long as there are gradients to tell by, where a weight got a gradient
+        although the module that holds it did not run: another module reads it, past the rounding.
         """
         if self.milestones.fake_quantizing(self.steps):
             for layer in self._layers:
