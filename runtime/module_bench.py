@@ -296,8 +296,9 @@ def _measure(
             progress(done, total, subject.name)
             time.sleep(settings.cooldown_s)
             order = done - len(subjects)
+            now = conditions()
             reply = worker.run_module(inputs[number], settings.seed, runs[number], 0)
-            taken[number].append(_sample(order, reply, start, conditions()))
+            taken[number].append(_sample(order, reply, start, now))
     progress(total, total, "finishing")
     return taken
 
