@@ -1,17 +1,15 @@
 """Reading an artifact folder: `edgekit.json` and the files it lists, checked before use."""
 
-import hashlib
 import json
 import math
 import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
-from edgekit.files import os_reason
+from edgekit.files import os_reason, refuse_irregular, sha256_of
 from edgekit.models.config import load_json_object
 
 MANIFEST = "edgekit.json"
@@ -35,7 +33,7 @@ _TYPES: dict[str, type] = {
     "versions": dict,
     "files": dict,
 }
-_MODULE_TYPES: dict[str, type] = {"inputs": list}
+_MODULE_TYPES: dict[str, type] = {"inputs": list, "activations": list}
 _LANGUAGE_MODEL_TYPES: dict[str, type] = {"context": int, "bos_id": int, "eos_ids": list}
 MODULE = "module"
 """The `kind` of an artifact that takes tensors rather than tokens; others do not state one."""
@@ -43,6 +41,8 @@ MODULE = "module"
 MODULE_DTYPES = ("float32", "int64")
 """What the inputs of a module may be."""
 _MAX_ELEMENTS = 1 << 28
+_LAST_CODE = 255
+"""Activations are uint8 in a manifest, whatever an engine's kernels take."""
 
 
 class DamagedArtifact(EdgekitError):
@@ -121,12 +121,6 @@ class Artifact:
         ]
 
 
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _no_folder(path: Path) -> str:
     if not path.exists():
         return "does not exist; make one with `edgekit export`"
@@ -148,11 +142,8 @@ def _hint(folder: Path) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        facts = path.stat()
-        # A device has no end, a pipe may have no writer; a folder says so by itself.
-        if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
-            raise EdgekitError(f"{path}: is no regular file")
-        if facts.st_size > _MAX_MANIFEST_BYTES:
+        refuse_irregular(path)
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise EdgekitError(f"{path}: is too large to be a manifest")
         manifest = json.loads(
             path.read_bytes().decode(), parse_constant=_finite, parse_float=_finite
@@ -246,6 +237,18 @@ def _check_module(path: Path, manifest: dict[str, Any]) -> None:
             raise EdgekitError(f"{path}: inputs must hold dtype and shape: {item!r:.80}")
     if not inputs:
         raise EdgekitError(f"{path}: inputs must not be empty")
+    for item in manifest["activations"]:
+        if (
+            not isinstance(item, dict)
+            or not isinstance(item.get("tensor"), str)
+            or type(item.get("scale")) is not float
+            or not item["scale"] > 0
+            or type(item.get("zero_point")) is not int
+            or not 0 <= item["zero_point"] <= _LAST_CODE
+        ):
+            raise EdgekitError(
+                f"{path}: activations must hold tensor, scale and zero_point: {item!r:.80}"
+            )
 
 
 def _check_row(path: Path, row: object) -> None:

@@ -16,9 +16,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from edgekit.artifact import sha256_of
 from edgekit.errors import EdgekitError
-from edgekit.files import os_reason, read_text
+from edgekit.files import os_reason, read_text, sha256_of
 from edgekit.gains import Gains, measure
 from edgekit.models.eager import float_reader
 from edgekit.models.layerwise import Choose, Codes, layer_codes

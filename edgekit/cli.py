@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from edgekit import __version__
-from edgekit.errors import EdgekitError, Terminated
+from edgekit.errors import EdgekitError, Terminated, text_of
 
 COMMANDS = (
     "export",
@@ -97,7 +97,7 @@ def _errors_in_one_line() -> Iterator[None]:
 
 def describe(error: Exception) -> tuple[str, int]:
     """Return one line and the exit status for an error that no command foresaw."""
-    text = " ".join(str(error).split())
+    text = " ".join(text_of(error).split())
     if isinstance(error, OSError) and error.strerror:
         place = "" if error.filename is None else f"{error.filename}: "
         return f"{place}{error.strerror}", MISTAKE

@@ -30,4 +30,12 @@ class Terminated(SystemExit):
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """Return what a library says, without its line breaks and stack frames; never empty."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    return " ".join(text_of(error).split())[:limit] or type(error).__name__
+
+
+def text_of(error: BaseException) -> str:
+    """Return what an exception says; nothing where its own `__str__` fails, as a user's may."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  (whatever a user's code does)
+        return ""

@@ -1,7 +1,9 @@
 """Files that a user names: what is written is whole or absent, what is read is bounded."""
 
 import errno
+import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,26 +19,76 @@ def os_reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def check_file(path: Path, hint: str = "") -> None:
+    """Raise EdgekitError where `path` is no regular file; `hint` follows where there is none."""
+    refuse_irregular(path)
+    if not path.is_file():
+        there = "is a folder, not a file" if path.is_dir() else f"no such file{hint}"
+        raise EdgekitError(f"{path}: {there}")
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raise EdgekitError for a pipe, a device or a socket, which may have no writer or no end.
+
+    A folder, and a name of nothing, say so by themselves when they are opened.
+    """
+    if not {_kind(path)} <= {None, stat.S_IFREG, stat.S_IFDIR}:
+        raise EdgekitError(f"{path}: is no regular file")
+
+
+def is_pipe(path: Path) -> bool:
+    """Whether what `path` names can be read but once, as `<(command)` of a shell."""
+    return _kind(path) == stat.S_IFIFO
+
+
+def _kind(path: Path) -> int | None:
+    """Return what `path` names, as `stat` counts kinds; None where there is nothing."""
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except OSError:
+        return None
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 LONGEST_TEXT_BYTES = 16 << 20
 """A tokenizer takes some 40 bytes of memory for each byte of a text."""
 
 
 def read_text(path: Path) -> str:
-    """Return a UTF-8 file as it is, line ends included; EdgekitError names what is wrong."""
+    """Return a UTF-8 text as it is, line ends included; EdgekitError names what is wrong.
+
+    A text may come through a pipe that somebody writes to, such as `<(command)` of a shell; one
+    without a writer is not waited for.
+    """
+    pipe = is_pipe(path)
+    if not pipe:
+        refuse_irregular(path)
     try:
-        with path.open("rb") as file:
-            data = file.read(LONGEST_TEXT_BYTES + 1)  # a device has no end
+        with open(path, "rb", opener=_without_waiting) as file:
+            data = file.read(LONGEST_TEXT_BYTES + 1)
     except OSError as error:
         raise EdgekitError(f"{path}: cannot be read: {os_reason(error)}") from error
     if len(data) > LONGEST_TEXT_BYTES:
         raise EdgekitError(f"{path}: is longer than {LONGEST_TEXT_BYTES >> 20} MiB; give a part")
     if not data:
-        raise EdgekitError(f"{path}: is empty")
+        raise EdgekitError(f"{path}: {'is a pipe that nobody writes to' if pipe else 'is empty'}")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         at = f"byte 0x{data[error.start]:02x} at offset {error.start}"
         raise EdgekitError(f"{path}: is not UTF-8: {at}") from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe without a writer is at its end, rather than waiting for one to come."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def check_output_file(path: Path, force: bool) -> None:

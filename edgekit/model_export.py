@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import __version__
-from edgekit.artifact import sha256_of
 from edgekit.calibrated import workspace_of
 from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import copy_tokenizer, new_artifact, write_manifest
@@ -17,6 +16,7 @@ from edgekit.exporters.llama_formats import FORMATS
 from edgekit.exporters.llama_quantize import quantizer_version
 from edgekit.exporters.stored import refusal, stored_rows, stored_table
 from edgekit.exporters.target import Job, Options, Target, Weights, find_target
+from edgekit.files import sha256_of
 from edgekit.mixed import CANDIDATES, CountBytes, Mixed
 from edgekit.models.codes import CodesFile
 from edgekit.models.source import ModelSource, resolve_model

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError, one_line
-from edgekit.files import os_reason
+from edgekit.files import check_file, os_reason
 from edgekit.quiet import quiet_imports
 from edgekit.user_code import Factory
 
@@ -53,8 +53,7 @@ def open_data(text: str, traced: TracedModule) -> Iterable[Batch] | Calibration:
             f"{path}: calibration data are {', '.join(_ENDS)} files or a folder of them, "
             "path/to/data.py:function, or a calibration saved as .json"
         )
-    if not path.is_file():
-        raise EdgekitError(f"{path}: no such file")
+    check_file(path)
     return _from_file(path, traced)
 
 
@@ -118,6 +117,7 @@ def _from_file(path: Path, traced: TracedModule) -> Iterator[Batch]:
 
 def _arrays(path: Path) -> dict[str, Any]:
     """Return the arrays of a file, mapped rather than read where its form allows it."""
+    check_file(path)  # those of a folder are not checked before
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:

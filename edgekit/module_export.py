@@ -21,7 +21,7 @@ with quiet_imports():
     from edgekit.quantize.calibration import Calibration
     from edgekit.quantize.storage import save_quantized
     from edgekit.quantize.tensor import Weight
-    from edgekit.quantize.traced.calibrate import Batch, calibrate
+    from edgekit.quantize.traced.calibrate import Batch, calibrate, mini_batch
     from edgekit.quantize.traced.fold import fold_batch_norms
     from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
     from edgekit.quantize.traced.placement import Placement, place
@@ -197,7 +197,7 @@ def save_codes(network: QuantizedNetwork, path: Path) -> None:
 def _remember_first(batches: Iterable[Batch], first: list[tuple[Tensor, ...]]) -> Iterator[Batch]:
     for batch in batches:
         if not first:
-            first.append((batch,) if isinstance(batch, Tensor) else tuple(batch))
+            first.append(mini_batch(batch, 1))
         yield batch
 
 

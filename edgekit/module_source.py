@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edgekit.artifact import MODULE_DTYPES
 from edgekit.errors import EdgekitError, one_line
+from edgekit.files import check_file
 from edgekit.quiet import quiet_imports
 from edgekit.user_code import Factory
 
@@ -73,8 +74,7 @@ def _example(text: str, dtype: str, generator: torch.Generator) -> Tensor:
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load a state dict from safetensors; EdgekitError names what is missing, foreign or misshapen."""
     state = module.state_dict()
-    if not path.is_file():
-        raise EdgekitError(f"{path}: no such file")
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -12,8 +12,9 @@ from edgekit.calibrated import (
     read_texts,
     workspace_of,
 )
+from edgekit.errors import EdgekitError
 from edgekit.exporters.reference_text import TEXT
-from edgekit.files import read_text
+from edgekit.files import is_pipe, read_text
 from edgekit.gains import Gains
 from edgekit.mixed import CountBytes, Mixed, mixed_recipe
 from edgekit.models.codes import CodesFile
@@ -58,6 +59,11 @@ def choose_recipe(
     """
     mixed = None
     if quality.budget is not None:
+        if quality.calibrate is not None and is_pipe(quality.calibrate):
+            raise EdgekitError(
+                f"{quality.calibrate}: is a pipe, which can be read once; a budget needs its text "
+                "again: give a file"
+            )
         text = _text(quality)
         mixed = mixed_recipe(source, quality.budget, schemes, text, count, progress)
         recipe = mixed.recipe

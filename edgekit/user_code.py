@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from edgekit.errors import EdgekitError, Terminated, one_line
+from edgekit.files import check_file
 
 _SPELLING = re.compile(r"(?P<file>.+\.py)(?::(?P<function>[A-Za-z_]\w*))?", re.DOTALL)
 
@@ -46,8 +47,7 @@ class Factory:
 
         EdgekitError names the line of the user's that failed.
         """
-        if not self.file.is_file():
-            raise EdgekitError(f"{self.file}: no such file")
+        check_file(self.file)
         with self.errors():
             function = getattr(_execute(self.file.resolve()), self.function, None)
         if not callable(function):

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgekit.artifact import FORMAT_VERSION, MANIFEST, Artifact, sha256_of
+from edgekit.artifact import FORMAT_VERSION, MANIFEST, Artifact
 from edgekit.errors import EdgekitError
-from edgekit.files import check_parent, new_file, os_reason
+from edgekit.files import check_parent, new_file, os_reason, sha256_of
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf_writer import PlannedTensor, Value, write_gguf
-from edgekit.files import new_file
+from edgekit.files import new_file, refuse_irregular
 from edgekit.gguf_file import MARK, STRING, GgufFile
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -61,8 +61,7 @@ class Imatrix:
 
         Sums are finite and not negative, counts at least 1.
         """
-        if path.exists() and not path.is_file():
-            raise EdgekitError(f"{path}: is no regular file")
+        refuse_irregular(path)
         mark, size = _beginning(path)
         if size > _MOST_BYTES:
             raise EdgekitError(f"{path}: has {size} bytes; no imatrix has more than {_MOST_BYTES}")

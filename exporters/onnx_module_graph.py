@@ -85,9 +85,14 @@ class ModuleGraph:
         return name
 
     def constant(self, value: Constant, dtype: torch.dtype) -> str:
-        """Add an initializer, once for equal small ones; return its name."""
+        """Add an initializer, once for equal small ones; return its name.
+
+        Not of int8: where onnxruntime makes weights uint8 (`x64quantprecision`), it fails on a
+        zero point that two layers share.
+        """
         array = torch.as_tensor(value, dtype=dtype).contiguous().numpy()
-        key = (array.dtype.str, array.shape, array.tobytes()) if array.size <= _SMALL else None
+        shared = array.size <= _SMALL and dtype != torch.int8
+        key = (array.dtype.str, array.shape, array.tobytes()) if shared else None
         if key in self._shared:
             return self._shared[key]
         name = f"constant_{len(self._initializers)}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
-from edgekit.files import new_file, os_reason
+from edgekit.files import new_file, os_reason, refuse_irregular
 from edgekit.quantize.observers import OBSERVER_METHODS
 
 FORMAT_VERSION = 1
@@ -79,6 +79,7 @@ class Calibration:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    refuse_irregular(path)
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise EdgekitError(f"{path}: is too large to be a calibration")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from edgekit.errors import EdgekitError
+from edgekit.files import refuse_irregular
 from edgekit.limits import TooCostly, bounded
 from edgekit.quantize.ranges import RANGE_METHODS, RangeMethod
 from edgekit.quantize.scheme import FLOAT, Scheme
@@ -298,6 +299,7 @@ def _parse(path: Path) -> object:
     """Return the parsed file; EdgekitError where it is unreadable or malformed."""
     if path.suffix not in (".toml", ".json"):
         raise EdgekitError(f"{path}: a recipe is a .toml or a .json file")
+    refuse_irregular(path)
     try:
         text = path.read_text(encoding="utf-8")
         return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgekit.errors import EdgekitError, one_line
-from edgekit.files import new_file
+from edgekit.files import check_file, new_file
 from edgekit.quantize.methods import RECORDED
 from edgekit.quantize.packing import pack, unpack
 from edgekit.quantize.tensor import QuantizedTensor, Weight, scales_shape
@@ -119,8 +119,7 @@ def save_quantized(path: Path, tensors: Mapping[str, Weight], about: About | Non
 
 def load_quantized(path: Path) -> Contents:
     """Read what `save_quantized` wrote; EdgekitError where the file is anything else."""
-    if not path.is_file():
-        raise EdgekitError(f"{path}: no such file")
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             entries = read_document(path, file.metadata()).entries

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edgekit.artifact import Artifact, sha256_of
+from edgekit.artifact import Artifact
 from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import (
     check_output,
@@ -18,6 +18,7 @@ from edgekit.exporters.artifact import (
     new_artifact,
     write_manifest,
 )
+from edgekit.files import sha256_of
 
 MANIFEST: dict[str, Any] = {
     "model": {"id": "some/model", "revision": None, "sha256": "00"},

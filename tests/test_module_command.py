@@ -12,8 +12,9 @@ from click.testing import CliRunner, Result
 from command_line import assert_one_line, assert_only_one_line, edgekit, killed_at, run
 from safetensors.torch import load_file, save_file
 
-from edgekit.artifact import Artifact, sha256_of
+from edgekit.artifact import Artifact
 from edgekit.cli import main
+from edgekit.files import sha256_of
 from edgekit.quantize.storage import load_quantized
 from edgekit.user_code import Factory
 

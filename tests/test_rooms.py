@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "quantize": r"edgekit\.(errors|files|limits|tables|words)|torch|numpy|safetensors",
     "edgekit/models": (
-        r"edgekit\.(errors|limits|progress|quantize)|torch|numpy|safetensors|tokenizers|jinja2"
+        r"edgekit\.(errors|files|limits|progress|quantize)|torch|numpy|safetensors|tokenizers|jinja2"
         r"|huggingface_hub"
     ),
     "exporters": (

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeGuard
 import torch
 
 from edgekit.errors import EdgekitError, one_line
+from edgekit.files import refuse_irregular, sha256_of
 from edgekit.models.config import ModelConfig, load_json_object
 
 SINGLE_FILE = "model.safetensors"
@@ -112,10 +113,10 @@ class Checkpoint:
     @cached_property
     def _sha256(self) -> str:
         # An export asks several times, and gigabytes take seconds.
-        digests = [_file_digest(path) for path in self.files]
-        return (
-            digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()
-        ).hex()
+        digests = [_digest(path) for path in self.files]
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
     def _entry(self, name: str) -> TensorEntry:
         try:
@@ -156,6 +157,7 @@ def read_header_and_metadata(
     path: Path, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Do what `read_header` does for tensors of some dtypes, and return the metadata too."""
+    refuse_irregular(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -293,15 +295,11 @@ def _pieces(entry: TensorEntry) -> Iterator[bytes]:
             yield piece
 
 
-def _file_digest(path: Path) -> bytes:
-    digest = hashlib.sha256()
+def _digest(path: Path) -> str:
     try:
-        with path.open("rb", buffering=0) as file:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
+        return sha256_of(path)
     except OSError as error:
         raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.digest()
 
 
 def shape_problems(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError, one_line
+from edgekit.files import check_file
 from edgekit.models.checkpoint import (
     FLOAT_DTYPES,
     TensorEntry,
@@ -56,8 +57,7 @@ class CodesFile(Mapping[str, Weight]):
         What is refused: tensors that are missing, unexpected or of another shape, and codes of no
         `Scheme`. Codes and scales themselves are checked when they are read.
         """
-        if not path.is_file():
-            raise EdgekitError(f"{path}: no such file; `edgekit quantize` makes one")
+        check_file(path, "; `edgekit quantize` makes one")
         arrays, metadata = read_header_and_metadata(path, _DTYPES)
         document = read_document(path, metadata)
         if document.about is None:

@@ -7,13 +7,13 @@ transformers silently prefers one of two contradicting keys, the file is refused
 
 import json
 import math
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from edgekit.errors import EdgekitError, one_line
+from edgekit.files import refuse_irregular
 
 LAYER_TYPES = ("conv", "full_attention")
 
@@ -459,11 +459,8 @@ def _show(value: object) -> str:
 def load_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file whose content is an object; anything else is refused naming the file."""
     try:
-        facts = path.stat()
-        # A device has no end, a pipe may have no writer; a folder says so by itself.
-        if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
-            raise EdgekitError(f"{path}: is no regular file")
-        if facts.st_size > _MAX_JSON_BYTES:
+        refuse_irregular(path)
+        if path.stat().st_size > _MAX_JSON_BYTES:
             raise EdgekitError(f"{path}: too large for a JSON file of a model")
         content = json.loads(path.read_bytes())
     except OSError as error:

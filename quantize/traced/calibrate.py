@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, one_line
 from edgekit.quantize.calibration import Calibration
 from edgekit.quantize.observers import Observer, observer
 from edgekit.quantize.traced.placement import Placement
@@ -33,17 +33,16 @@ def calibrate(
     count = samples = 0
     with torch.inference_mode():
         for batch in batches:
-            inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
             count += 1
+            inputs = mini_batch(batch, count)
             try:
                 traced.check_inputs(inputs)
                 run.run(*inputs)
             except EdgekitError as error:
                 raise EdgekitError(f"calibration batch {count}: {error}") from error
             except (IndexError, RuntimeError) as error:  # such as an index beyond a table
-                said = str(error).partition("\n")[0]
                 raise EdgekitError(
-                    f"calibration batch {count}: the module does not run on it: {said}"
+                    f"calibration batch {count}: the module does not run on it: {one_line(error)}"
                 ) from error
             samples += len(inputs[0])
             progress(count)
@@ -60,6 +59,17 @@ def calibrate(
                 "data, or leave the layers around it float"
             ) from error
     return Calibration(ranges, method, samples, count)
+
+
+def mini_batch(given: object, number: int) -> tuple[Tensor, ...]:
+    """Return a mini-batch as one tensor for each input; EdgekitError where it is none."""
+    items = tuple(given) if isinstance(given, list | tuple) else (given,)
+    if not items or not all(isinstance(item, Tensor) for item in items):
+        raise EdgekitError(
+            f"calibration batch {number} must be a tensor, or a tuple of one for each input, got "
+            f"{type(given).__name__}"
+        )
+    return items
 
 
 class _Observation(Interpreter):

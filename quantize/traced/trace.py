@@ -1,6 +1,7 @@
 """From a module to a graph of ATen operators, in the few forms that the rest reads."""
 
 import copy
+import inspect
 import linecache
 import logging
 import operator
@@ -21,7 +22,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from edgekit.errors import EdgekitError, one_line
+from edgekit.errors import EdgekitError, one_line, text_of
 from edgekit.quantize.traced.operators import BATCH_NORM, arguments, aten, numbers, rank
 
 _TORCH = Path(torch.__file__).parent
@@ -84,15 +85,17 @@ class TracedModule:
         if len(inputs) != len(self.example):
             raise EdgekitError(f"the module takes {len(self.example)} inputs, got {len(inputs)}")
         for node, given, like in zip(self.inputs, inputs, self.example, strict=True):
+            check_dense(f"input {node.name!r}", given)
             batch = given.shape[0] if given.ndim else 0
             fits = batch == like.shape[0] if self.max_batch is None else batch <= self.max_batch
             same = given.dtype == like.dtype and given.shape[1:] == like.shape[1:]
             if not same or not fits or batch < 1:
                 largest = like.shape[0] if self.max_batch is None else f"1 to {self.max_batch}"
+                hint = "; --max-batch (max_batch=) lets the batch vary" if same and batch else ""
                 raise EdgekitError(
                     f"input {node.name!r} must be {like.dtype} of shape "
                     f"[{', '.join(map(str, [largest, *like.shape[1:]]))}], got {given.dtype} of "
-                    f"shape {list(given.shape)}"
+                    f"shape {list(given.shape)}{hint}"
                 )
 
 
@@ -110,6 +113,7 @@ def trace(
     is left as it was. EdgekitError names the operator and source line that cannot be traced.
     """
     example = _example(example_inputs, max_batch)
+    _check_values(module)
     with _inference(module), _dropouts(module, for_training) as dropouts:
         program = _export(module, example, max_batch)
     with warnings.catch_warnings():
@@ -147,6 +151,8 @@ def at(node: Node) -> str:
 def _example(inputs: Sequence[Tensor], max_batch: int | None) -> tuple[Tensor, ...]:
     if not inputs or not all(isinstance(item, Tensor) for item in inputs):
         raise EdgekitError("example_inputs must be a tuple of at least one tensor")
+    for number, item in enumerate(inputs):
+        check_dense(f"example_inputs[{number}]", item)
     if any(item.ndim == 0 or 0 in item.shape for item in inputs):
         raise EdgekitError("example_inputs must have a batch axis and no empty axis")
     if max_batch is None:
@@ -157,10 +163,31 @@ def _example(inputs: Sequence[Tensor], max_batch: int | None) -> tuple[Tensor, .
     return tuple(item if len(item) > 1 else torch.cat([item, item]) for item in inputs)
 
 
-@contextmanager
-def _inference(module: nn.Module) -> Iterator[None]:
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise EdgekitError for a tensor without values, or whose values lie in no plain array."""
+    if tensor.is_meta:
+        raise EdgekitError(f"{name} is on the meta device, so it has no values: give it some")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise EdgekitError(f"{name} must be a dense tensor, got one of layout {kind}")
+
+
+def _check_values(module: nn.Module) -> None:
+    """Refuse weights that are not there, and those of types that no engine's kernels have."""
     if not isinstance(module, nn.Module):
         raise EdgekitError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    kind = type(module).__name__
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        check_dense(f"{kind}: {name}", tensor)
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise EdgekitError(
+                f"{kind}: {name} is {tensor.dtype}; a module is traced in float32: convert it with "
+                "module.float(), and give float32 inputs"
+            )
+
+
+@contextmanager
+def _inference(module: nn.Module) -> Iterator[None]:
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -192,8 +219,7 @@ def _export(
 ) -> ExportedProgram:
     shapes = None
     if max_batch is not None:
-        batch = Dim("batch", min=1, max=max_batch)
-        shapes = tuple({0: batch} for _ in example)
+        shapes = _like_arguments(module, [{0: Dim("batch", min=1, max=max_batch)}] * len(example))
     try:
         with torch.no_grad(), _silence():
             program = export(module, example, dynamic_shapes=shapes, strict=False)
@@ -209,6 +235,16 @@ def _export(
             "from one call to the next"
         )
     return functional
+
+
+def _like_arguments(module: nn.Module, each: list[dict[int, Dim]]) -> tuple[Any, ...] | None:
+    """Return what belongs to each input in the form of the signature: `*x` takes a tuple."""
+    signature = inspect.signature(module.forward)
+    try:
+        bound = signature.bind(*each)
+    except TypeError:
+        return tuple(each)  # the module does not take so many: torch.export says so
+    return tuple(bound.arguments.values())
 
 
 @contextmanager
@@ -232,14 +268,15 @@ def _why(module: nn.Module, error: Exception) -> str:
         if _TORCH not in Path(frame.filename).parents and Path(frame.filename) != Path(__file__)
     ]
     said = one_line(error, 300)
-    named = _OPERATOR.search(str(error))
+    named = _OPERATOR.search(text_of(error))
     parts = [f"{type(module).__name__} cannot be traced"]
     if frames:
         line = frames[-1].line or linecache.getline(frames[-1].filename, frames[-1].lineno or 0)
         parts.append(f"{frames[-1].filename}:{frames[-1].lineno}: {line.strip()}")
     if named and named[0] not in said[:200]:
         parts.append(named[0])
-    return ": ".join([*parts, said])
+    hint = "; inputs of whole numbers want --example-dtype int64" if "'indices'" in said else ""
+    return ": ".join([*parts, f"{said}{hint}"])
 
 
 def _check_outputs(program: ExportedProgram, graph_module: GraphModule) -> None:
