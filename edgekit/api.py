@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from edgekit.artifact import Artifact
-from edgekit.errors import EdgekitError
 from edgekit.progress import Progress
-from edgekit.quality import Budget, Quality
+from edgekit.quality import Budget, Quality, check_exclusions
 from edgekit.quantize.methods import Method
 from edgekit.quiet import quiet_imports
 
@@ -54,7 +53,8 @@ def export(
     output: Path | str,
     *,
     target: str = ...,
-    recipe: "LayerRecipe | str" = ...,
+    recipe: "LayerRecipe | str | None" = ...,
+    codes: Path | str | None = ...,
     calibration: "Data" = ...,
     method: str = ...,
     max_batch: int | None = ...,
@@ -112,15 +112,15 @@ def export_model(
     what the model computes; both leave nothing at `output`.
     """
     quality = _quality(calibrate, method, bits, target_size)
-    if codes is not None and (recipe is not None or quality != Quality()):
-        raise EdgekitError("codes are chosen already: leave out the recipe and how to choose them")
-    if quality.budget is not None and recipe is not None:
-        raise EdgekitError("a budget and a recipe exclude each other: a budget chooses the schemes")
+    form = find_format(recipe) if isinstance(recipe, str) else None
+    check_exclusions(
+        quality,
+        None if recipe is None else "recipe",
+        None if form is None else form.name,
+        codes is not None,
+    )
     check_output(Path(output), force)
     recipe = "int8" if recipe is None else recipe
-    form = find_format(recipe) if isinstance(recipe, str) else None
-    if form is not None and quality != Quality():
-        raise EdgekitError(f"{form.name} is llama.cpp's own format, which llama.cpp quantizes")
     options = Options(
         llama_format=None if form is None else form.name,
         imatrix=None if imatrix is None else Path(imatrix),

@@ -9,6 +9,7 @@ from edgekit import __version__
 from edgekit.artifact import MODULE, Artifact
 from edgekit.errors import EdgekitError
 from edgekit.progress import Progress
+from edgekit.quality import Quality, check_exclusions
 from edgekit.quiet import quiet_imports
 
 with quiet_imports():
@@ -17,10 +18,9 @@ with quiet_imports():
     from edgekit.exporters.artifact import check_output, new_artifact, write_manifest
     from edgekit.exporters.module_target import find_module_target, tensor_rows
     from edgekit.exporters.verify_module import REFERENCE_FILE, reference_case, verify_module
+    from edgekit.module_codes import place_codes
     from edgekit.module_data import open_data
     from edgekit.quantize.calibration import Calibration
-    from edgekit.quantize.storage import save_quantized
-    from edgekit.quantize.tensor import Weight
     from edgekit.quantize.traced.calibrate import Batch, calibrate, mini_batch
     from edgekit.quantize.traced.fold import fold_batch_norms
     from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
@@ -37,13 +37,12 @@ where none is needed."""
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized network, the ranges of its activations, and inputs to verify it with.
+    """A quantized network, and inputs to verify it with.
 
     `sample` is the first mini-batch, or the traced example where there was none.
     """
 
     network: QuantizedNetwork
-    ranges: Calibration | None
     sample: tuple[Tensor, ...]
 
 
@@ -53,7 +52,8 @@ def export_module(
     output: Path | str,
     *,
     target: str = "executorch",
-    recipe: LayerRecipe | str = "w8a8",
+    recipe: LayerRecipe | str | None = None,
+    codes: Path | str | None = None,
     calibration: Data = None,
     method: str = "moving-average",
     max_batch: int | None = None,
@@ -64,18 +64,21 @@ def export_module(
     """Export a module, verify the file in its engine, and return the artifact at `output`.
 
     `example_inputs` are the module's arguments, tensors whose first axis is the batch; `max_batch`
-    lets it vary up to that. `recipe` is a scheme (w8a8, w4a8-tensor, float, ...) or a
-    `LayerRecipe`. `calibration` gives mini-batches of inputs, is a `Calibration`, or names what
+    lets it vary up to that. `recipe` is a scheme (w8a8, the default, w4a8-tensor, float, ...) or a
+    `LayerRecipe`; `codes`, instead of it, a file of `edgekit quantize`, whose codes are packed as
+    they are. `calibration` gives mini-batches of inputs, is a `Calibration`, or names what
     the command's --calibrate takes: a file or folder of inputs, `FILE.py:FUNCTION`, or a saved
     calibration (the artifact holds `calibration.json`); `method` is how ranges are found.
     `name` is what the manifest calls the module, by default its class. Raises `EdgekitError` for a
     mistake and `VerificationError` for a file that does not compute what the quantized module
     computes; both leave nothing at `output`.
     """
+    check_exclusions(Quality(), None if recipe is None else "recipe", codes=codes is not None)
     check_output(Path(output), force)
     find_module_target(target)
     progress("tracing")
-    placement = place_module(module, example_inputs, recipe, max_batch)
+    chosen = Path(codes) if codes is not None else recipe or "w8a8"
+    placement = place_module(module, example_inputs, chosen, max_batch)
     found = quantize_placement(placement, calibration, method, progress)
     return export_network(
         found.network,
@@ -83,8 +86,7 @@ def export_module(
         output,
         target=target,
         name=name or type(module).__name__,
-        recipe=recipe if isinstance(recipe, str) else recipe.name,
-        ranges=found.ranges,
+        recipe=placement.recipe,
         force=force,
         progress=progress,
     )
@@ -93,11 +95,16 @@ def export_module(
 def place_module(
     module: nn.Module,
     example_inputs: tuple[Tensor, ...],
-    recipe: LayerRecipe | str = "w8a8",
+    recipe: LayerRecipe | str | Path = "w8a8",
     max_batch: int | None = None,
 ) -> Placement:
-    """Trace a module, fold its batch norms and decide what is quantized; no data is needed."""
+    """Trace a module, fold its batch norms and decide what is quantized; no data is needed.
+
+    A `Path` in place of a recipe is a file of codes.
+    """
     traced = fold_batch_norms(trace(module, example_inputs, max_batch))
+    if isinstance(recipe, Path):
+        return place_codes(traced, recipe)
     return place(traced, LayerRecipe.uniform(recipe) if isinstance(recipe, str) else recipe)
 
 
@@ -109,7 +116,6 @@ def export_network(
     target: str = "executorch",
     name: str,
     recipe: str,
-    ranges: Calibration | None = None,
     force: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Artifact:
@@ -117,8 +123,9 @@ def export_network(
 
     `sample` gives the inputs to verify with: real ones where there are any, since random ones
     exercise a network less. `name` and `recipe` are what the manifest calls the module and its
-    schemes. `ranges`, where given, lie in the artifact as `calibration.json`, and some of the
-    sample with the outputs it must give as `reference.safetensors`. Raises as `export_module`.
+    schemes. The ranges of its activations, observed in training or by a calibration, lie in the
+    artifact as `calibration.json`, and some of the sample with the outputs it must give as
+    `reference.safetensors`. Raises as `export_module`.
     """
     folder = Path(output)
     check_output(folder, force)
@@ -131,8 +138,8 @@ def export_network(
         with load_module(target, path) as engine:
             figures = verify_module(engine, network, sample).to_dict()
         reference_case(network, sample).save(staging / REFERENCE_FILE)
-        if ranges is not None:
-            ranges.save(staging / CALIBRATION_FILE)
+        if network.ranges is not None:
+            network.ranges.save(staging / CALIBRATION_FILE)
         facts = {
             "model": {"id": name},
             "target": target,
@@ -156,7 +163,7 @@ def quantize_placement(
     ranges, sample = _calibrate(placement, calibration, method)
     progress("quantizing")
     network = quantize_module(placement, ranges)
-    return Quantized(network, ranges, sample or placement.traced.example)
+    return Quantized(network, sample or placement.traced.example)
 
 
 def _calibrate(
@@ -179,19 +186,6 @@ def _calibrate(
     first: list[tuple[Tensor, ...]] = []
     ranges = calibrate(placement, _remember_first(given, first), method)
     return ranges, first[0]
-
-
-def save_codes(network: QuantizedNetwork, path: Path) -> None:
-    """Write the codes of the weights, and float what has none: biases folded, not yet rounded.
-
-    A bias becomes int32 in units of input scale times weight scale when an engine's file is made.
-    """
-    traced = network.traced
-    contents: dict[str, Weight] = dict(network.weights)
-    for node in traced.graph_module.graph.nodes:
-        if node.op == "get_attr" and str(node.target) not in contents:
-            contents[str(node.target)] = traced.parameter(node)
-    save_quantized(path, contents)
 
 
 def _remember_first(batches: Iterable[Batch], first: list[tuple[Tensor, ...]]) -> Iterator[Batch]:

@@ -78,3 +78,31 @@ class Quality:
     def given(self) -> bool:
         """Whether anything was asked for that needs codes of its own."""
         return self.calibrate is not None or self.budget is not None
+
+
+def check_exclusions(
+    quality: Quality,
+    recipe: str | None = None,
+    llama_format: str | None = None,
+    codes: bool = False,
+) -> None:
+    """Raise EdgekitError for wishes that contradict each other.
+
+    `recipe` is how the user gave one (`--int4`), `llama_format` the one of llama.cpp's own formats
+    that it names; None where that is not so. `codes` says that a file of codes was given.
+    """
+    if codes and recipe is not None:
+        raise EdgekitError(
+            f"--codes and {recipe} exclude each other: the file's tensors are what they are"
+        )
+    if codes and quality != Quality():
+        raise EdgekitError("--codes are chosen already: leave out how to choose them")
+    if quality.budget is not None and recipe is not None:
+        raise EdgekitError(
+            f"{quality.budget.option} and {recipe} exclude each other: a budget chooses the schemes"
+        )
+    if llama_format is not None and quality != Quality():
+        raise EdgekitError(
+            f"--scheme {llama_format} is llama.cpp's own format, which llama.cpp quantizes: it "
+            "takes an --imatrix only"
+        )

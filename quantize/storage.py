@@ -119,14 +119,19 @@ def save_quantized(path: Path, tensors: Mapping[str, Weight], about: About | Non
 
 def load_quantized(path: Path) -> Contents:
     """Read what `save_quantized` wrote; EdgekitError where the file is anything else."""
+    return load_with_about(path)[0]
+
+
+def load_with_about(path: Path) -> tuple[Contents, About | None]:
+    """Do what `load_quantized` does, and return what the file says that it is about."""
     check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            entries = read_document(path, file.metadata()).entries
+            document = read_document(path, file.metadata())
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise EdgekitError(f"{path}: cannot be read: {one_line(error)}") from error
-    return _assemble(path, entries, arrays)
+    return _assemble(path, document.entries, arrays), document.about
 
 
 def _flatten(tensors: Mapping[str, Weight]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 
 import edgekit
+from edgekit import progress
 from edgekit.cli import COMMANDS, DEFECT, INTERRUPTED, MISTAKE, READER_GONE, describe, main
 from edgekit.commands._progress import progress_line
 from edgekit.errors import EdgekitError, Interrupted, VerificationError
@@ -222,20 +223,49 @@ def test_the_line_of_progress_is_cleared_after_an_error(monkeypatch: pytest.Monk
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with pytest.raises(EdgekitError), progress_line() as show:
-        assert show is not None
         show(1, 2, "chunks")
         raise EdgekitError("wrong")
     assert terminal.getvalue() == "\r\x1b[K[1/2] chunks\r\x1b[K"
 
 
-@pytest.mark.parametrize("stream", [None, io.StringIO()])
-def test_no_line_of_progress_without_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+
+def test_without_a_terminal_a_line_of_progress_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
+    clock = Clock(monkeypatch)
     with progress_line() as show:
-        assert show is None
-    assert stream is None or stream.getvalue() == ""
+        for done in range(7):
+            show(done, 9, "layers")
+            clock.now += 11
+    assert stream.getvalue() == "[3/9] layers\n[6/9] layers\n"
+
+
+def test_without_a_terminal_stages_of_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    clock = Clock(monkeypatch)
+    show = progress.stage_printer()
+    for seconds, stage in ((0, "tracing"), (29, "quantizing"), (2, "writing"), (29, "verifying")):
+        clock.now += seconds
+        show(stage)
+    assert stream.getvalue() == "[  31.0 s] writing\n"
+
+
+def test_progress_without_stderr_is_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    clock = Clock(monkeypatch)
+    with progress_line() as show:
+        clock.now += 100
+        show(1, 2, "chunks")
 
 
 def test_public_names_are_imported_when_used() -> None:

@@ -1,11 +1,21 @@
-"""Output files: refused early where they cannot be, whole or absent afterwards."""
+"""Files of users: outputs whole or absent, and nothing read that has no writer or no end."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edgekit.errors import EdgekitError
-from edgekit.files import check_output_file, new_file
+from edgekit.exporters.imatrix import Imatrix
+from edgekit.files import check_file, check_output_file, new_file, read_text
+from edgekit.models.checkpoint import read_header
+from edgekit.models.config import load_json_object
+from edgekit.quantize.calibration import Calibration
+from edgekit.quantize.recipe import Recipe
+from edgekit.quantize.storage import load_quantized
 
 
 def test_a_new_file_replaces_the_old_one_at_the_end(tmp_path: Path) -> None:
@@ -66,3 +76,53 @@ def test_an_output_is_refused_before_any_work(tmp_path: Path) -> None:
     ):
         with pytest.raises(EdgekitError, match=words):
             check_output_file(path, force)
+
+
+READERS: list[Callable[[Path], object]] = [
+    read_text,
+    check_file,
+    load_quantized,
+    read_header,
+    load_json_object,
+    Calibration.load,
+    Recipe.load,
+    Imatrix.load,
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_pipe_without_a_writer_is_not_waited_for(
+    read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    said = "is a pipe that nobody writes to" if read is read_text else "is no regular file"
+    with pytest.raises(EdgekitError, match=f"pipe.json: {said}"):
+        read(pipe)
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_device_is_not_read(read: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    with pytest.raises(EdgekitError, match=r"zero\.json: is no regular file"):
+        read(tmp_path / "zero.json")
+
+
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(EdgekitError, match=f"{tmp_path}: is a folder, not a file"):
+        check_file(tmp_path)
+    with pytest.raises(EdgekitError, match="none: no such file; make one"):
+        check_file(tmp_path / "none", "; make one")
+
+
+def test_a_text_may_come_through_a_pipe_that_somebody_writes_to(tmp_path: Path) -> None:
+    """As `<(command)` of a shell, whose name is `/dev/fd/N`; the writer may take its time."""
+    script = "import time; time.sleep(0.3); print('once upon a time' * 9000)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        path = Path(f"/dev/fd/{writer.stdout.fileno()}")
+        assert read_text(path) == "once upon a time" * 9000 + "\n"
+        assert writer.wait() == 0
+    (tmp_path / "text").write_text("a file")
+    with (tmp_path / "text").open() as file:
+        assert read_text(Path(f"/dev/fd/{file.fileno()}")) == "a file"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from itertools import product
@@ -136,6 +137,13 @@ def test_a_gguf_takes_the_bytes_that_were_asked_for(tmp_path: Path) -> None:
     assert 5.3 < 8 * size / made["model"]["parameters"] <= 5.5
     assert made["verification"]["verified"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_budget_reads_its_text_again_so_it_is_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    done = run("quantize", "lfm2-tiny", "--bits", "5.5", "--calibrate", tmp_path / "pipe")
+    assert done.exit_code == 2
+    assert "pipe: is a pipe, which can be read once" in done.stderr
 
 
 def test_an_output_that_exists_is_refused_before_anything_is_measured(

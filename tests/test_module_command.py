@@ -1,21 +1,27 @@
 """Modules on the command line: export, quantize, inspect, verify, bench, and what goes wrong."""
 
 import json
+import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from command_line import assert_one_line, assert_only_one_line, edgekit, killed_at, run
+from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
+from edgekit import export as edgekit_export
 from edgekit.artifact import Artifact
 from edgekit.cli import main
 from edgekit.files import sha256_of
-from edgekit.quantize.storage import load_quantized
+from edgekit.quantize.storage import load_quantized, load_with_about, save_quantized
+from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.user_code import Factory
 
 CODE = """
@@ -97,6 +103,27 @@ def broken_batches():
 
 def words():
     yield "a word"
+
+def sparse():
+    yield torch.randn(2, 3, 6, 6).to_sparse()
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+def mute():
+    raise Mute
+
+def mute_batches():
+    yield torch.randn(2, 3, 6, 6)
+    raise Mute
+
+def another():
+    torch.manual_seed(1)
+    return Net()
+
+def table():
+    return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3))
 """
 STAGES = ("tracing", "calibrating", "quantizing", "writing the graph", "verifying in onnxruntime")
 
@@ -228,6 +255,120 @@ def test_quantize_writes_codes_and_a_calibration_that_export_takes(code: Path, p
     )
 
 
+def _quantized(code: Path, place: Path, *more: object) -> Path:
+    words = ("quantize", f"{code}:net", "--example-shape", "1x3x6x6", "--max-batch", 4)
+    data = ("--calibrate", f"{code}:batches")
+    done = run(*words, *data, "-o", place / "net.safetensors", *more)
+    assert done.exit_code == 0, done.stderr
+    return place / "net.safetensors"
+
+
+def test_export_packs_the_codes_that_quantize_wrote(code: Path, place: Path) -> None:
+    codes = _quantized(code, place, "--scheme", "w4a8")
+    held = load_quantized(codes)
+    weight = held["conv.weight"]
+    assert isinstance(weight, QuantizedTensor)
+    flipped = weight.codes.flip(0).contiguous()  # codes that no rounding of the module's gives
+    about = load_with_about(codes)[1]
+    save_quantized(codes, {**held, "conv.weight": replace(weight, codes=flipped)}, about)
+    data = ("--max-batch", 4, "--calibrate", place / "net.calibration.json")
+    done = export(code, place / "out", *data, "--codes", codes)
+    assert done.exit_code == 0, done.stderr
+    assert re.search(r"conv\.weight +w4a8 +4x3x3x3 +124\n", done.stdout)
+    artifact = Artifact.open(place / "out")
+    assert artifact.manifest["recipe"] == "w4a8"
+    stored = [
+        numpy_helper.to_array(item)
+        for item in onnx.load(artifact.model_path).graph.initializer
+        if item.data_type == onnx.TensorProto.INT8
+    ]
+    assert any(np.array_equal(each, flipped.numpy()) for each in stored)
+    size, whole = (
+        (place / "out" / "model.onnx").stat().st_size,
+        sum(file.stat().st_size for file in (place / "out").iterdir()),
+    )
+    assert done.stdout.endswith(f"out: model {size:,} bytes, folder {whole:,} bytes\n")
+    made = edgekit_export(
+        Factory(code, "net").call(),
+        (torch.zeros(1, 3, 6, 6),),
+        place / "python",
+        target="onnx",
+        codes=codes,
+        calibration=place / "net.calibration.json",
+        max_batch=4,
+    )
+    assert made.model_path.read_bytes() == artifact.model_path.read_bytes()
+
+
+def test_codes_that_are_not_the_modules(code: Path, place: Path) -> None:
+    codes = _quantized(code, place)
+    held, about = load_with_about(codes)
+    data = ("--max-batch", 4, "--calibrate", place / "net.calibration.json", "--codes", codes)
+
+    def refused(said: str, *more: object, name: str = "net") -> None:
+        assert_only_one_line(export(code, place / "out", *data, *more, name=name), said)
+
+    refused("--codes and --scheme exclude each other", "--scheme", "w4a8")
+    refused("net.safetensors: was made of other weights than the module's", name="another")
+    done = export(code, place / "out", "--max-batch", 4, "--codes", codes)
+    assert_only_one_line(done, "quantized activations need --calibrate")
+    weight = held["head.weight"]
+    assert isinstance(weight, QuantizedTensor)
+    for contents, said in (
+        ({name: each for name, each in held.items() if name != "head.bias"}, "1 missing: head.b"),
+        (held | {"head.bias": torch.ones(2)}, "head.bias: is float, and not what the module has"),
+        (
+            held | {"head.weight": replace(weight, codes=weight.codes * 0 - 128)},
+            "w8a8 has codes from -127 to 127, got -128 to -128",
+        ),
+        (
+            held | {"head.weight": replace(weight, scales=torch.ones(4), axis=1)},
+            "has a scale for each entry of axis 1, its channels are those of axis 0",
+        ),
+        (
+            held
+            | {"head.weight": replace(weight, scales=torch.ones(2, 2), axis=None, group_size=2)},
+            "head.weight: no layer of a module has such codes",
+        ),
+    ):
+        save_quantized(codes, contents, about)
+        refused(said)
+    save_quantized(codes, held)
+    refused("does not say which weights it was made of")
+    codes.unlink()
+    refused("no such file; `edgekit quantize` makes one")
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        None,
+        [3],
+        [{"tensor": "x", "scale": 0.5}],
+        [{"tensor": 3, "scale": 0.5, "zero_point": 1}],
+        [{"tensor": "x", "scale": -0.5, "zero_point": 1}],
+        [{"tensor": "x", "scale": "0.5", "zero_point": 1}],
+        [{"tensor": "x", "scale": 0.5, "zero_point": 256}],
+        [{"tensor": "x", "scale": 0.5, "zero_point": True}],
+    ],
+)
+def test_damaged_activations_of_a_manifest(code: Path, place: Path, damage: object) -> None:
+    assert export(code, place / "net", "--float").exit_code == 0
+    path = place / "net" / "edgekit.json"
+    document = json.loads(path.read_text())
+    assert document["activations"] == []
+    path.write_text(json.dumps(document | {"activations": damage}))
+    assert_only_one_line(run("inspect", place / "net"), "edgekit.json: activations must ")
+
+
+def test_a_batch_of_another_size_names_the_option(code: Path, place: Path) -> None:
+    done = export(code, place / "net", "--calibrate", f"{code}:batches")
+    assert_only_one_line(
+        done, "of shape [1, 3, 6, 6], got torch.float32 of shape [2, 3, 6, 6]; --max-batch"
+    )
+
+
 def test_several_inputs_of_both_types(code: Path, place: Path) -> None:
     generator = np.random.default_rng(1)
     tokens = generator.integers(0, 9, (7, 5))
@@ -355,12 +496,19 @@ def test_calibration_data_that_cannot_be_used(
         ("net.py:one_tensor", "must return or yield mini-batches, it returned Tensor"),
         ("net.py:words", "mini-batch 1 must be a tensor"),
         ("net.py:broken_batches", "RuntimeError: no more images"),
+        ("net.py:mute_batches", "raise Mute: Mute"),
+        ("net.py:sparse", "batch 1: input 'x' must be a dense tensor"),
+        ("pipe.npy", "pipe.npy: is no regular file"),
+        ("pipes", "pipes/x.npz: is no regular file"),
         ("net.py:batchez", "batchez is not there"),
     ],
 )
 def test_calibration_data_that_are_none(code: Path, place: Path, data: str, said: str) -> None:
     folder = code.parent
     (folder / "empty").mkdir()
+    (folder / "pipes").mkdir()
+    os.mkfifo(folder / "pipe.npy")
+    os.mkfifo(folder / "pipes" / "x.npz")
     for name in ("cut.npy", "cut.npz", "cut.safetensors", "cut.json"):
         (folder / name).write_bytes(b"\x93NUMPY cut off")
     done = export(code, place / "net", "--max-batch", 4, "--calibrate", folder / data)
@@ -380,6 +528,8 @@ def line_of(text: str) -> int:
         ("nothing", ("nothing must return a torch.nn.Module, it returned NoneType",)),
         ("missing", ("net.py: missing is not there",)),
         ("number", ("net.py: number is no function",)),
+        ("mute", (f"net.py:{line_of('def mute():') + 1}: raise Mute: Mute",)),
+        ("table", ("Sequential cannot be traced", "want --example-dtype int64")),
         (
             "branching",
             ("Branching cannot be traced", f"net.py:{line_of('if x.sum() > 0')}: if x.sum() > 0:"),

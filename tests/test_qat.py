@@ -17,6 +17,7 @@ from traced_nets import NETS, batch_for, make_net
 import edgekit
 from edgekit.errors import EdgekitError
 from edgekit.quantize.affine import quantize
+from edgekit.quantize.calibration import Calibration
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.prepare import prepare
@@ -105,9 +106,11 @@ def test_the_file_is_what_was_trained(target: str, tmp_path: Path) -> None:
         target=target,
         name="net",
         recipe=qat.recipe,
-        ranges=qat.calibration(),
     )
     assert artifact.manifest["verification"]["verified"]
+    ranges = Calibration.load(artifact.folder / "calibration.json")
+    assert ranges == qat.calibration()
+    assert (ranges.method, ranges.batches) == ("moving-average", ranges.samples // len(x))
     with edgekit.load_module(target, artifact.model_path, threads=1) as engine:
         (actual,) = engine.run([x.numpy()])
     steps = np.abs(actual - prepared.detach().numpy()) / network.edges["linear"].scale

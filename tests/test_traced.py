@@ -16,7 +16,7 @@ from edgekit.errors import EdgekitError
 from edgekit.quantize.calibration import Calibration
 from edgekit.quantize.traced.calibrate import calibrate
 from edgekit.quantize.traced.fold import fold_batch_norms
-from edgekit.quantize.traced.network import quantize_module
+from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
 from edgekit.quantize.traced.operators import BATCH_NORM
 from edgekit.quantize.traced.placement import Placement, place
 from edgekit.quantize.traced.schemes import LayerRecipe, LayerRule, LayerScheme
@@ -322,6 +322,65 @@ def test_what_cannot_be_traced_is_named_in_one_line(case: str) -> None:
 def test_examples_are_tensors_with_a_batch(inputs: tuple[Tensor, ...], said: str) -> None:
     with pytest.raises(EdgekitError, match=said):
         trace(nn.Linear(3, 2), inputs)
+
+
+def test_tensors_without_values_or_in_pieces_are_refused(separable: Placement) -> None:
+    x = torch.ones(2, 3)
+    for given, said in (
+        (x.to("meta"), "is on the meta device, so it has no values"),
+        (x.to_sparse(), "must be a dense tensor, got one of layout sparse_coo"),
+        (torch.nested.nested_tensor([x, x]), "must be a dense tensor, got one of layout nested"),
+    ):
+        with pytest.raises(EdgekitError, match=rf"example_inputs\[0\] {said}"):
+            trace(nn.Linear(3, 2), (given,))
+        with pytest.raises(EdgekitError, match=f"calibration batch 1: input 'x' {said}"):
+            calibrate(separable, [given])
+    with pytest.raises(EdgekitError, match="Linear: weight is on the meta device"):
+        trace(nn.Linear(3, 2, device="meta"), (x,))
+    with pytest.raises(EdgekitError, match="calibration batch 1 must be a tensor, .* got int"):
+        calibrate(separable, [3])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_modules_are_traced_in_float32(dtype: torch.dtype) -> None:
+    x = torch.ones(2, 3)
+    with pytest.raises(EdgekitError, match=rf"Linear: weight is {dtype}; .* module\.float\(\)"):
+        trace(nn.Linear(3, 2).to(dtype), (x.to(dtype),))
+    with pytest.raises(EdgekitError, match=rf"example_inputs\[0\] is {dtype}, .*float32"):
+        trace(nn.ReLU(), (x.to(dtype),))
+
+
+def test_an_exception_that_cannot_say_what_it_is() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise Mute
+
+    with pytest.raises(EdgekitError, match=r"Broken cannot be traced: .*raise Mute: Mute$"):
+        trace(Broken(), (torch.ones(2, 3),))
+
+
+class _Sum(nn.Module):
+    def forward(self, first: Tensor, *rest: Tensor) -> Tensor:
+        return sum(rest, first) * 2
+
+
+class _All(nn.Module):
+    def forward(self, *x: Tensor) -> Tensor:
+        return x[0] - x[-1]
+
+
+@pytest.mark.parametrize(("module", "count"), [(_Sum(), 1), (_Sum(), 3), (_All(), 1), (_All(), 2)])
+def test_any_number_of_arguments_with_a_batch_that_varies(module: nn.Module, count: int) -> None:
+    inputs = [torch.randn(1, 3, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+    traced = trace(module, inputs, max_batch=4)
+    for batch in (1, 4):
+        given = [item.repeat(batch, 1) for item in inputs]
+        (found,) = QuantizedNetwork(traced, {}, {}, {}).simulate(*given)
+        assert torch.equal(found, module(*given))
 
 
 def test_other_mistakes_in_tracing() -> None:

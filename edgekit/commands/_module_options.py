@@ -34,12 +34,14 @@ class ModuleChoice:
                 name = field.name.replace("_", "-")
                 raise EdgekitError(f"--{name} is for modules: name one as path/to/file.py:function")
 
-    def place(self, factory: "Factory", choice: "RecipeChoice") -> "tuple[str, Placement]":
-        """Make the module, trace it and apply the recipe; return its name with that."""
+    def place(
+        self, factory: "Factory", choice: "RecipeChoice", codes: Path | None = None
+    ) -> "tuple[str, Placement]":
+        """Make the module, trace it, apply the recipe or the codes; return its name with that."""
         from edgekit.module_export import place_module
         from edgekit.module_source import example_inputs, make_module
 
-        recipe = choice.layer_recipe()
+        recipe = choice.layer_recipe() if codes is None else codes
         example = example_inputs(self.example_shape, self.example_dtype)
         module = make_module(factory, self.weights)
         return type(module).__name__, place_module(module, example, recipe, self.max_batch)

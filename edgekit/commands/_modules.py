@@ -9,6 +9,7 @@ from edgekit.commands._json import print_json
 from edgekit.commands._module_options import ModuleChoice, calibration_data
 from edgekit.commands._quality_options import QualityChoice
 from edgekit.commands._recipe_options import RecipeChoice
+from edgekit.commands._size import size_line
 
 if TYPE_CHECKING:
     from edgekit.module_export import Quantized
@@ -23,6 +24,7 @@ def export_module_of(
     choice: RecipeChoice,
     module: ModuleChoice,
     chosen: QualityChoice,
+    codes: Path | None,
     output: Path | None,
     dry_run: bool,
     force: bool,
@@ -38,14 +40,17 @@ def export_module_of(
         from edgekit.exporters.verify_module import figures_text
         from edgekit.module_export import export_network
         from edgekit.progress import stage_printer
+        from edgekit.quality import Quality, check_exclusions
 
     chosen.refuse_budget()
-    folder = output or Path(f"{_last(factory)}-{target}-{choice.label}")
+    check_exclusions(Quality(), choice.option if choice.given else None, codes=codes is not None)
+    label = choice.label if codes is None else codes.stem
+    folder = output or Path(f"{_last(factory)}-{target}-{label}")
     find_module_target(target)
     if not dry_run:
         check_output(folder, force)
     progress = stage_printer()
-    name, placement, rows = _plan(factory, choice, module, progress)
+    name, placement, rows = _plan(factory, choice, module, progress, codes)
     if dry_run:
         _show_plan(name, rows, as_json)
         return
@@ -56,18 +61,16 @@ def export_module_of(
         folder,
         target=target,
         name=name,
-        recipe=choice.layer_recipe().name,
-        ranges=found.ranges,
+        recipe=placement.recipe,
         force=force,
         progress=progress,
     )
     if as_json:
         print_json({"artifact": str(folder), **artifact.manifest})
         return
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     click.echo(rows_text(rows))
     click.echo(f"\n{figures_text(artifact.manifest['verification'])}")
-    click.echo(f"\n{folder}: {size:,} bytes")
+    click.echo(f"\n{size_line(folder, artifact.manifest['file'])}")
 
 
 def quantize_module_of(
@@ -87,7 +90,7 @@ def quantize_module_of(
     with interrupts_end_the_process(), quiet_imports():
         from edgekit.exporters.module_target import rows_text
         from edgekit.files import check_output_file
-        from edgekit.module_export import save_codes
+        from edgekit.module_codes import save_codes
         from edgekit.progress import stage_printer
 
     chosen.refuse_budget()
@@ -102,10 +105,11 @@ def quantize_module_of(
         _show_plan(name, rows, as_json)
         return
     found = _quantize(placement, chosen, progress)
-    save_codes(found.network, path)
-    if found.ranges is not None:
-        found.ranges.save(ranges)
-    written = [str(path), *([] if found.ranges is None else [str(ranges)])]
+    save_codes(found.network, placement, name, path)
+    written = [str(path)]
+    if found.network.ranges is not None:
+        found.network.ranges.save(ranges)
+        written.append(str(ranges))
     if as_json:
         total = sum(row["bytes"] for row in rows)
         print_json({"model": name, "tensors": rows, "bytes": total, "files": written})
@@ -115,13 +119,17 @@ def quantize_module_of(
 
 
 def _plan(
-    factory: "Factory", choice: RecipeChoice, module: ModuleChoice, progress: "Progress"
+    factory: "Factory",
+    choice: RecipeChoice,
+    module: ModuleChoice,
+    progress: "Progress",
+    codes: Path | None = None,
 ) -> "tuple[str, Placement, list[dict[str, Any]]]":
     """Return the module's name, what is to be quantized in it, and the table of that."""
     from edgekit.exporters.module_target import tensor_rows
 
     progress("tracing")
-    name, placement = module.place(factory, choice)
+    name, placement = module.place(factory, choice, codes)
     return name, placement, tensor_rows(placement.traced, placement.schemes())
 
 

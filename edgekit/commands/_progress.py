@@ -1,4 +1,4 @@
-"""The line of progress of long commands, where somebody is looking at a terminal."""
+"""The line of progress of long commands: rewritten on a terminal, now and then a new one in a log."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,16 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def progress_line() -> "Iterator[Steps | None]":
-    """Give what rewrites one line of stderr, cleared at the end however the work ends.
+def progress_line() -> "Iterator[Steps]":
+    """Give what shows steps on stderr.
 
-    None where nobody looks.
+    On a terminal it rewrites one line, cleared at the end however the work ends.
     """
-    from edgekit.progress import somebody_looks
+    from edgekit.progress import Log, somebody_looks
 
     if not somebody_looks():
-        yield None
+        log = Log()
+        yield lambda done, total, label: log.print(_line(done, total, label))
         return
     try:
         yield _show
@@ -28,4 +29,8 @@ def progress_line() -> "Iterator[Steps | None]":
 
 
 def _show(done: int, total: int, label: str) -> None:
-    click.echo(f"\r\x1b[K[{done}/{total}] {label}", nl=False, err=True)
+    click.echo(f"\r\x1b[K{_line(done, total, label)}", nl=False, err=True)
+
+
+def _line(done: int, total: int, label: str) -> str:
+    return f"[{done}/{total}] {label}"

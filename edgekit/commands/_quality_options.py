@@ -31,25 +31,22 @@ class QualityChoice:
     bits: float | None = None
     target_size: str | None = None
 
-    def of_a_model(self, choice: RecipeChoice) -> "Quality":
-        """Return what is asked for a language model; EdgekitError where it contradicts a recipe."""
-        from edgekit.quality import Budget, Quality
+    def of_a_model(self, choice: RecipeChoice, codes: bool = False) -> "Quality":
+        """Return what is asked for a language model; EdgekitError where it contradicts the rest."""
+        from edgekit.quality import Budget, Quality, check_exclusions
         from edgekit.quantize.methods import Method
 
         size = None if self.target_size is None else _bytes(self.target_size)
         budget = None if (self.bits, size) == (None, None) else Budget(size, self.bits)
         text = None if self.calibrate is None else Path(self.calibrate)
         quality = Quality(text, cast("Method | None", self.method), budget)
-        if budget is not None and choice.given:
-            raise EdgekitError(
-                f"{budget.option} and {choice.option} exclude each other: a budget chooses the "
-                "schemes"
-            )
-        if choice.llama_format is not None and quality != Quality():
-            raise EdgekitError(
-                f"--scheme {choice.label} is llama.cpp's own format, which llama.cpp quantizes: "
-                "it takes an --imatrix only"
-            )
+        form = choice.llama_format
+        check_exclusions(
+            quality,
+            choice.option if choice.given else None,
+            None if form is None else form.name,
+            codes,
+        )
         return quality
 
     def refuse_budget(self) -> None:

@@ -18,6 +18,7 @@ from edgekit.commands._quality_options import (
     resumable,
 )
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
+from edgekit.commands._size import size_line
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def command(
 
     FILE.py:FUNCTION is any other module: the file is executed, it is your own code, and the
     function, called without arguments, returns a torch.nn.Module that torch.export traces. It
-    goes to executorch or onnx, activations quantized too by what --calibrate shows.
+    goes to executorch or onnx, activations quantized too by what --calibrate shows. With --codes
+    the weights' codes are those of the file, and --calibrate is still needed.
     """
     from edgekit.interrupts import interrupts_end_the_process
     from edgekit.quiet import quiet_imports
@@ -112,26 +114,20 @@ def command(
             imatrix=imatrix,
             revision=revision,
             random_weights=random_weights,
-            codes=codes,
         )
-        export_module_of(factory, target, choice, module, chosen, output, dry_run, force, as_json)
+        export_module_of(
+            factory, target, choice, module, chosen, codes, output, dry_run, force, as_json
+        )
         return
     module.refuse_for_a_model()
-    quality = chosen.of_a_model(choice)
+    quality = chosen.of_a_model(choice, codes is not None)
     with interrupts_end_the_process(), quiet_imports():
         from edgekit.exporters.artifact import check_output
         from edgekit.exporters.llama_formats import format_recipe
         from edgekit.exporters.target import Options
         from edgekit.model_export import plan_export
-        from edgekit.quality import Quality
         from edgekit.quantize.recipe import warnings
 
-    if codes is not None and choice.given:
-        raise EdgekitError(
-            f"--codes and {choice.option} exclude each other: the file's tensors are what they are"
-        )
-    if codes is not None and quality != Quality():
-        raise EdgekitError("--codes are chosen already: leave out how to choose them")
     if output is not None and not dry_run:
         check_output(output, force)  # a budget is measured before the plan is there
     form = choice.llama_format
@@ -217,5 +213,4 @@ def _show_result(folder: Path, manifest: dict[str, Any]) -> None:
     found = manifest["verification"]
     if found["verified"]:
         click.echo(f"\n{figures_text(found)}")
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    click.echo(f"\n{folder}: {size / 1e6:,.1f} MB")
+    click.echo(f"\n{size_line(folder, manifest['file'])}")

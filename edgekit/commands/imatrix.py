@@ -87,7 +87,7 @@ def command(
 def _measure(
     source: "ModelSource", text: str, dataset: str, context: int, chunks: int | None
 ) -> "Imatrix":
-    """Run the model, with a line of progress on a terminal."""
+    """Run the model, and show its progress."""
     from edgekit.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():

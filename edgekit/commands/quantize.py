@@ -57,7 +57,8 @@ def command(
     Prints what each tensor is stored as, its bytes, and the signal to quantization noise ratio.
 
     Of a module, FILE.py:FUNCTION as for `edgekit export`, it writes the codes and, beside them, the
-    ranges of the activations: FILE.safetensors and FILE.calibration.json, which --calibrate takes.
+    ranges of the activations: FILE.safetensors and FILE.calibration.json, which --codes and
+    --calibrate of `edgekit export` take.
     With --calibrate, GPTQ chooses the codes on a part of a text; what each step gained is measured
     on the rest. The layers that are done are kept beside the output until the end: the same
     command goes on after a kill. --bits or --target-size choose a scheme for each matrix by what

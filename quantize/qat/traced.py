@@ -8,6 +8,7 @@ know; the forward passes and hooks of its submodules are not called.
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class TracedTraining(Training, Prepared):
             weight = str(layer.weight.target)
             codes[weight] = self._quantizers[weight].codes(traced.parameter(layer.weight))
         calibration = self.calibration() if placement.edges else None
-        return quantize_module(placement, calibration, codes)
+        return quantize_module(replace(placement, codes=codes), calibration)
 
     def calibration(self) -> Calibration:
         """Return the observed ranges; EdgekitError names a tensor that has none."""

@@ -1,6 +1,5 @@
 """A quantized module: its float graph, the codes of its weights, the parameters of its edges."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +43,14 @@ class QuantizedNetwork:
     layers      by node name
     weights     codes by the weight's name
     edges       the parameters of each value that has codes, by node name
+    ranges      the calibration that those come from; None where nothing has codes
     """
 
     traced: TracedModule
     layers: dict[str, QuantizedLayer]
     weights: dict[str, QuantizedTensor]
     edges: dict[str, ActivationParameters]
+    ranges: Calibration | None = None
 
     def simulate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph in float32 on what the codes stand for; what engines must reproduce.
@@ -71,19 +72,15 @@ class QuantizedNetwork:
         return self.edges[node.name]
 
 
-def quantize_module(
-    placement: Placement,
-    calibration: Calibration | None,
-    codes: Mapping[str, QuantizedTensor] | None = None,
-) -> QuantizedNetwork:
+def quantize_module(placement: Placement, calibration: Calibration | None) -> QuantizedNetwork:
     """Quantize weights and biases and set the parameters of every edge.
 
-    A module whose layers all stay float needs no calibration. `codes` are those of weights, by
-    name, that were chosen before, in training. EdgekitError names a weight or tensor that cannot
-    be quantized, and one that the calibration lacks.
+    A module whose layers all stay float needs no calibration. Weights that the placement has codes
+    of keep those. EdgekitError names a weight or tensor that cannot be quantized, and one that the
+    calibration lacks.
     """
     edges = edge_parameters(placement, calibration) if placement.edges else {}
-    weights = dict(codes or {})
+    weights = dict(placement.codes)
     layers = {}
     for name, (layer, rule) in placement.layers.items():
         weight = str(layer.weight.target)
@@ -94,7 +91,8 @@ def quantize_module(
             except ValueError as error:
                 raise EdgekitError(f"{weight}: cannot be quantized: {error}") from error
         layers[name] = _layer(placement, layer, rule.scheme.name, weights[weight], edges)
-    return QuantizedNetwork(placement.traced, layers, weights, edges)
+    ranges = calibration if placement.edges else None
+    return QuantizedNetwork(placement.traced, layers, weights, edges, ranges)
 
 
 def edge_parameters(

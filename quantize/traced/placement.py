@@ -6,13 +6,14 @@ a layer or an addition and the clamp that follows it; pooling, moving and joinin
 operands' parameters.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
 
 from edgekit.errors import EdgekitError
+from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.operators import (
     BATCH_NORM,
     CLAMPS,
@@ -40,11 +41,15 @@ class Placement:
     layers  the quantized layers by node name, with their rules
     edges   the edge of each value that has codes, by node name: values of one edge share their
             parameters, and an edge has the name of its first value
+    recipe  the recipe's name
+    codes   those of weights, by name, that were chosen before, in training or by a file
     """
 
     traced: TracedModule
     layers: dict[str, tuple[Layer, LayerRule]]
     edges: dict[str, str]
+    recipe: str
+    codes: Mapping[str, QuantizedTensor] = field(default_factory=dict)
 
     def values(self) -> Iterator[Node]:
         """Yield the nodes whose values have codes, in order."""
@@ -87,7 +92,8 @@ def place(traced: TracedModule, recipe: LayerRecipe) -> Placement:
     edges = _Edges(nodes)
     products = [layer for layer, _ in chosen.values() if layer.node.target != EMBEDDING]
     found = edges.quantized(products)
-    return Placement(traced, chosen, {node.name: traced.names[edge.name] for node, edge in found})
+    by_name = {node.name: traced.names[edge.name] for node, edge in found}
+    return Placement(traced, chosen, by_name, recipe.name)
 
 
 def end_of_chain(node: Node) -> Node:

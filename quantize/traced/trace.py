@@ -153,6 +153,8 @@ def _example(inputs: Sequence[Tensor], max_batch: int | None) -> tuple[Tensor, .
         raise EdgekitError("example_inputs must be a tuple of at least one tensor")
     for number, item in enumerate(inputs):
         check_dense(f"example_inputs[{number}]", item)
+        if item.is_floating_point() and item.dtype != torch.float32:
+            raise EdgekitError(f"example_inputs[{number}] is {item.dtype}, a module takes float32")
     if any(item.ndim == 0 or 0 in item.shape for item in inputs):
         raise EdgekitError("example_inputs must have a batch axis and no empty axis")
     if max_batch is None:
