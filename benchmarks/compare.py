@@ -4,7 +4,7 @@
         [-r 5] [-t 2] [--only LABEL ...]
 
 Each round reads memory bandwidth and then runs every contender of plan.toml once, each in its own
-process; every other round goes backwards, so a drift of the machine favours nobody. A ratio is taken
+process; every other round goes backwards, so a drift of the machine favours none. A ratio is taken
 within a round, where both sides met the same machine. All raw samples go to
 benchmarks/results/NAME.json and the table made of them (benchmarks/report.py) to NAME.md.
 """

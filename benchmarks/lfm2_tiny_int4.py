@@ -1,4 +1,4 @@
-"""Four bits of lfm2-tiny: edgekit's steps against llama.cpp's formats and torchao, by one evaluator.
+"""Four bits of lfm2-tiny: edgekit's steps, llama.cpp's formats and torchao, by one evaluator.
 
     python -m benchmarks.lfm2_tiny_int4 --stories ../shared/data/stories [--qat FILE]
         [-o benchmarks/results/lfm2-tiny-int4.json]

@@ -50,7 +50,7 @@ def _heading(record: Record) -> str:
     busy = max(one["busy_share_before"] for one in _rounds(record))
     lines = [
         *machine_lines(facts),
-        f"llama.cpp of {record['llama_cpp'] or 'an unknown version'}; {settings['threads']} threads",
+        f"llama.cpp of {record['llama_cpp'] or 'unknown version'}; {settings['threads']} threads",
         f"read bandwidth {median(read):.1f} GB/s ({min(read):.1f} to {max(read):.1f})",
         f"prefill {settings['prompt']}; decode {settings['generate']} from an empty cache",
         f"medians of {len(read)} interleaved rounds, {record['made']}",

@@ -98,7 +98,8 @@ class Artifact:
         if self.is_module:
             raise EdgekitError(
                 f"{self.folder}: is a module, not a language model: `edgekit bench` measures it, "
-                "`edgekit inspect` and `verify` take it, and edgekit.load_module runs it from Python"
+                "`edgekit inspect` and `verify` take it, and edgekit.load_module runs it from "
+                "Python"
             )
         return int(self.manifest["context"])
 

@@ -138,7 +138,8 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequenc
         + "</tr>"
         for row in rows
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def _figures(comparison: Comparison) -> Iterator[str]:

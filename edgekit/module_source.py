@@ -72,7 +72,7 @@ def _example(text: str, dtype: str, generator: torch.Generator) -> Tensor:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a state dict from safetensors; EdgekitError names what is missing, foreign or misshapen."""
+    """Load a state dict from safetensors; EdgekitError says what does not fit."""
     state = module.state_dict()
     check_file(path)
     try:
@@ -101,7 +101,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
     for key, value in held.items():
         if value.shape != state[key].shape:
             raise EdgekitError(
-                f"{path}: {key} has shape {list(value.shape)}, {name} takes {list(state[key].shape)}"
+                f"{path}: {key} has shape {list(value.shape)}, {name} takes "
+                f"{list(state[key].shape)}"
             )
     module.load_state_dict(held, strict=False)
 

@@ -11,7 +11,7 @@ from edgekit.runtime.module_engine import load_module
 
 
 def verify_module_artifact(artifact: Artifact, progress: Progress) -> dict[str, Any]:
-    """Verify an unchanged artifact anew and record the figures in the manifest; return the manifest.
+    """Verify an unchanged artifact anew; record the figures in the manifest, and return that.
 
     No weights are needed: the artifact keeps inputs with the outputs that were computed at its
     export. Raises as `verify_artifact`.

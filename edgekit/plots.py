@@ -273,7 +273,8 @@ def _y(axis: Axis, value: float) -> float:
 
 def _svg(title: str, parts: Sequence[str], height: int = HEIGHT) -> str:
     body = "\n".join(part for part in parts if part)
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">\n{body}\n</svg>'
+    head = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+    return f"{head}\n{body}\n</svg>"
 
 
 def _round_step(rough: float) -> float:

@@ -154,7 +154,8 @@ def train(run: Run, tokens: Tensor, bos: int, checkpoint: Path) -> None:
             run.save(checkpoint)
             took = time.monotonic() - began
             click.echo(
-                f"step {run.qat.steps}/{run.settings.steps}  loss {average:.5f}  {took:.1f} s a step",
+                f"step {run.qat.steps}/{run.settings.steps}  loss {average:.5f}  "
+                f"{took:.1f} s a step",
                 err=True,
             )
 

@@ -1,6 +1,6 @@
 """Train `lfm2-tiny`, the small LFM2 bundled with edgekit, on short English stories.
 
-    python examples/train_lfm2_tiny.py --work out/lfm2-tiny            # train, then write the folder
+    python examples/train_lfm2_tiny.py --work out/lfm2-tiny           # train, then write the folder
     python examples/train_lfm2_tiny.py --work out/lfm2-tiny --resume   # go on after an interruption
     python examples/train_lfm2_tiny.py --work out/lfm2-tiny --export   # write the last checkpoint
 
@@ -662,9 +662,9 @@ are LFM2's.
 | tokens counted | {valid_tokens:,} |
 
 Measured with transformers in float32 on the weights as stored (rounded to bfloat16): each of the
-{valid_stories:,} stories alone and in full, `<|startoftext|>` given, every token of the story and its
-closing `<|im_end|>` counted. The figure is for this tokenizer; it does not compare with that of a
-model with another one.
+{valid_stories:,} stories alone and in full, `<|startoftext|>` given, every token of the story and
+its closing `<|im_end|>` counted. The figure is for this tokenizer; it does not compare with that of
+a model with another one.
 
 At temperature 0.7, seed 1:
 
@@ -690,9 +690,9 @@ request made from the story by fixed rules; the loss covers stories only.
 
 TinyStories (Eldan and Li, 2023, arXiv:2305.07759; data set `roneneldan/TinyStories`), licence
 CDLA-Sharing-1.0 (https://cdla.dev/sharing-1-0/), written by GPT-3.5 and GPT-4: a part of less than
-1 %, {train_stories:,} stories to train and {valid_stories:,} to validate, cleaned and reduced to ASCII,
-split by story. The stories are not part of this folder. The licence puts no conditions on results
-computed from the data, which includes trained models. The training part contains text of the
+1 %, {train_stories:,} stories to train and {valid_stories:,} to validate, cleaned and reduced to
+ASCII, split by story. The stories are not part of this folder. The licence puts no conditions on
+results computed from the data, which includes trained models. The training part contains text of the
 official TinyStories validation file, so do not report a figure on that file.
 """
 

@@ -1,4 +1,4 @@
-"""Writing an artifact folder: a model file, its tokenizer and `edgekit.json`; complete or absent."""
+"""Writing an artifact folder: a model file, its tokenizer, `edgekit.json`; complete or absent."""
 
 import glob
 import json

@@ -1,6 +1,6 @@
 """The names that llama.cpp gives to a checkpoint's tensors.
 
-Source: `LLM_TENSOR_NAMES` and `MODEL_TENSORS` of architecture lfm2 in llama.cpp (src/llama-arch.cpp,
+Source: `LLM_TENSOR_NAMES`, `MODEL_TENSORS` of architecture lfm2 in llama.cpp (src/llama-arch.cpp,
 gguf-py/gguf/constants.py).
 """
 
@@ -29,7 +29,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def gguf_name(name: str) -> str:
-    """Return llama.cpp's name of a checkpoint tensor, `.weight` included; KeyError if it has none."""
+    """Return llama.cpp's name of a checkpoint tensor, with `.weight`; KeyError if it has none."""
     stem = name.removesuffix(".weight")
     layer = _LAYER.fullmatch(stem)
     if layer is None:

@@ -22,7 +22,7 @@ LFM2_SPLIT = (
 """Llama 3's expression, which LFM2's tokenizers split text by."""
 _QWEN2_SPLIT = LFM2_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
-# llama.cpp has each expression built in, under a name (src/llama-vocab.cpp); None is ByteLevel's own.
+# llama.cpp has each expression built in, by a name (src/llama-vocab.cpp); None is ByteLevel's own.
 PRE_TOKENIZERS = {LFM2_SPLIT: "lfm2", _QWEN2_SPLIT: "qwen2", None: "gpt-2"}
 
 STAND_IN = "random weights; the tokenizer is a stand-in of the vocabulary's size"

@@ -116,7 +116,7 @@ class Imatrix:
 
 
 def is_measured(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether llama-imatrix measures a tensor: a layer's matrices, neither table nor head."""
+    """Whether llama-imatrix measures a tensor: a layer's matrices, neither table nor head."""
     return name.startswith("blk.") and len(shapes[name]) == 2 and not name.endswith(".conv.weight")
 
 

@@ -24,7 +24,7 @@ class Report(Protocol):
         ...
 
     def text(self) -> str:
-        """Return the report as Markdown tables; what a file calls itself cannot steer a terminal."""
+        """Return Markdown tables; what a file calls itself cannot steer a terminal."""
         ...
 
 

@@ -78,7 +78,7 @@ class Report:
         return report_json(self)
 
     def text(self) -> str:
-        """Return the report as Markdown tables; what a file calls itself cannot steer a terminal."""
+        """Return Markdown tables; what a file calls itself cannot steer a terminal."""
         parts = [
             *introduction(self.path, self.file_bytes, self.manifest),
             f"memory for activations and state: {self.planned_bytes / 1e6:,.1f} MB",

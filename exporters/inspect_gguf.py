@@ -54,7 +54,7 @@ class Report:
         return report_json(self)
 
     def text(self) -> str:
-        """Return the report as Markdown tables; what a file calls itself cannot steer a terminal."""
+        """Return Markdown tables; what a file calls itself cannot steer a terminal."""
         shown = {key: _shown(value) for key, value in self.metadata.items()}
         return joined(
             [

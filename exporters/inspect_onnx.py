@@ -68,7 +68,7 @@ class Report:
         return report_json(self)
 
     def text(self) -> str:
-        """Return the report as Markdown tables; what a file calls itself cannot steer a terminal."""
+        """Return Markdown tables; what a file calls itself cannot steer a terminal."""
         parts = [
             *introduction(self.path, self.file_bytes, self.manifest),
             component_table(self.components, self.file_bytes),

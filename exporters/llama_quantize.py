@@ -1,6 +1,6 @@
 """A float GGUF through llama.cpp's own quantizer.
 
-The file is, byte for byte, what `llama-quantize` of the same llama.cpp makes of the same float file.
+The file is, byte for byte, what `llama-quantize` of the same llama.cpp makes of this float file.
 """
 
 import json
@@ -151,7 +151,8 @@ def _failure(status: int, log: str, form: LlamaFormat, output: Path) -> EdgekitE
 
 _COUNTER = re.compile(r"\[ *(\d+)/ *(\d+)\] ")
 _TENSOR = re.compile(
-    r"^\[ *\d+/ *(?P<count>\d+)\] (?P<name>\S+) +- \[(?P<shape>[\d, ]+)\], type = +(?P<source>\w+), "
+    r"^\[ *\d+/ *(?P<count>\d+)\] (?P<name>\S+) +- \[(?P<shape>[\d, ]+)\], type = +(?P<source>\w+)"
+    r", "
     r"(?:converting to (?P<made>\w+) \.\. )?size = [^(\n]*(?:\((?P<planned>\w+)\))?$",
     re.MULTILINE,
 )

@@ -1,6 +1,6 @@
 """llama.cpp's quantizer in a process of its own, which `llama_quantize` starts.
 
-`main` reads one JSON job (`llama_quantize._run`) from stdin, passes llama.cpp's log on to stdout and
+`main` reads one JSON job (`llama_quantize._run`) from stdin, passes llama.cpp's log to stdout and
 ends with 0, or with 1 where llama.cpp refused. `llama_model_quantize` cannot be interrupted, ends
 the process where one of its assertions fails, and its memory is gone with the process.
 """
@@ -78,5 +78,5 @@ def _set_imatrix(parameters: Any, path: Path) -> object:  # noqa: ANN401 - a cty
 
 
 def _cut(text: str) -> bytes:
-    """Cut between letters: llama-quantize cuts between bytes, and readers choke on half a letter."""
+    """Cut between letters: llama-quantize cuts between bytes, and readers choke on halves."""
     return text.encode()[:_LONGEST_TEXT].decode(errors="ignore").encode()

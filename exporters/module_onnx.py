@@ -29,8 +29,9 @@ def check_network(network: QuantizedNetwork) -> None:
         per_channel = weight.granularity == "channel" and weight.zero_points is not None
         if per_channel and node.target != EMBEDDING:
             raise EdgekitError(
-                f"{layer.weight}: target onnx cannot hold {layer.scheme}: onnxruntime's QLinearConv "
-                "takes one zero point for all channels, w8a8, w8a8-tensor and w8a8-tensor-affine"
+                f"{layer.weight}: target onnx cannot hold {layer.scheme}: onnxruntime's "
+                "QLinearConv takes one zero point for all channels, w8a8, w8a8-tensor and "
+                "w8a8-tensor-affine"
             )
         if node.target == LINEAR and rank(layer.layer.input) < 2:
             raise EdgekitError(f"{layer.weight}: target onnx takes inputs with a batch axis")

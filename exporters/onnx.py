@@ -1,4 +1,4 @@
-"""Target `onnx`: a model for ONNX Runtime, in the folder of onnxruntime-genai or Transformers.js."""
+"""Target `onnx`: a model for ONNX Runtime, in a folder for onnxruntime-genai or Transformers.js."""
 
 import json
 import math

@@ -244,7 +244,7 @@ class ModuleGraph:
         return self.emit("DequantizeLinear", inputs, **axis)
 
     def _bias(self, layer: QuantizedLayer, phases: int = 1) -> list[str]:
-        """Return the dequantized int32 bias, repeated for each phase; nothing where there is none."""
+        """Return the dequantized int32 bias, repeated for each phase; nothing without one."""
         if layer.bias is None or layer.bias_scales is None:
             return []
         scales, axis = layer.bias_scales, {}

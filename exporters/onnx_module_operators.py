@@ -28,7 +28,7 @@ class Writer(Protocol):
 
 
 Translation = Callable[[Writer, Node, list[str]], str]
-"""`translation(writer, node, names)`: names of the tensor operands, in order; returns the result's."""
+"""`translation(writer, node, names)`: names of the operands in order; returns the result's."""
 
 
 def translate(writer: Writer, node: Node, names: list[str]) -> str:

@@ -53,7 +53,7 @@ class Packed:
 
 
 def block_size(columns: int, group_size: int | None) -> int:
-    """Return the largest block that a scale of `group_size` codes (None: a row) is repeated over."""
+    """Return the largest block that a scale of `group_size` codes (None: a row) can be of."""
     shared = group_size or columns
     return min(shared & -shared, LARGEST_BLOCK)
 

@@ -72,7 +72,7 @@ def _dilate(codes: Tensor, dilation: list[int], zero_point: int) -> Tensor:
 
 
 def _place(codes: Tensor, sizes: list[int], steps: list[int], zero_point: int) -> Tensor:
-    """Return a kernel of other sizes with the taps at every `steps`-th place, else the code of 0."""
+    """Return a kernel of other sizes, taps at every `steps`-th place, else the code of 0."""
     result = codes.new_full((*codes.shape[:2], *sizes), zero_point)
     places = tuple(
         slice(0, step * (size - 1) + 1, step)

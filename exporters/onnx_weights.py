@@ -74,7 +74,7 @@ class _Reader:
                     row += self._shapes.get(name + WEIGHT, (0,))[0]
 
     def equal(self, name: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers; they are read only where bytes are not shared."""
+        """Whether two tensors hold the same numbers; read only where bytes are not shared."""
         first, second = self._spot(name), self._spot(other)
         return (first is not None and first == second) or torch.equal(
             self.read(name), self.read(other)

@@ -209,7 +209,7 @@ class _Parser:
         return Delegate(table.text(0), blob)
 
     def _constant(self, value: Table) -> Constant | None:
-        """Return a tensor whose data lie in the constant segment: buffer 0 and planned ones don't."""
+        """Return a tensor with data in the constant segment: buffer 0 and planned ones lack it."""
         tensor = value.table(1) if value.number(0, "B") == _TENSOR else None
         if tensor is None or tensor.table(_ALLOCATION) is not None:
             return None

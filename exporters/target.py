@@ -66,7 +66,7 @@ class Weights(Mapping[str, Weight]):
         source: WeightSource | CodesFile,
         tables: Collection[str] = (),
     ) -> None:
-        """Quantize what the rows say, unless `source` holds codes; `tied` as in `quantize_tensors`."""
+        """Quantize as the rows say, unless `source` has codes; `tied` as in `quantize_tensors`."""
         self._source = source
         self._tables = {row.tensor for row in rows if row.scheme.name in tables}
         self._places = {row.tensor: tied.get(row.tensor, row.tensor) for row in rows}

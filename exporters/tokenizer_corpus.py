@@ -51,9 +51,11 @@ _NUMBERS = (
 )
 
 _SPACES = (
-    " a  b   c    d     e        f\tg\t\th \t i\t j \n k\n\nl\n\n\n m \n \n n\r\no\r\n\r\np\rq\r\rr",
-    "   leading", "trailing   ", "\ttab", "\n", "\n\n\n\n", " ", "  ", " \n", "\n ", "\r\n\r\n", "\t\n\t",
-    "a \n\n  b", "end.\n\n\nNext", "x\u00a0y\u2003z\u2009\u202f!\u3000?\u2028line\u2029paragraph\u0085next\u1680\u205f.",
+    (" a  b   c    d     e        f\tg\t\th \t i\t j \n k\n\nl\n\n\n m \n \n n\r\no\r\n\r\n"
+     "p\rq\r\rr"),
+    "   leading", "trailing   ", "\ttab", "\n", "\n\n\n\n", " ", "  ", " \n", "\n ", "\r\n\r\n",
+    "\t\n\t", "a \n\n  b", "end.\n\n\nNext",
+    "x\u00a0y\u2003z\u2009\u202f!\u3000?\u2028line\u2029paragraph\u0085next\u1680\u205f.",
     "a\u00a0\u00a0 b \u00a0c\u3000\u3000d\u200bzero\u2060width\ufeffmark\u00adsoft",
 )  # fmt: skip
 
@@ -86,7 +88,10 @@ _OTHER_SCRIPTS = (
     "Հայերեն ქართული አማርኛ Tiếng Việt İstanbul ığır Straße ẞ Ångström Œuvre"
 )
 
-_MARKS = "e\u0301 o\u0308\u0304 Z\u0351\u036b\u0343\u036a\u0302\u0353a\u0322\u0335l\u031b\u0321go\u0321 \u0301 \u0308a n\u0303o a\u20dd ḋ\u0323 q\u0307\u0323 ﬁ Å Å A\u030a"
+_MARKS = (
+    "e\u0301 o\u0308\u0304 Z\u0351\u036b\u0343\u036a\u0302\u0353a\u0322\u0335l\u031b\u0321go\u0321"
+    " \u0301 \u0308a n\u0303o a\u20dd ḋ\u0323 q\u0307\u0323 ﬁ Å Å A\u030a"
+)
 
 _SYMBOLS = (
     "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ ... --- ___ === +++ *** ??? !!! ``` '''' \"\"\"\" $$$ "

@@ -17,7 +17,7 @@ MAX_KLD = 0.003
 """Most nats that the engine's distribution may stray, on average, from the eager quantized model.
 
 Both multiply the same codes and round activations alike, but sum in another order: rounding that
-falls the other way moves logits a little. A dropped scale or a stale state moves them by whole nats.
+falls the other way moves logits a little. A dropped scale or stale state moves them by whole nats.
 The same bound holds between one prompt in one piece and in chunks or token by token, which an
 engine also sums in other orders; the same prompt after a reset must give identical logits.
 """
@@ -196,7 +196,7 @@ def _repeat(engine: Engine, tokens: list[int], first: Logits) -> tuple[float, bo
 
 
 def _check_lengths(engine: Engine, tokens: list[int], longest: int) -> tuple[list[int], float]:
-    """Run prompts of 1, longest - 1 and longest tokens; one more must be refused, nothing may break.
+    """Run prompts of 1, longest - 1 and longest tokens; one more must be refused, none may break.
 
     The longest runs in one pass, as ExecuTorch's own runner would have it. Returns the lengths
     that ran and how far a last token decoded after chunks strays from it.

@@ -159,7 +159,7 @@ def reference_case(network: QuantizedNetwork, inputs: tuple[Tensor, ...]) -> Cas
 
 
 def compare(engine: ModuleEngine, cases: Iterable[Case]) -> ModuleVerification:
-    """Run the inputs of each case; VerificationError where outputs differ by more than roundings."""
+    """Run each case's inputs; VerificationError where outputs differ by more than roundings."""
     sizes, parts = [], []
     for case in cases:
         sizes.append(len(case.inputs[0]))

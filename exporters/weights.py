@@ -16,7 +16,7 @@ from edgekit.models.config import ModelConfig
 from edgekit.quantize.apply import ratio_db
 from edgekit.quantize.tensor import CHUNK_ELEMENTS, as_rows
 
-# Each module offers `weights(path, config)`, which yields checkpoint names with float32 tensors, and
+# Each module offers `weights(path, config)`, which yields checkpoint names with float32 tensors and
 # `stored_size(path, config)`.
 READERS = {
     "executorch": "edgekit.exporters.pte_weights",

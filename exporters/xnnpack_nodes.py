@@ -42,7 +42,7 @@ _SLOPE = 1e9  # of the mask: a position one ahead loses so much that its probabi
 
 
 class _Emitter:
-    """Appends nodes and values to a graph; shapes are upper bounds, XNNPACK derives the real ones."""
+    """Appends nodes and values to a graph; shapes are upper bounds, XNNPACK finds the real ones."""
 
     def __init__(self, visitor: NodeVisitor, graph: XNNGraph, debug_handle: int) -> None:
         self._visitor, self._graph, self._handle = visitor, graph, debug_handle
@@ -91,7 +91,7 @@ class CausalAttentionVisitor(NodeVisitor):  # type: ignore[misc]  # executorch i
 
     mask = min(0, (row - column) * slope) is 0 up to the query's own position.
 
-    The queries of a KV head's group are rows of one product, token by token: `[1, kv, n * group, d]`.
+    The queries of a KV head's group are rows of one product, by token: `[1, kv, n * group, d]`.
     """
 
     target = CAUSAL_ATTENTION

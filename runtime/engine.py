@@ -18,7 +18,7 @@ from edgekit.words import counted
 
 TokenIds = NDArray[np.int64]
 
-# Each module offers `open_engine(model_path, threads, context) -> Engine`; only the one asked for is
+# Each module offers `open_engine(model_path, threads, context) -> Engine`; the one asked for is
 # imported, because an engine brings its own run time.
 ENGINES = {
     "executorch": "edgekit.runtime.executorch_engine",

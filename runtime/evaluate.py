@@ -157,8 +157,8 @@ def cut(tokens: Sequence[int], context: int, limit: int | None, bos: int | None)
     count = len(tokens) // context
     if count == 0:
         raise EdgekitError(
-            f"the text has {counted(len(tokens), 'token')}, but a chunk is {context}: give a longer "
-            "text or a smaller --context"
+            f"the text has {counted(len(tokens), 'token')}, but a chunk is {context}: give a "
+            "longer text or a smaller --context"
         )
     chunks = [
         list(tokens[start : start + context])

@@ -49,8 +49,8 @@ class GenerationResult:
         """Return the figures and the reason of the end in one line."""
         cached = f" ({self.cached_tokens} of them kept)" if self.cached_tokens else ""
         return (
-            f"prompt {counted(self.prompt_tokens, 'token')}{cached} at {_shown(self.prefill_rate)}, "
-            f"first token after {self.ttft_ns / 1e6:.0f} ms; "
+            f"prompt {counted(self.prompt_tokens, 'token')}{cached} at "
+            f"{_shown(self.prefill_rate)}, first token after {self.ttft_ns / 1e6:.0f} ms; "
             f"{counted(self.generated_tokens, 'token')} at {_shown(self.decode_rate)}; "
             f"{_ENDS[self.reason]}"
         )

@@ -1,6 +1,6 @@
 """What llama.cpp takes for granted in a GGUF, and ends the process over where it is not so.
 
-A file that it merely cannot load, it refuses with a reason. But some numbers it asserts (GGML_ASSERT
+What it merely cannot load, it refuses with a reason. But some numbers it asserts (GGML_ASSERT
 in src/llama-model.cpp, src/llama-vocab.cpp and the operators of ggml), and those are looked at here
 before it sees the file. Each check says which.
 """

@@ -1,6 +1,6 @@
 """Runs a GGUF file in llama.cpp on the CPU, through the low-level bindings of llama-cpp-python.
 
-The settings are those of `llama-bench`: flash attention where the backend has it, keys and values in
+The settings are those of `llama-bench`: flash attention where the backend has it, keys, values in
 float16, 512 tokens in one pass. One differs: where llama.cpp repacks most weights for the CPU's
 vector instructions, the file is read into memory, else mapped. Of a mapped file the pages stay
 resident beside the repacked copy, of a file that is read only the copy is kept. Peak of the process
@@ -12,7 +12,7 @@ repacked and Q8_0 is not:
     | Q8_0 | 361 | 476 | 476 | 476 | 477 |
     | Q4_0 | 208 | 476 | 324 | 324 | 324 |
 
-What need not be read is mapped, as its decode is some 5 % faster (Q8_0, median of 6 interleaved runs
+What need not be read is mapped: its decode is some 5 % faster (Q8_0, median of 6 interleaved runs
 on a quiet machine, 2 threads: 61.9 against 59.1 tok/s) and so is loading.
 """
 

@@ -60,7 +60,7 @@ def failure(doing: str) -> EdgekitError:
 
 
 def _without_place(line: str) -> str:
-    """Drop what llama.cpp puts before what it says: names of functions, and what we say ourselves."""
+    """Drop what llama.cpp puts before what it says: names of functions, what we say ourselves."""
     head, colon, rest = line.partition(": ")
     if colon and (head == "error loading model" or head.replace("_", "").isalnum()):
         return _without_place(rest)

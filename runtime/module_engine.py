@@ -15,7 +15,7 @@ from edgekit.runtime.engine import EngineMissing
 
 Array = NDArray[Any]
 
-# Each module offers `open_module(path, threads) -> ModuleEngine`; only the one asked for is imported.
+# Each module offers `open_module(path, threads) -> ModuleEngine`; only the one asked is imported.
 MODULE_ENGINES = {
     "executorch": "edgekit.runtime.module_executorch",
     "onnx": "edgekit.runtime.module_onnx",

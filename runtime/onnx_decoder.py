@@ -1,7 +1,7 @@
 """Finds in an ONNX graph what an LFM2-style decoder has: tokens, states, logits.
 
 Two spellings of the states are in use, onnxruntime-genai's (`past.0.conv`, and a folder may rename
-them in `genai_config.json`) and Transformers.js's (`past_conv.0`). Both say `past_key_values.2.key`.
+them in `genai_config.json`) and Transformers.js's (`past_conv.0`). Both: `past_key_values.2.key`.
 """
 
 import re

@@ -164,7 +164,7 @@ def test_a_type_that_does_not_fit_is_told_in_the_table(tmp_path: Path) -> None:
     [
         (
             ["--target", "executorch", "--scheme", "Q4_K"],
-            "--scheme Q4_K_M is one of llama.cpp's own formats, which target executorch cannot hold",
+            "--scheme Q4_K_M is one of llama.cpp's own formats, which target executorch cannot",
         ),
         (["--target", "gguf", "--scheme", "Q9_K"], "unknown format 'Q9_K': of llama.cpp's own"),
         (["--target", "gguf", "--scheme", "Q3_K_S"], "there are Q4_0, Q8_0, Q4_K_M, Q5_K_M, "),

@@ -242,7 +242,8 @@ def test_an_assertion_of_ggml_ends_the_process_with_one_line() -> None:
     code = (
         "from edgekit.runtime import llama_library\n"
         "llama_library.start()\n"
-        "llama_library.llama._lib.ggml_abort(b'/x/ggml.c', 12, b'GGML_ASSERT(%s) failed', b'a / b: c')"
+        "said = b'GGML_ASSERT(%s) failed', b'a / b: c'\n"
+        "llama_library.llama._lib.ggml_abort(b'/x/ggml.c', 12, *said)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     said = "edgekit: llama.cpp gave up: ggml.c:12: GGML_ASSERT(a / b: c) failed\n"

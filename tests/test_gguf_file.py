@@ -197,7 +197,8 @@ import llama_cpp
 quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
 llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
 for line in sys.stdin:
-    model = llama_cpp.llama_model_load_from_file(line.strip().encode(), llama_cpp.llama_model_default_params())
+    parameters = llama_cpp.llama_model_default_params()
+    model = llama_cpp.llama_model_load_from_file(line.strip().encode(), parameters)
     if model:
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = 64

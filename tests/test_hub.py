@@ -351,11 +351,12 @@ def test_the_weights_are_those_of_the_configurations_commit(hub: Hub, tmp_path: 
 
 
 def test_a_dry_run_of_a_catalogue_names_revision(hub: Hub, tmp_path: Path) -> None:
-    """The config.json of that revision, and no weights; without a revision, the hub is not asked."""
+    """The config.json of that revision, no weights; without a revision, the hub is not asked."""
     hub.files[OLDER]["config.json"] = TINY.read_bytes()
     code = (
         "[click.testing.CliRunner().invoke(edgekit.cli.main, ['export', 'lfm2-350m', '--target', "
-        "'executorch', '--dry-run', '--json', *more]).stdout for more in [[], ['--revision', 'v1']]]"
+        "'executorch', '--dry-run', '--json', *more]).stdout "
+        "for more in [[], ['--revision', 'v1']]]"
     )
     process = run(hub, tmp_path, code, imports="click.testing, edgekit.cli")
     known, older = (json.loads(text) for text in json.loads(result(process)))

@@ -1,4 +1,4 @@
-"""`edgekit imatrix`: sums against transformers' own model, llama-imatrix's conventions, refusals."""
+"""`edgekit imatrix`: sums against transformers' own model, llama-imatrix's conventions."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The LFM2 module computes what transformers' Lfm2ForCausalLM computes, in every way of feeding it."""
+"""The LFM2 module computes what transformers' Lfm2ForCausalLM does, in every way of feeding it."""
 
 import itertools
 from collections.abc import Callable, Sequence

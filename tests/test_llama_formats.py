@@ -1,4 +1,4 @@
-"""llama.cpp's own formats: bytes against ggml and gguf-py, and against llama-quantize if present."""
+"""llama.cpp's own formats: bytes against ggml and gguf-py, and llama-quantize if present."""
 
 import json
 import shutil

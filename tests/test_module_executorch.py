@@ -1,4 +1,4 @@
-"""Modules in ExecuTorch: XNNPACK's integer kernels, outputs as simulated, codes verbatim, refusals."""
+"""Modules in ExecuTorch: XNNPACK's integer kernels, outputs as simulated, codes verbatim."""
 
 from pathlib import Path
 

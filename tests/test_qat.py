@@ -165,7 +165,7 @@ def _block(bias: bool = True, momentum: float | None = 0.1) -> _Block:
 
 
 def _by_the_paper(block: _Block, x: Tensor, frozen: bool) -> Tensor:
-    """Return what figures 8 and 9 of arXiv 1806.08342 compute, written out with torch's rounding."""
+    """Return what figures 8 and 9 of arXiv 1806.08342 compute, with torch's rounding."""
     norm, conv = block.norm, block.conv
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -419,7 +419,7 @@ def test_two_batch_norms_on_one_layer_are_refused() -> None:
 
 
 class _Shared(nn.Module):
-    """A convolution used twice, with a batch norm of its own each time, and one that stands alone."""
+    """A convolution used twice, each time with its own batch norm, and one that stands alone."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Independent implementations agree: torch, torchao and gguf read the same numbers from our codes."""
+"""Independent implementations agree: torch, torchao and gguf read our codes as the same numbers."""
 
 from typing import Any
 

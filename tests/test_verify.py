@@ -1,4 +1,4 @@
-"""Verification accepts the real file and can fail: each defect that it exists for is tried on it."""
+"""Verification accepts the real file and can fail: each defect that it is for is tried on it."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence

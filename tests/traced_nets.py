@@ -1,4 +1,4 @@
-"""Small nets that hold each operator of a traced module, seeded, with trained-looking batch norms."""
+"""Small nets with each operator of a traced module, seeded, with trained-looking batch norms."""
 
 from collections.abc import Callable
 from functools import lru_cache

@@ -1,13 +1,14 @@
 """How much faster the int8 MobileNet-style net is than its float form, in each engine.
 
-    python -m benchmarks.cifar.latency --out FOLDER [--width 1 --width 8] [-t 1 -t 2] [-r 5] > out.json
+    python -m benchmarks.cifar.latency --out FOLDER [--width 1 --width 8] [-t 1 -t 2] > out.json
 
 Random weights and one picture at a time: speed depends on neither values nor training. Width 1 is
-the net of the accuracy table, too thin to be worth more than a call's overhead; at 8 its last layers
-have the 1,024 channels of MobileNet v1. Each round runs float and int8 once in every engine, each in
-a process of its own: a warm-up, then the median of many calls through edgekit's `load_module`, copies
-of input and output included. Every other round goes backwards, so a drift of the machine favours
-nobody; a ratio is taken within a round. Prints a table to stderr and JSON with the raw samples.
+the net of the accuracy table, too thin to be worth more than a call's overhead; at 8 its last
+layers have the 1,024 channels of MobileNet v1. Each round runs float and int8 once in every engine,
+each in a process of its own: a warm-up, then the median of many calls through edgekit's
+`load_module`, copies of input and output included. Every other round goes backwards, so a drift of
+the machine favours nobody; a ratio is taken within a round. Prints a table to stderr and JSON with
+the raw samples.
 """
 
 import argparse

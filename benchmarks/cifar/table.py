@@ -3,7 +3,7 @@
     python -m benchmarks.cifar.table mobilenet --data cifar10-jpg.zip --out FOLDER \\
         --record benchmarks/results/cifar-mobilenet.json [--row w8a8 ...]
 
-FOLDER holds the float net that `benchmarks.cifar.train` wrote. A row quantizes it, or trains it through
+FOLDER holds the float net of `benchmarks.cifar.train`. A row quantizes it, or trains it through
 quantization first (`benchmarks.cifar.finetune`); then it takes the top-1 of the simulation over the
 10,000 test pictures, exports it to ExecuTorch and ONNX and takes the top-1 of those files in their
 engines. Each row stands in the record as soon as it is measured; `--row` measures only those named.

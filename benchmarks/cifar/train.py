@@ -181,7 +181,7 @@ def _resume(net: nn.Module, optimizer: torch.optim.SGD, path: Path, training: Tr
         described = file.metadata() or {}
     if described.get("training") != repr(training):
         raise EdgekitError(
-            f"{path}: belongs to other settings, {described.get('training')}: delete it or give those"
+            f"{path}: is of other settings, {described.get('training')}: delete it or give those"
         )
     state = load_file(path)
     net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})

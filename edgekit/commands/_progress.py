@@ -1,4 +1,4 @@
-"""The line of progress of long commands: rewritten on a terminal, now and then a new one in a log."""
+"""The line of progress of long commands: rewritten on a terminal, now and then one in a log."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

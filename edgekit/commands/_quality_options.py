@@ -83,8 +83,8 @@ def quality_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--method",
             metavar="NAME",
             help="How codes are chosen: gptq, mse or rtn; codebooks (cb3, ...) by jlcm (a "
-            "reconstruction of arXiv 2309.17361), weighted-kmeans or kmeans  [default: gptq or jlcm "
-            "with --calibrate, else as the recipe says]. Of a module, how ranges are found: "
+            "reconstruction of arXiv 2309.17361), weighted-kmeans or kmeans  [default: gptq or "
+            "jlcm with --calibrate, else as the recipe says]. Of a module, how ranges are found: "
             "moving-average, percentile or mse  [default: moving-average]",
         ),
         click.option(
@@ -92,8 +92,8 @@ def quality_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="DATA",
             help="UTF-8 text like what the model will be used on, to choose the codes by. Of a "
             "module, inputs that show the ranges of its activations: a .npy, .npz or .safetensors "
-            "file [N, ...], a folder of them, FILE.py:FUNCTION that yields mini-batches, or a saved "
-            "calibration .json.",
+            "file [N, ...], a folder of them, FILE.py:FUNCTION that yields mini-batches, or a "
+            "saved calibration .json.",
         ),
     ):
         with_quality = option(with_quality)

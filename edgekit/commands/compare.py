@@ -74,9 +74,9 @@ def command(
     """Compare ARTIFACTS: size, quality, speed, memory, and whether weights are the same.
 
     They are folders that `edgekit export` wrote, or files of others: a .gguf, a .pte, a folder of
-    onnxruntime-genai's. What cannot be known of one is a dash. Quality needs a --text, divergence and
-    the weights' noise a --reference. Speeds are those of `edgekit bench`, repetition by repetition
-    in turn; -p 0 -n 0 skips them. Weights are read back from the files.
+    onnxruntime-genai's. What cannot be known of one is a dash. Quality needs a --text, divergence
+    and the weights' noise a --reference. Speeds are those of `edgekit bench`, repetition by
+    repetition in turn; -p 0 -n 0 skips them. Weights are read back from the files.
     """
     from edgekit.files import check_output_file, new_file, read_text
     from edgekit.interrupts import interrupts_end_the_process

@@ -1,4 +1,4 @@
-"""`edgekit imatrix`: which inputs of a model's linears matter on a text, for llama.cpp's formats."""
+"""`edgekit imatrix`: which inputs of a model's linears matter, for llama.cpp's formats."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,7 +80,8 @@ def command(
     else:
         click.echo(
             f"wrote {path}: {counted(len(found.entries), 'matrix', 'matrices')} over "
-            f"{counted(found.chunk_count * found.chunk_size, 'token')} in chunks of {found.chunk_size}"
+            f"{counted(found.chunk_count * found.chunk_size, 'token')} in chunks of "
+            f"{found.chunk_size}"
         )
 
 

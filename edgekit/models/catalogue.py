@@ -59,7 +59,8 @@ def unknown_model(name: str) -> EdgekitError:
     close = difflib.get_close_matches(name[:80].lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else "`edgekit models` lists the known ones"
     return EdgekitError(
-        f"unknown model {name[:80]!r}: not a catalogue name, a model folder or a hub id (ORG/NAME); {hint}"
+        f"unknown model {name[:80]!r}: not a catalogue name, a model folder or a hub "
+        f"id (ORG/NAME); {hint}"
     )
 
 

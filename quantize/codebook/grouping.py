@@ -46,7 +46,7 @@ def balanced_clusters(points: Tensor, clusters: int) -> Tensor:
 
 
 def _assign(distances: Tensor, size: int) -> Tensor:
-    """Give each point its nearest cluster that has room; who would lose most by waiting is first."""
+    """Give each point its nearest cluster that has room; who loses most by waiting is first."""
     members = torch.empty(len(distances), dtype=torch.long)
     room = [size] * distances.shape[1]
     nearest = distances.argsort(dim=1, stable=True)

@@ -17,8 +17,8 @@ class OutputError:
 
     X are the inputs that the quantized part of the model gives the layer, Z what it should give:
     the float layer's outputs on the float model's inputs, and what a residual owes
-    (`edgekit.quantize.gptq.Inputs`). `hessian` H is `X X^T / n + d I` `[columns, columns]`, `wanted`
-    G is `Z X^T / n + d W` `[rows, columns]`.
+    (`edgekit.quantize.gptq.Inputs`). `hessian` H is `X X^T / n + d I` `[columns, columns]`,
+    `wanted` G is `Z X^T / n + d W` `[rows, columns]`.
     """
 
     hessian: Tensor

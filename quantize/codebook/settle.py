@@ -54,7 +54,7 @@ def settle(
 def _settle(
     tensor: QuantizedTensor, book: Tensor, error: OutputError, rounds: int, fixed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return indices, storable scales `[rows, groups]` and integer entries of one codebook's rows."""
+    """Return indices, storable scales `[rows, groups]`, integer entries of a codebook's rows."""
     rows = tensor.shape[0]
     descent = _Descent(tensor.codes.long(), tensor.scales.reshape(rows, -1).clone(), book, error)
     for _ in range(rounds):

@@ -78,7 +78,7 @@ class LiveBatchNorm:
             read(self.variance).lerp_(variance.detach().float(), share)
 
     def normalise(self, read: Read, owner: nn.Module, values: Tensor) -> Tensor:
-        """Return what torch's batch norm does with batch statistics, and update the running ones."""
+        """Return torch's batch norm with batch statistics, and update the running ones."""
         return functional.batch_norm(
             values,
             read(self.mean),

@@ -57,13 +57,14 @@ def prepare(
     a scheme such as w4g32 or a `Recipe`, the result ends in codes by name.
 
     Convolutions are quantized with `example_inputs` only. Ranges are those of the weights as they
-    are, but without `example_inputs` one that is searched for (the default at 4 bits) costs some ten
-    roundings of a large matrix: in `train()` it is renewed every tenth step, in `eval()` each time.
+    are, but without `example_inputs` one that is searched for (the default at 4 bits) costs some
+    ten roundings of a large matrix: in `train()` it is renewed every tenth step, in `eval()` each
+    time.
 
     After each step of the optimizer, and before its `zero_grad()`, `step()` is called on what is
     returned: by the gradients it finds weights that training does not round. At the end comes
-    `finalize()`. `steps`, the length of the training, gives static ranges their usual `milestones`. With
-    `learn_scales` the optimizer must also get `parameters()` of what is returned. Raises
+    `finalize()`. `steps`, the length of the training, gives static ranges their usual `milestones`.
+    With `learn_scales` the optimizer must also get `parameters()` of what is returned. Raises
     EdgekitError for a module that cannot be traced and a recipe that matches nothing.
     """
     if not isinstance(model, nn.Module):

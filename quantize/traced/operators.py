@@ -1,4 +1,4 @@
-"""What each ATen operator means to a quantizer: layers, activations they fuse, how ranges travel."""
+"""What each ATen operator means to a quantizer: layers, what they fuse, how ranges travel."""
 
 import operator
 from collections.abc import Sequence

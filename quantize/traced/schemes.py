@@ -107,7 +107,7 @@ class LayerScheme:
 
 @dataclass(frozen=True)
 class LayerRule:
-    """Layers whose weight's whole name matches `pattern` get `scheme`; `range` None: its default."""
+    """Layers whose weight's name matches `pattern` get `scheme`; `range` None: its default."""
 
     pattern: str
     scheme: LayerScheme
@@ -150,7 +150,8 @@ class LayerRecipe:
                 found = {name: self._first(name) for name in weights}
         except TooCostly as error:
             raise EdgekitError(
-                f"{self.name}: matching its patterns {error}: simplify those with repeats in repeats"
+                f"{self.name}: matching its patterns {error}: simplify those with repeats in "
+                "repeats"
             ) from error
         for number, rule in enumerate(self.rules, start=1):
             if rule not in found.values():

@@ -112,8 +112,8 @@ def trace(
     under `DROPOUTS` where its dropout modules stand, which in inference are not there. The module
     is left as it was. EdgekitError names the operator and source line that cannot be traced.
     """
-    example = _example(example_inputs, max_batch)
     _check_values(module)
+    example = _example(example_inputs, max_batch)
     with _inference(module), _dropouts(module, for_training) as dropouts:
         program = _export(module, example, max_batch)
     with warnings.catch_warnings():
