@@ -692,8 +692,8 @@ TinyStories (Eldan and Li, 2023, arXiv:2305.07759; data set `roneneldan/TinyStor
 CDLA-Sharing-1.0 (https://cdla.dev/sharing-1-0/), written by GPT-3.5 and GPT-4: a part of less than
 1 %, {train_stories:,} stories to train and {valid_stories:,} to validate, cleaned and reduced to
 ASCII, split by story. The stories are not part of this folder. The licence puts no conditions on
-results computed from the data, which includes trained models. The training part contains text of the
-official TinyStories validation file, so do not report a figure on that file.
+results computed from the data, which includes trained models. The training part contains text of
+the official TinyStories validation file, so do not report a figure on that file.
 """
 
 

@@ -239,13 +239,12 @@ def _export(
     return functional
 
 
-def _like_arguments(module: nn.Module, each: list[dict[int, Dim]]) -> tuple[Any, ...] | None:
+def _like_arguments(module: nn.Module, each: list[dict[int, Dim]]) -> tuple[Any, ...]:
     """Return what belongs to each input in the form of the signature: `*x` takes a tuple."""
-    signature = inspect.signature(module.forward)
     try:
-        bound = signature.bind(*each)
-    except TypeError:
-        return tuple(each)  # the module does not take so many: torch.export says so
+        bound = inspect.signature(module.forward).bind(*each)
+    except (TypeError, ValueError):
+        return tuple(each)  # it has no signature, or does not take so many: torch.export says so
     return tuple(bound.arguments.values())
 
 
