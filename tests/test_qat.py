@@ -110,7 +110,7 @@ def test_the_file_is_what_was_trained(target: str, tmp_path: Path) -> None:
     assert artifact.manifest["verification"]["verified"]
     ranges = Calibration.load(artifact.folder / "calibration.json")
     assert ranges == qat.calibration()
-    assert (ranges.method, ranges.batches) == ("moving-average", ranges.samples // len(x))
+    assert ranges.method == "moving-average"
     with edgekit.load_module(target, artifact.model_path, threads=1) as engine:
         (actual,) = engine.run([x.numpy()])
     steps = np.abs(actual - prepared.detach().numpy()) / network.edges["linear"].scale

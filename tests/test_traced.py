@@ -324,6 +324,7 @@ def test_examples_are_tensors_with_a_batch(inputs: tuple[Tensor, ...], said: str
         trace(nn.Linear(3, 2), inputs)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_without_values_or_in_pieces_are_refused(separable: Placement) -> None:
     x = torch.ones(2, 3)
     for given, said in (
