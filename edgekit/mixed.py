@@ -22,7 +22,7 @@ from edgekit.quantize.table import total_bytes
 from edgekit.sensitivity import sensitivities
 from edgekit.tables import markdown_table
 
-CANDIDATES = ("w4g64", "w4g32", "w4g32a", "w8g32", "w8")
+CANDIDATES = ("w4g64", "w4g32", "w4g32a", "w5g32", "w6g16", "w8g32", "w8")
 """The schemes that are tried, those that a target can hold; without a target `EVERYWHERE`."""
 EVERYWHERE = ("w4g64", "w4g32", "w8")
 
@@ -79,8 +79,13 @@ class _Item:
 
 def _holds(scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Return whether every matrix can have the scheme's groups."""
-    size = scheme.group_size or 1
-    return all(shape[1] % size == 0 for shape in shapes.values() if len(shape) == 2)
+    try:
+        for shape in shapes.values():
+            if len(shape) == 2:
+                scheme.check_shape(shape)
+    except ValueError:
+        return False
+    return True
 
 
 def mixed_recipe(
