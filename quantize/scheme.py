@@ -16,8 +16,8 @@ from edgekit.quantize.ranges import RangeMethod
 from edgekit.quantize.tensor import QuantizedTensor, scales_shape, stored_bytes
 
 FORMS = (
-    "float, w8, w4, w8gN, w4gN, w4gNa (N weights share a scale, a multiple of 32; a: and a zero "
-    "point), w6g16, w5g32, cb4, cb3, cb2 with gN and xN (N codebooks, one for each group of rows), cb4nl"
+    "float, w8, w4, w8gN, w4gN, w4gNa (N weights share a scale, a multiple of 32, at "
+    "8 bits also 16; a: and a zero point), w6g16, w5g32, cb4, cb3, cb2 with gN and xN (N codebooks, one for each group of rows), cb4nl"
 )
 _NAME = re.compile(r"w([48])(?:g([1-9][0-9]{0,5})(a?))?")
 _ONLY_GROUPS = {5: 32, 6: super_blocks.GROUP}
