@@ -1,9 +1,8 @@
 """What a target's file holds where it holds no codebooks: their entries, looked up, as int8 codes.
 
-So it is with codes of 5 and 6 bits, for which only GGUF has a form.
-
 Codebooks of `edgekit.quantize` have int8 entries, so that the product with the scale is the same
-number and the engine's 8-bit kernels run it; only the bits saved are lost, which the table says.
+number and the engine's 8-bit kernels run it; only the bits saved are lost, which the table says. So
+it is with codes of 5 and 6 bits, for which only GGUF has a form.
 """
 
 from collections.abc import Collection, Mapping, Sequence
