@@ -2,9 +2,9 @@
 
 What a tensor costs at a scheme is its measured divergence (`edgekit.sensitivity`); costs are taken
 to add up. Where GPTQ will choose the codes of the layers, theirs count `LEFT_BY_GPTQ` times. The
-choice starts from the fewest bytes and takes, step by step, the change that saves the most divergence
-for a byte, as long as it fits (the greedy rule for the multiple-choice knapsack). The whole model is
-then measured: costs do not quite add up.
+choice starts from the fewest bytes and takes, step by step, the change that saves the most
+divergence for a byte, as long as it fits (the greedy rule for the multiple-choice knapsack). The
+whole model is then measured: costs do not quite add up.
 """
 
 import math
@@ -31,8 +31,8 @@ LEFT_BY_GPTQ = 0.36
 """The share of the divergence of rounding, with ranges of least squared error, that GPTQ leaves.
 
 Measured on lfm2-tiny at `--int4` (README, Quantize). The embedding and the head are rounded to
-nearest whatever happens, so without it too few of the bytes go to them: at 5.08 bits per weight in a
-GGUF the mean divergence was 0.0068 without and is 0.0062.
+nearest whatever happens, so without it too few of the bytes go to them: at 5.08 bits per weight in
+a GGUF the mean divergence was 0.0068 without and is 0.0062.
 """
 
 CountBytes = Callable[[Sequence[Resolved], Mapping[str, str]], int]
@@ -108,8 +108,8 @@ def mixed_recipe(
 ) -> Mixed:
     """Choose a scheme for each matrix; what is no matrix stays float.
 
-    `count` gives the bytes of a table, `gptq` says that GPTQ will choose the codes. EdgekitError where the budget is below what the schemes
-    can do, naming the least and the most.
+    `count` gives the bytes of a table, `gptq` says that GPTQ will choose the codes. EdgekitError
+    where the budget is below what the schemes can do, naming the least and the most.
     """
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     schemes = [scheme for scheme in schemes if _holds(scheme, shapes)]

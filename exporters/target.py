@@ -131,9 +131,9 @@ class Target(Protocol):
     """A module of this package that writes one kind of file.
 
     `NAME` is the target's and its engine's, `ENGINE` what people call the engine, `OPTIONS` the
-    fields of `Options` that the target understands, `TABLES` the codebook schemes, and
-    those of 5 and 6 bits, that the file holds as such, where others become int8 codes, `LONGEST_CHECK` the positions up to which
-    verification runs prompts: fewer where the file holds no program whose lengths could be wrong.
+    fields of `Options` that the target understands, `TABLES` the schemes of codebooks, and of 5 and
+    6 bits, that the file holds as such, where others become int8 codes, `LONGEST_CHECK` the
+    positions up to which verification runs prompts: fewer where the file holds no program whose lengths could be wrong.
     """
 
     NAME: str

@@ -42,7 +42,7 @@ class Grid:
 
     @property
     def scales(self) -> ScaleGrid:
-        """The scales that every target can store for such codes; of two levels, before they are that."""
+        """The scales that every target can store for such codes; of 6 bits, candidates for them."""
         if self.two_levels:
             return CANDIDATES_OF_Q6_K
         return SCALES if self.symmetric or self.bits != 4 else SCALES_OF_Q4_1

@@ -3,8 +3,9 @@
 Layout: each row (all axes but the last) is a little-endian bit stream of its own. Value i of a
 row occupies bits `i*bits ... i*bits + bits - 1`, bit 0 being the lowest bit of the first byte:
 at 4 bits the even values are low nibbles, at 2 bits a byte holds four values, at 3 and 5 bits eight
-values fill three and five bytes, at 6 bits four fill three. Negative codes are stored as the low bits of their two's complement; the
-last byte of a row is filled up with zero bits. 8-bit codes are stored as they are.
+values fill three and five bytes, at 6 bits four fill three. Negative codes are stored as the low
+bits of their two's complement; the last byte of a row is filled up with zero bits. 8-bit codes are
+stored as they are.
 """
 
 import torch

@@ -17,7 +17,8 @@ from edgekit.quantize.tensor import QuantizedTensor, scales_shape, stored_bytes
 
 FORMS = (
     "float, w8, w4, w8gN, w4gN, w4gNa (N weights share a scale, a multiple of 32, at "
-    "8 bits also 16; a: and a zero point), w6g16, w5g32, cb4, cb3, cb2 with gN and xN (N codebooks, one for each group of rows), cb4nl"
+    "8 bits also 16; a: and a zero point), w6g16, w5g32, cb4, cb3, cb2 with gN and xN (N codebooks, "
+    "one for each group of rows), cb4nl"
 )
 _NAME = re.compile(r"w([48])(?:g([1-9][0-9]{0,5})(a?))?")
 _ONLY_GROUPS = {5: 32, 6: super_blocks.GROUP}
@@ -116,7 +117,7 @@ class Scheme:
 
     @property
     def as_int8(self) -> "Scheme":
-        """What holds weights of codebooks, entries looked up, or of 5 and 6 bits: int8, same scales."""
+        """What holds the weights of codebooks, or of 5 and 6 bits: int8 codes and the same scales."""
         between = self.bits in _ONLY_GROUPS
         return Scheme(8, self.granularity, self.group_size) if self.books or between else self
 
@@ -135,8 +136,9 @@ class Scheme:
     def grid(self) -> Grid:
         """The codes of the scheme: [-127, 127] at 8 bits, [-8, 7] or [0, 15] at 4 bits.
 
-        [-32, 31] at 6 bits, [-16, 15] at 5. XNNPACK, GGUF and ONNX all take -8; at 8 bits the code -128 gains nothing and the
-        whitepaper's restricted range (section 2.2) keeps products in 16 bits.
+        [-16, 15] at 5 bits, [-32, 31] at 6. XNNPACK, GGUF and ONNX all take -8; at 8 bits the code
+        -128 gains nothing and the whitepaper's restricted range (section 2.2) keeps products in 16
+        bits.
         """
         if self.bits is None:
             raise ValueError("the float scheme has no codes")
@@ -189,8 +191,8 @@ class Scheme:
         """Return the exact bytes of a weight of this shape: packed codes and scales.
 
         A channel's scale counts 4 bytes (float32), a group's 2 (bfloat16; at 6 bits 1, and 2 for each
-        16), a zero point 1, an entry of a codebook 1 and a float element 4 (float32, what the engines compute in). Equals
-        `QuantizedTensor.nbytes`.
+        16), a zero point 1, an entry of a codebook 1 and a float element 4 (float32, what the
+        engines compute in). Equals `QuantizedTensor.nbytes`.
         """
         if self.bits is None or self.granularity is None:
             return 4 * torch.Size(shape).numel()

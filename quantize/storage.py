@@ -2,8 +2,9 @@
 
 For a tensor `name` the file holds `name.codes` (packed, see `edgekit.quantize.packing`),
 `name.scales` (bfloat16 where one per group and exact so, else float32) and, where it has them,
-`name.steps` (float16; scales of two levels are then uint8 multiples of them), `name.zero_points` and `name.codebook` (int8 where all entries are such numbers); a float tensor is
-held under its own name. The metadata `edgekit` is JSON: a format version and, per quantized tensor,
+`name.steps` (float16; scales of two levels are then uint8 multiples of them), `name.zero_points` and
+`name.codebook` (int8 where all entries are such numbers); a float tensor is held under its own name.
+The metadata `edgekit` is JSON: a format version and, per quantized tensor,
 shape, bits, group_size, axis and signed. A tensor that is another one's object under a second name
 is `{"same_as": first}`. Files of whole models also say what they are `about`; older ones do not.
 """
@@ -284,7 +285,7 @@ def build_tensor(entry: Mapping[str, Any], parts: Mapping[str, Tensor | None]) -
         raise ValueError(f"expected codes of shape {shape}, got {tuple(codes.shape)}")
     expected = scales_shape(shape, entry["axis"], entry["group_size"])
     if (steps is not None) != (bits == 6):
-        raise ValueError(f"steps of scales are for codes of 6 bits, which have them: got {bits}")
+        raise ValueError(f"codes of 6 bits, and no others, have steps of scales: got {bits} bits")
     if steps is not None:
         scales = _of_two_levels(steps, scales)
     if scales.dtype not in (torch.bfloat16, torch.float32) or tuple(scales.shape) != expected:
