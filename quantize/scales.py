@@ -6,8 +6,8 @@ significant bits and float16 has 11, so it is exact in all three where float16 i
 GGUF's Q4_1 stores the product of scale and zero point as a float16, too. A zero point of 4 bits
 leaves the scale 7 of the 11, and 65504 for 15 times the scale.
 
-Scales of 6-bit codes are of another kind (`edgekit.quantize.super_blocks`): what is here for them is
-where a search for them ends.
+Scales of 6-bit codes are of another kind (`edgekit.quantize.super_blocks`); what is here for them
+are the candidates of a search.
 """
 
 from dataclasses import dataclass

@@ -17,8 +17,8 @@ from edgekit.quantize.tensor import QuantizedTensor, scales_shape, stored_bytes
 
 FORMS = (
     "float, w8, w4, w8gN, w4gN, w4gNa (N weights share a scale, a multiple of 32, at "
-    "8 bits also 16; a: and a zero point), w6g16, w5g32, cb4, cb3, cb2 with gN and xN (N codebooks, "
-    "one for each group of rows), cb4nl"
+    "8 bits also 16; a: and a zero point), w6g16, w5g32, cb4, cb3, cb2 with gN and xN (N "
+    "codebooks, one for each group of rows), cb4nl"
 )
 _NAME = re.compile(r"w([48])(?:g([1-9][0-9]{0,5})(a?))?")
 _ONLY_GROUPS = {5: 32, 6: super_blocks.GROUP}
@@ -117,7 +117,7 @@ class Scheme:
 
     @property
     def as_int8(self) -> "Scheme":
-        """What holds the weights of codebooks, or of 5 and 6 bits: int8 codes and the same scales."""
+        """What holds weights of codebooks, or of 5 and 6 bits: int8 codes and the same scales."""
         between = self.bits in _ONLY_GROUPS
         return Scheme(8, self.granularity, self.group_size) if self.books or between else self
 
@@ -125,8 +125,8 @@ class Scheme:
     def default_range(self) -> RangeMethod | None:
         """The range method used when a recipe names none; None for codebooks, which have none.
 
-        Least squares gains several per cent of error at 4 bits, less at 5 and 6, and next to nothing
-        at 8.
+        Least squares gains several per cent of error at 4 bits, less at 5 and 6, and next to
+        nothing at 8.
         """
         if self.books:
             return None
@@ -190,8 +190,8 @@ class Scheme:
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the exact bytes of a weight of this shape: packed codes and scales.
 
-        A channel's scale counts 4 bytes (float32), a group's 2 (bfloat16; at 6 bits 1, and 2 for each
-        16), a zero point 1, an entry of a codebook 1 and a float element 4 (float32, what the
+        A channel's scale counts 4 bytes (float32), a group's 2 (bfloat16; at 6 bits 1, and 2 for
+        each 16), a zero point 1, an entry of a codebook 1 and a float element 4 (float32, what the
         engines compute in). Equals `QuantizedTensor.nbytes`.
         """
         if self.bits is None or self.granularity is None:

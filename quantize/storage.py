@@ -2,9 +2,9 @@
 
 For a tensor `name` the file holds `name.codes` (packed, see `edgekit.quantize.packing`),
 `name.scales` (bfloat16 where one per group and exact so, else float32) and, where it has them,
-`name.steps` (float16; scales of two levels are then uint8 multiples of them), `name.zero_points` and
-`name.codebook` (int8 where all entries are such numbers); a float tensor is held under its own name.
-The metadata `edgekit` is JSON: a format version and, per quantized tensor,
+`name.steps` (float16; scales of two levels are uint8 multiples of them), `name.zero_points` and
+`name.codebook` (int8 where all entries are such numbers); a float tensor is held under its own
+name. The metadata `edgekit` is JSON: a format version and, per quantized tensor,
 shape, bits, group_size, axis and signed. A tensor that is another one's object under a second name
 is `{"same_as": first}`. Files of whole models also say what they are `about`; older ones do not.
 """

@@ -1,4 +1,4 @@
-"""Codes of 5 and 6 bits as a whole: into every target or refused, in files of codes, in training."""
+"""Codes of 5 and 6 bits: into every target or refused, in files of codes, in training."""
 
 import json
 from pathlib import Path
