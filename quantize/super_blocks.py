@@ -68,7 +68,7 @@ def covering(scales: Tensor) -> Tensor:
 def nearest(scales: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
     """Return scales `[ranges]` of two levels near the given ones, each of the least `error`.
 
-    `error` gives each range's from scales `[ranges]`. The largest of a super-block decides the step.
+    `error` gives each range's from scales `[ranges]`. The largest of a super-block sets the step.
     """
     blocks = _blocks(scales)
     steps = _steps(blocks)
