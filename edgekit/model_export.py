@@ -114,14 +114,16 @@ def plan_export(
 
 
 def _schemes(writer: Target, shapes: Mapping[str, tuple[int, ...]]) -> list[Scheme]:
-    """Return the schemes that a target can hold, embedding and head included."""
+    """Return the schemes that a target holds as such, embedding and head included."""
     found = []
     for scheme in map(Scheme.parse, CANDIDATES):
         try:
-            writer.check_rows(resolve(Recipe((Rule(".*", scheme),)), shapes))
+            rows = resolve(Recipe((Rule(".*", scheme),)), shapes)
+            writer.check_rows(rows)
         except EdgekitError:
             continue
-        found.append(scheme)
+        if stored_rows(rows, writer.TABLES) == rows:
+            found.append(scheme)
     return found
 
 

@@ -65,7 +65,8 @@ def choose_recipe(
                 "again: give a file"
             )
         text = _text(quality)
-        mixed = mixed_recipe(source, quality.budget, schemes, text, count, progress)
+        gptq = quality.calibrate is not None and quality.method in (None, "gptq")
+        mixed = mixed_recipe(source, quality.budget, schemes, text, count, progress, gptq)
         recipe = mixed.recipe
     check_method(quality.method, recipe)
     if quality.method is not None:

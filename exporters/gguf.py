@@ -19,8 +19,9 @@ from torch import Tensor
 from edgekit.errors import EdgekitError, VerificationError
 from edgekit.exporters.gguf_blocks import (
     BLOCK,
-    BLOCK_BYTES,
+    BLOCKS,
     FLOAT_TYPES,
+    SUPER_BLOCK,
     block_pieces,
     block_type,
     float_pieces,
@@ -36,6 +37,7 @@ from edgekit.gguf_file import GgufFile
 from edgekit.models.activations import per_block
 from edgekit.models.config import ModelConfig
 from edgekit.models.tokenizer import TOKENIZER_FILE
+from edgekit.quantize import super_blocks
 from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
 from edgekit.quantize.tensor import QuantizedTensor
 
@@ -43,14 +45,15 @@ NAME = "gguf"
 MODEL_FILE = "model.gguf"
 ENGINE = "llama.cpp"
 OPTIONS = frozenset({"llama_format", "imatrix"})
-TABLES = frozenset({"cb4nl"})
+TABLES = frozenset({"cb4nl", "w5g32", "w6g16"})
 LONGEST_CHECK = 256  # the loops over positions are llama.cpp's
 
 _FLOAT_FILE = "float.gguf"
 _ARCHITECTURE = "lfm2"
 _FIRST_QUERY = ".self_attn.q_proj.weight"
 # enum llama_ftype (include/llama.h): what most of the weights are stored as
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "IQ4_NL": 25, "BF16": 32}
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q6_K": 18}
+_FILE_TYPES |= {"IQ4_NL": 25, "BF16": 32}
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
 
@@ -62,6 +65,11 @@ def check_rows(rows: Sequence[Resolved]) -> None:
             raise EdgekitError(
                 f"{row.tensor}: target gguf cannot hold {row.scheme.name} in rows of "
                 f"{row.shape[-1]}: its blocks are of {BLOCK} weights; float holds any"
+            )
+        if row.scheme.bits == 8 and (row.scheme.group_size or BLOCK) % BLOCK:
+            raise EdgekitError(
+                f"{row.tensor}: target gguf cannot hold {row.scheme.name}: its 8-bit blocks are of "
+                f"{BLOCK} weights; w6g16 has groups of {row.scheme.group_size}"
             )
         if row.tensor.endswith(_FIRST_QUERY) and row.shape[0] != width:
             raise EdgekitError(
@@ -76,14 +84,20 @@ def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
 
 
 def stored_bytes(row: Resolved) -> int:
-    """Return the bytes of a tensor in the file: a block of 32 has its own scale always."""
+    """Return the bytes of a tensor in the file: each block has its own scale always."""
     if row.scheme.is_float:
         return row.nbytes
-    return math.prod(row.shape) // BLOCK * BLOCK_BYTES[block_type(row.scheme)]
+    weights, nbytes = BLOCKS[block_type(row.scheme)]
+    return math.prod(row.shape) // weights * nbytes
 
 
 def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:
-    """Round the inputs of a linear as ggml does for all of its types used here (`block_q8_0`)."""
+    """Round the inputs of a linear as ggml does for its types: Q6_K takes `block_q8_K`.
+
+    All others that are used here take `block_q8_0`.
+    """
+    if weight.group_size == super_blocks.GROUP:
+        return per_block(x, SUPER_BLOCK)
     return per_block(x, BLOCK, torch.float16)
 
 

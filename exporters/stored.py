@@ -1,7 +1,8 @@
 """What a target's file holds where it holds no codebooks: their entries, looked up, as int8 codes.
 
 Codebooks of `edgekit.quantize` have int8 entries, so that the product with the scale is the same
-number and the engine's 8-bit kernels run it; only the bits saved are lost, which the table says.
+number and the engine's 8-bit kernels run it; only the bits saved are lost, which the table says. So
+it is with codes of 5 and 6 bits, for which only GGUF has a form.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,14 +17,14 @@ from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 
 def stored_rows(rows: Sequence[Resolved], tables: Collection[str]) -> list[Resolved]:
-    """Return rows as the file holds them; `tables` are the codebooks that it holds as such."""
+    """Return rows as the file holds them; `tables` are the schemes that it holds as such."""
     return [_stored(row, tables) for row in rows]
 
 
 def _stored(row: Resolved, tables: Collection[str]) -> Resolved:
-    if not row.scheme.books or row.scheme.name in tables:
-        return row
     scheme = row.scheme.as_int8
+    if scheme == row.scheme or row.scheme.name in tables:
+        return row
     return replace(row, scheme=scheme, nbytes=scheme.nbytes(row.shape))
 
 
@@ -48,5 +49,6 @@ def refusal(error: EdgekitError, rows: Sequence[Resolved], tables: Collection[st
     for row, stored in zip(rows, stored_rows(rows, tables), strict=True):
         if stored is not row and str(error).startswith(f"{row.tensor}:"):
             name, form = row.scheme.name, stored.scheme.name
-            return EdgekitError(f"{error}; {name} is stored as {form}, its entries as int8 codes")
+            what = "its entries as int8 codes" if row.scheme.books else "its codes as int8"
+            return EdgekitError(f"{error}; {name} is stored as {form}, {what}")
     return error

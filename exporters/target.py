@@ -55,8 +55,8 @@ class Weights(Mapping[str, Weight]):
     """The weights to export by checkpoint name: codes are kept, floats are read when asked for.
 
     So a model that stays float is never in memory as a whole. Of a file of codes nothing is kept:
-    each tensor is read when it is asked for. Codebooks come as int8 codes but for the `tables` that
-    the target holds. `clear` forgets the codes.
+    each tensor is read when it is asked for. Codebooks, and codes of 5 and 6 bits, come as int8
+    codes but for the `tables` that the target holds. `clear` forgets the codes.
     """
 
     def __init__(
@@ -131,9 +131,10 @@ class Target(Protocol):
     """A module of this package that writes one kind of file.
 
     `NAME` is the target's and its engine's, `ENGINE` what people call the engine, `OPTIONS` the
-    fields of `Options` that the target understands, `TABLES` the codebook schemes that the file
-    holds as such, where others become int8 codes, `LONGEST_CHECK` the positions up to which
-    verification runs prompts: fewer where the file holds no program whose lengths could be wrong.
+    fields of `Options` that the target understands, `TABLES` the schemes of codebooks, and of 5 and
+    6 bits, that the file holds as such, where others become int8 codes, `LONGEST_CHECK` the
+    positions up to which verification runs prompts: fewer where the file holds no program whose
+    lengths could be wrong.
     """
 
     NAME: str

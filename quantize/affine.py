@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from edgekit.quantize import super_blocks
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.ranges import (
     RANGE_METHODS,
@@ -122,9 +123,10 @@ def quantize_with(
 def _choose(values: Tensor, grid: Grid, method: RangeMethod) -> Parameters:
     """Return the parameters of float ranges [ranges, elements]."""
     least, most = finite_range(values)
-    if method == "minmax":
-        return from_range(least, most, grid)
-    return least_error(values, least, most, grid)
+    if method == "mse":
+        return least_error(values, least, most, grid)
+    scales, zeros = from_range(least, most, grid)
+    return (super_blocks.covering(scales) if grid.two_levels else scales), zeros
 
 
 def _encode(codes: Tensor, values: Tensor, parameters: Parameters, grid: Grid) -> None:

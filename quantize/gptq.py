@@ -10,6 +10,7 @@ to that of the smallest, with scales that are chosen before (their `act-order`, 
 import torch
 from torch import Tensor
 
+from edgekit.quantize import super_blocks
 from edgekit.quantize.affine import quantize_with
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.ranges import Parameters, from_range
@@ -154,16 +155,22 @@ def _ranges(weight: Tensor, importance: Tensor, size: int, grid: Grid) -> Parame
     groups = weight.reshape(-1, size)
     weights = importance.clamp(min=0).view(1, -1, size) + 1e-12
     least, most = groups.amin(1), groups.amax(1)
+
+    def squares(found: Parameters) -> Tensor:
+        restored = _to_grid(groups, _column(found), grid)
+        return ((restored - groups).square_().view(rows, -1, size) * weights).sum(-1).view(-1)
+
     best = from_range(least, most, grid)
     error = torch.full_like(best[0], torch.inf)
     for factor in _FACTORS:
         found = from_range(least * factor, most * factor, grid)
-        restored = _to_grid(groups, _column(found), grid)
-        squares = ((restored - groups).square_().view(rows, -1, size) * weights).sum(-1).view(-1)
-        better = squares < error
-        error = torch.where(better, squares, error)
+        of_found = squares(found)
+        better = of_found < error
+        error = torch.where(better, of_found, error)
         best = _where(better, found, best)
     scales, zeros = best
+    if grid.two_levels:
+        scales = super_blocks.nearest(scales, lambda scales: squares((scales, None)))
     return scales.view(rows, -1), None if zeros is None else zeros.view(rows, -1)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from edgekit.quantize.packing import PACKABLE_BITS
-from edgekit.quantize.scales import SCALES, SCALES_OF_Q4_1, ScaleGrid
+from edgekit.quantize.scales import CANDIDATES_OF_Q6_K, SCALES, SCALES_OF_Q4_1, ScaleGrid
 from edgekit.quantize.tensor import code_range
 
 
@@ -13,7 +13,7 @@ from edgekit.quantize.tensor import code_range
 class Grid:
     """A run of integers (arXiv 1806.08342, section 2).
 
-    bits        2, 3, 4 or 8
+    bits        2, 3, 4, 5, 6 or 8
     symmetric   int8 codes around 0 without a zero point (section 2.2); else uint8 codes from 0
                 to N - 1 with one (section 2.1)
     restricted  leave out the lowest code, so that both sides are as long: [-127, 127], [-7, 7]
@@ -42,8 +42,15 @@ class Grid:
 
     @property
     def scales(self) -> ScaleGrid:
-        """The scales that every target can store for such codes."""
+        """The scales that every target can store for such codes; of 6 bits, candidates for them."""
+        if self.two_levels:
+            return CANDIDATES_OF_Q6_K
         return SCALES if self.symmetric or self.bits != 4 else SCALES_OF_Q4_1
+
+    @property
+    def two_levels(self) -> bool:
+        """Whether scales are of two levels (`edgekit.quantize.super_blocks`)."""
+        return self.bits == 6
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,15 +2,16 @@
 
 Layout: each row (all axes but the last) is a little-endian bit stream of its own. Value i of a
 row occupies bits `i*bits ... i*bits + bits - 1`, bit 0 being the lowest bit of the first byte:
-at 4 bits the even values are low nibbles, at 2 bits a byte holds four values, at 3 bits eight
-values fill three bytes. Negative codes are stored as the low bits of their two's complement; the
-last byte of a row is filled up with zero bits. 8-bit codes are stored as they are.
+at 4 bits the even values are low nibbles, at 2 bits a byte holds four values, at 3 and 5 bits eight
+values fill three and five bytes, at 6 bits four fill three. Negative codes are stored as the low
+bits of their two's complement; the last byte of a row is filled up with zero bits. 8-bit codes are
+stored as they are.
 """
 
 import torch
 from torch import Tensor
 
-PACKABLE_BITS = (2, 3, 4, 8)
+PACKABLE_BITS = (2, 3, 4, 5, 6, 8)
 
 
 def packed_size(columns: int, bits: int) -> int:
@@ -21,7 +22,7 @@ def packed_size(columns: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack int8 or uint8 codes [..., columns] into uint8 [..., ceil(columns * bits / 8)].
 
-    Raises ValueError for other types, for bits outside 2, 3, 4, 8, and for scalars. Codes must
+    Raises ValueError for other types, for bits outside `PACKABLE_BITS`, and for scalars. Codes must
     fit their bits: `QuantizedTensor` guarantees it, nothing is checked again here.
     """
     _check(codes, bits)
@@ -75,7 +76,7 @@ def unpack(packed: Tensor, bits: int, columns: int, signed: bool) -> Tensor:
 
 def _unit(bits: int) -> tuple[int, int]:
     """Return the smallest whole number of bytes that holds whole values: (values, bytes)."""
-    return {2: (4, 1), 3: (8, 3), 4: (2, 1)}[bits]
+    return {2: (4, 1), 3: (8, 3), 4: (2, 1), 5: (8, 5), 6: (4, 3)}[bits]
 
 
 def _check(codes: Tensor, bits: int) -> None:

@@ -240,7 +240,7 @@ def method_of(rows: Sequence[Resolved]) -> str:
 def with_ranges(recipe: Recipe, method: Literal["rtn", "mse"]) -> Recipe:
     """Return the recipe with one way to find ranges: minimum and maximum, or least squared error.
 
-    The latter at 4 bits; at 8 it gains next to nothing, so ranges there are what they were.
+    The latter below 8 bits; at 8 it gains next to nothing, so ranges there are what they were.
     """
 
     def changed(rule: Rule) -> Rule:

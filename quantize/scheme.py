@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
+from edgekit.quantize import super_blocks
 from edgekit.quantize.affine import quantize
 from edgekit.quantize.codebook.fit import IQ4_NL, fit_codebook
 from edgekit.quantize.grid import Grid
@@ -15,10 +16,12 @@ from edgekit.quantize.ranges import RangeMethod
 from edgekit.quantize.tensor import QuantizedTensor, scales_shape, stored_bytes
 
 FORMS = (
-    "float, w8, w4, w8gN, w4gN, w4gNa (N weights share a scale, a multiple of 32; a: and a zero "
-    "point), cb4, cb3, cb2 with gN and xN (N codebooks, one for each group of rows), cb4nl"
+    "float, w8, w4, w8gN, w4gN, w4gNa (N weights share a scale, a multiple of 32, at "
+    "8 bits also 16; a: and a zero point), w6g16, w5g32, cb4, cb3, cb2 with gN and xN (N "
+    "codebooks, one for each group of rows), cb4nl"
 )
 _NAME = re.compile(r"w([48])(?:g([1-9][0-9]{0,5})(a?))?")
+_ONLY_GROUPS = {5: 32, 6: super_blocks.GROUP}
 _CODEBOOK = re.compile(r"cb([234])(?:g([1-9][0-9]{0,5}))?(?:x([1-9][0-9]{0,3}))?")
 
 
@@ -26,9 +29,11 @@ _CODEBOOK = re.compile(r"cb([234])(?:g([1-9][0-9]{0,5}))?(?:x([1-9][0-9]{0,3}))?
 class Scheme:
     """How one weight [rows, columns] is stored.
 
-    bits         2, 3, 4 or 8, or None for a float that is left as it is
+    bits         2, 3, 4, 5, 6 or 8, or None for a float that is left as it is
     granularity  "channel": one scale per row; "group": one per run of `group_size` columns
-    group_size   32, 64, 128, ...: what ExecuTorch and GGUF can hold; None unless "group"
+    group_size   32, 64, 128, ...: what ExecuTorch and GGUF can hold; None unless "group". At 5 bits
+                 32 (ggml's Q5_0), at 6 bits 16 with scales of two levels
+                 (`edgekit.quantize.super_blocks`; Q6_K), and 16 at 8 bits holds those
     symmetric    False: codes 0 to 15 and a zero point for each group, for 4-bit groups alone,
                  which GGUF (Q4_1) and ONNX hold; XNNPACK's kernels take none for weights
     books        learned codebooks of int8 entries, each for an equal run of rows, whose indices
@@ -36,7 +41,7 @@ class Scheme:
     table        "cb4nl": one codebook, and not a learned one but ggml's table for IQ4_NL
     """
 
-    bits: Literal[2, 3, 4, 8] | None
+    bits: Literal[2, 3, 4, 5, 6, 8] | None
     granularity: Literal["channel", "group"] | None
     group_size: int | None = None
     symmetric: bool = True
@@ -45,7 +50,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         """Refuse contradictory fields."""
-        allowed = (2, 3, 4) if self.books else (None, 4, 8)
+        allowed = (2, 3, 4) if self.books else (None, 4, 5, 6, 8)
         if self.bits not in allowed:
             raise ValueError(f"bits must be one of {allowed}, got {self.bits}")
         if self.table is not None and (self.bits, self.books, self.group_size) != (4, 1, 32):
@@ -56,11 +61,18 @@ class Scheme:
             raise ValueError(
                 f"group_size {self.group_size} contradicts granularity {self.granularity!r}"
             )
-        size = self.group_size
-        if size is not None and (size < 32 or size % 32):
-            raise ValueError(f"group_size must be a multiple of 32, got {size}")
+        self._check_group_size()
         if not self.symmetric and (self.bits, self.granularity, self.books) != (4, "group", 0):
             raise ValueError("only 4-bit groups can be asymmetric")
+
+    def _check_group_size(self) -> None:
+        size = self.group_size
+        only = _ONLY_GROUPS.get(self.bits or 0)
+        if only is not None and (size, self.books) != (only, 0):
+            raise ValueError(f"of {self.bits} bits there is w{self.bits}g{only} alone")
+        of_sixteen = size == super_blocks.GROUP and self.bits in (6, 8) and not self.books
+        if size is not None and not of_sixteen and (size < 32 or size % 32):
+            raise ValueError(f"group_size must be a multiple of 32, got {size}")
 
     @classmethod
     def parse(cls, name: str) -> "Scheme":
@@ -69,6 +81,10 @@ class Scheme:
             return FLOAT
         if name == "cb4nl":
             return cls(4, "group", 32, books=1, table="cb4nl")
+        if name == "w5g32":
+            return cls(5, "group", 32)
+        if name == "w6g16":
+            return cls(6, "group", super_blocks.GROUP)
         match, codebook = _NAME.fullmatch(name), _CODEBOOK.fullmatch(name)
         try:
             if codebook is not None:
@@ -101,25 +117,28 @@ class Scheme:
 
     @property
     def as_int8(self) -> "Scheme":
-        """What holds a codebook's weights with its entries looked up: int8 and the same scales."""
-        return Scheme(8, self.granularity, self.group_size) if self.books else self
+        """What holds weights of codebooks, or of 5 and 6 bits: int8 codes and the same scales."""
+        between = self.bits in _ONLY_GROUPS
+        return Scheme(8, self.granularity, self.group_size) if self.books or between else self
 
     @property
     def default_range(self) -> RangeMethod | None:
         """The range method used when a recipe names none; None for codebooks, which have none.
 
-        Least squares gains several per cent of error at 4 bits and next to nothing at 8.
+        Least squares gains several per cent of error at 4 bits, less at 5 and 6, and next to
+        nothing at 8.
         """
         if self.books:
             return None
-        return "mse" if self.bits == 4 else "minmax"
+        return "minmax" if self.bits in (None, 8) else "mse"
 
     @property
     def grid(self) -> Grid:
         """The codes of the scheme: [-127, 127] at 8 bits, [-8, 7] or [0, 15] at 4 bits.
 
-        XNNPACK, GGUF and ONNX all take -8; at 8 bits the code -128 gains nothing and the
-        whitepaper's restricted range (section 2.2) keeps products in 16 bits.
+        [-16, 15] at 5 bits, [-32, 31] at 6. XNNPACK, GGUF and ONNX all take -8; at 8 bits the code
+        -128 gains nothing and the whitepaper's restricted range (section 2.2) keeps products in 16
+        bits.
         """
         if self.bits is None:
             raise ValueError("the float scheme has no codes")
@@ -131,6 +150,8 @@ class Scheme:
         """Raise ValueError where a weight of this shape cannot be stored like this."""
         if not self.is_float:
             scales_shape(shape, self.axis, self.group_size)
+        if self.bits == 6:
+            super_blocks.check_columns(shape[-1])
         if self.books and shape[0] % self.books:
             raise ValueError(f"{self.books} codebooks do not divide {shape[0]} rows")
 
@@ -169,9 +190,9 @@ class Scheme:
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the exact bytes of a weight of this shape: packed codes and scales.
 
-        A channel's scale counts 4 bytes (float32), a group's 2 (bfloat16), a zero point 1, an entry
-        of a codebook 1 and a float element 4 (float32, what the engines compute in). Equals
-        `QuantizedTensor.nbytes`.
+        A channel's scale counts 4 bytes (float32), a group's 2 (bfloat16; at 6 bits 1, and 2 for
+        each 16), a zero point 1, an entry of a codebook 1 and a float element 4 (float32, what the
+        engines compute in). Equals `QuantizedTensor.nbytes`.
         """
         if self.bits is None or self.granularity is None:
             return 4 * torch.Size(shape).numel()
@@ -215,14 +236,19 @@ def scheme_of(
     """
     if codebook is not None:
         return _scheme_of_codebook(bits, axis, group_size, codebook)
-    if bits not in (4, 8):
+    if bits not in (4, 5, 6, 8):
         raise ValueError(f"codes of {bits} bits")
     if axis not in (0, None) or (axis is None and group_size is None):
         raise ValueError("scales that are neither per row nor per group")
     if signed == zero_points:
         raise ValueError("signed codes with zero points" if signed else "indices of a codebook")
     granularity: Literal["channel", "group"] = "channel" if group_size is None else "group"
-    return Scheme(4 if bits == 4 else 8, granularity, group_size, symmetric=not zero_points)
+    return Scheme(
+        bits,  # type: ignore[arg-type]  # one of the four
+        granularity,
+        group_size,
+        symmetric=not zero_points,
+    )
 
 
 def _scheme_of_codebook(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from edgekit.quantize import super_blocks
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.ranges import Parameters, from_range, slab_width, slabs
 
@@ -44,6 +45,8 @@ class _Search:
             best, error = self.better(best, error, candidate)
         for _ in range(_REFITS):
             best, error = self.better(best, error, (self.refit(best), best[1]))
+        if self.grid.two_levels:
+            return super_blocks.nearest(best[0], lambda scales: self.error((scales, None))), None
         return best
 
     def better(
@@ -97,6 +100,8 @@ class _Search:
 
 
 def _factors(elements: int, bits: int) -> tuple[float, ...]:
+    if elements <= _GROUP and bits in (5, 6):
+        return _FINE_FACTORS
     if bits == 8:
         return _FINE_FACTORS + _LONG_FACTORS
     return _GROUP_FACTORS if elements <= _GROUP and bits == 4 else _LONG_FACTORS

@@ -2,8 +2,9 @@
 
 For a tensor `name` the file holds `name.codes` (packed, see `edgekit.quantize.packing`),
 `name.scales` (bfloat16 where one per group and exact so, else float32) and, where it has them,
-`name.zero_points` and `name.codebook` (int8 where all entries are such numbers); a float tensor is
-held under its own name. The metadata `edgekit` is JSON: a format version and, per quantized tensor,
+`name.steps` (float16; scales of two levels are uint8 multiples of them), `name.zero_points` and
+`name.codebook` (int8 where all entries are such numbers); a float tensor is held under its own
+name. The metadata `edgekit` is JSON: a format version and, per quantized tensor,
 shape, bits, group_size, axis and signed. A tensor that is another one's object under a second name
 is `{"same_as": first}`. Files of whole models also say what they are `about`; older ones do not.
 """
@@ -23,12 +24,13 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError, one_line
 from edgekit.files import check_file, new_file
+from edgekit.quantize import super_blocks
 from edgekit.quantize.methods import RECORDED
 from edgekit.quantize.packing import pack, unpack
 from edgekit.quantize.tensor import QuantizedTensor, Weight, scales_shape
 
 FORMAT_VERSION = 1
-PARTS = ("codes", "scales", "zero_points", "codebook")
+PARTS = ("codes", "scales", "steps", "zero_points", "codebook")
 """What a quantized tensor may consist of in the file."""
 _MOST_FACTS = 64
 _LONGEST = 200
@@ -167,11 +169,16 @@ def _arrays(name: str, tensor: Weight) -> dict[str, Tensor]:
     if isinstance(tensor, Tensor):
         return {name: tensor.contiguous()}
     codes = tensor.codes.contiguous()
+    if tensor.bits == 6:
+        steps, scales = super_blocks.split(tensor.scales)
+    else:
+        steps, scales = None, _narrow(tensor.scales, tensor.group_size)
     arrays = {
         "codes": codes
         if tensor.bits == 8
         else pack(codes.reshape(_rows(tensor.shape)), tensor.bits),
-        "scales": _narrow(tensor.scales, tensor.group_size),
+        "scales": scales,
+        "steps": steps,
         # A zero point is a code, so one byte holds it.
         "zero_points": None
         if tensor.zero_points is None
@@ -271,7 +278,7 @@ def check_entry(entry: object) -> dict[str, Any]:
 
 def build_tensor(entry: Mapping[str, Any], parts: Mapping[str, Tensor | None]) -> QuantizedTensor:
     """Put a tensor's parts together (by `PARTS`); ValueError where they contradict its entry."""
-    codes, scales, zeros, codebook = (parts.get(part) for part in PARTS)
+    codes, scales, steps, zeros, codebook = (parts.get(part) for part in PARTS)
     if codes is None or scales is None:
         raise ValueError("its codes or scales are missing")
     shape, bits, signed = tuple(entry["shape"]), entry["bits"], entry["signed"]
@@ -281,6 +288,10 @@ def build_tensor(entry: Mapping[str, Any], parts: Mapping[str, Tensor | None]) -
     if tuple(codes.shape) != shape or (codes.dtype == torch.int8) != signed:
         raise ValueError(f"expected codes of shape {shape}, got {tuple(codes.shape)}")
     expected = scales_shape(shape, entry["axis"], entry["group_size"])
+    if (steps is not None) != (bits == 6):
+        raise ValueError(f"codes of 6 bits, and no others, have steps of scales: got {bits} bits")
+    if steps is not None:
+        scales = _of_two_levels(steps, scales)
     if scales.dtype not in (torch.bfloat16, torch.float32) or tuple(scales.shape) != expected:
         raise ValueError(f"expected scales of shape {expected}, got {tuple(scales.shape)}")
     return QuantizedTensor(
@@ -292,6 +303,19 @@ def build_tensor(entry: Mapping[str, Any], parts: Mapping[str, Tensor | None]) -
         axis=entry["axis"],
         codebook=None if codebook is None else _wide_codebook(codebook),
     )
+
+
+def _of_two_levels(steps: Tensor, multiples: Tensor) -> Tensor:
+    """Return float32 scales; that they are ones of 6-bit codes, `QuantizedTensor` sees."""
+    groups = super_blocks.GROUPS
+    of_blocks = (*multiples.shape[:-1], multiples.shape[-1] // groups) if multiples.ndim else ()
+    fits = multiples.dtype == torch.uint8 and multiples.shape[-1:].numel() % groups == 0
+    if steps.dtype != torch.float16 or not fits or tuple(steps.shape) != of_blocks:
+        raise ValueError(
+            f"expected steps of shape {of_blocks} in float16 and uint8 scales, got "
+            f"{tuple(steps.shape)} of {steps.dtype} and {multiples.dtype}"
+        )
+    return super_blocks.join(steps, multiples)
 
 
 def _wide_codebook(stored: Tensor) -> Tensor:

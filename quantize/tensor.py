@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from edgekit.quantize import super_blocks
 from edgekit.quantize.packing import PACKABLE_BITS, packed_size
 
 Granularity = Literal["tensor", "channel", "group"]
@@ -23,7 +24,8 @@ class QuantizedTensor:
     scales      float32, positive: [] per tensor, [channels] per channel, and
                 [..., columns / group_size] per group (the weight's shape but for the last axis)
     zero_points int32 shaped like scales and inside the codes' range; None where they are all zero
-    bits        2, 3, 4 or 8
+    bits        2, 3, 4, 5, 6 or 8; codes of 6 have groups of 16 with scales of two levels
+                (`edgekit.quantize.super_blocks`)
     group_size  elements of the last axis that share a scale; None unless per group
     axis        the channel axis; None unless per channel
     codebook    float32 [2**bits], or [books, 2**bits] where each of `books` equal runs of rows
@@ -78,8 +80,9 @@ class QuantizedTensor:
     def nbytes(self) -> int:
         """Bytes of the packed codes, scales, zero points and codebook.
 
-        A scale of a group counts 2 bytes (bfloat16) and any other 4 (float32), a zero point 1, a
-        codebook entry 1 where all are int8 numbers, else 4: what `save_quantized` writes.
+        A scale of a group counts 2 bytes (bfloat16) and any other 4 (float32), one of two levels 1
+        and its step 2, a zero point 1, a codebook entry 1 where all are int8 numbers, else 4: what
+        `save_quantized` writes.
         """
         total = stored_bytes(self.shape, self.bits, self.granularity, self.scales.numel())
         if self.zero_points is not None:
@@ -180,6 +183,11 @@ class QuantizedTensor:
         least, most = (float(value) for value in torch.aminmax(self.scales))
         if not (least > 0 and most < float("inf")):  # also false for NaN
             raise ValueError(f"scales must be positive and finite, got [{least}, {most}]")
+        if self.bits == 6:
+            if self.group_size != super_blocks.GROUP or not self.signed:
+                raise ValueError(f"6-bit codes are int8 in groups of {super_blocks.GROUP}")
+            super_blocks.check_columns(self.shape[-1])
+            super_blocks.split(self.scales)
 
     def _check_zero_points(self, zero_points: Tensor) -> None:
         if self.codebook is not None:
@@ -239,10 +247,16 @@ def scales_shape(
 def stored_bytes(
     shape: tuple[int, ...], bits: int, granularity: Granularity, scale_count: int
 ) -> int:
-    """Return the bytes of packed codes and scales (2 bytes a scale per group, else 4)."""
+    """Return the bytes of packed codes and scales (2 bytes a scale per group, else 4).
+
+    Those of 6-bit codes have two levels (`edgekit.quantize.super_blocks`).
+    """
     columns = shape[-1] if shape else 1
     rows = torch.Size(shape[:-1]).numel()
-    return rows * packed_size(columns, bits) + scale_count * (2 if granularity == "group" else 4)
+    packed = rows * packed_size(columns, bits)
+    if bits == 6:
+        return packed + super_blocks.nbytes(scale_count)
+    return packed + scale_count * (2 if granularity == "group" else 4)
 
 
 def as_rows(values: Tensor) -> Tensor:

@@ -55,6 +55,18 @@ def quantize(
     return out.tobytes()
 
 
+def round_to_q8_k(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return inputs as `quantize_row_q8_K_ref` rounds them, which Q6_K is multiplied by."""
+    kind = np.dtype([("d", "<f4"), ("q", "i1", 256), ("sums", "<i2", 16)])
+    blocks = np.empty(values.size // 256, kind)
+    source = np.ascontiguousarray(values).ctypes.data_as(_FLOATS)
+    rounding = _library().quantize_row_q8_K_ref
+    rounding.restype, rounding.argtypes = None, [_FLOATS, ctypes.c_void_p, ctypes.c_int64]
+    rounding(source, blocks.ctypes.data, values.size)
+    floats: NDArray[np.float32] = blocks["q"] * blocks["d"][:, None]
+    return floats.reshape(values.shape)
+
+
 def dequantize(data: bytes, kind: GGMLQuantizationType) -> NDArray[np.float32]:
     """Return the floats of whole blocks by the type's own `to_float`."""
     block, block_bytes = GGML_QUANT_SIZES[kind]

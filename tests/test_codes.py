@@ -113,7 +113,7 @@ def test_other_codes_reach_the_file_bit_for_bit(
     assert "small, recipe mine, codes by gptq, context" in run("inspect", tmp_path / "out").stdout
 
 
-@pytest.mark.parametrize("scheme", ["w8", "w4", "w8g64", "w4g32", "w4g32a"])
+@pytest.mark.parametrize("scheme", ["w8", "w4", "w8g64", "w4g32", "w4g32a", "w5g32", "w8g16"])
 def test_codes_are_found_in_what_they_dequantize_to(scheme: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 128, generator=generator)

@@ -1,5 +1,6 @@
 """ggml's blocks hold a quantized tensor bit for bit, as gguf-py dequantizes them."""
 
+import ggml
 import gguf as peer
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ from numpy.typing import NDArray
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters import gguf_blocks
+from edgekit.exporters.gguf import fake_quantize
 from edgekit.exporters.gguf_blocks import block_pieces, block_type, float_pieces
 from edgekit.quantize.scheme import FLOAT, Scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
 SCHEMES = ["w8", "w8g32", "w8g128", "w4", "w4g32", "w4g64", "w4g128", "w4g32a", "w4g128a"]
+SCHEMES += ["w5g32", "w6g16"]
 
 
 def blocks_of(tensor: QuantizedTensor) -> NDArray[np.uint8]:
@@ -60,6 +63,48 @@ def test_every_code_and_zero_point_comes_back(kind: str) -> None:
         group_size=32,
     )
     assert torch.equal(bits(read_back(tensor, kind)), bits(tensor.dequantize()))
+
+
+def test_every_code_of_five_bits_comes_back() -> None:
+    codes = torch.arange(-16, 16).to(torch.int8).repeat(2, 3)
+    codes[1] = codes[1].flip(0)
+    tensor = QuantizedTensor(codes, torch.full((2, 3), 127 / 64), bits=5, group_size=32)
+    assert torch.equal(bits(read_back(tensor, "Q5_0")), bits(tensor.dequantize()))
+
+
+@pytest.mark.parametrize("step", [2.0**-24, 3 * 2.0**-24, 2047 * 2.0**-12, 65504.0])
+def test_every_code_and_multiple_of_six_bits_comes_back(step: float) -> None:
+    """Steps from the least subnormal float16 to the largest; each multiple meets each code."""
+    multiples = torch.arange(1, 128).repeat_interleave(4)
+    multiples = torch.cat([multiples.view(-1, 4), torch.full((127, 12), 127)], 1)
+    codes = torch.arange(-32, 32).to(torch.int8).repeat(127, 4)
+    codes[::2] = codes[::2].flip(1)
+    tensor = QuantizedTensor(codes, multiples * step, bits=6, group_size=16)
+    assert torch.equal(bits(read_back(tensor, "Q6_K")), bits(tensor.dequantize()))
+    exact = codes.double() * (multiples.double() * step).repeat_interleave(16, 1)
+    assert torch.equal(tensor.dequantize().double(), exact)
+
+
+@pytest.mark.parametrize(("scheme", "kind"), [("w5g32", "Q5_0"), ("w6g16", "Q6_K")])
+def test_the_engine_reads_what_gguf_py_reads(scheme: str, kind: str) -> None:
+    tensor = Scheme.parse(scheme).quantize(
+        torch.randn(9, 512, generator=torch.Generator().manual_seed(3)) / 50
+    )
+    blocks = blocks_of(tensor)
+    assert blocks.nbytes == tensor.nbytes
+    values = ggml.dequantize(blocks.tobytes(), peer.GGMLQuantizationType[kind])
+    assert torch.equal(torch.from_numpy(values).view(9, 512), tensor.dequantize())
+
+
+def test_six_bits_round_their_inputs_as_ggml_does() -> None:
+    """Q6_K is multiplied by `block_q8_K`, a scale of float32 for 256 inputs."""
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(4))
+    x[2, 256:] = 0
+    weight = Scheme.parse("w6g16").quantize(torch.ones(1, 512))
+    expected = torch.from_numpy(ggml.round_to_q8_k(x.numpy()))
+    found = fake_quantize(x, weight)
+    assert torch.allclose(found, expected, rtol=1e-6, atol=0)
+    assert not torch.allclose(found, fake_quantize(x, Scheme.parse("w5g32").quantize(x)), rtol=1e-6)
 
 
 def test_blocks_are_those_of_gguf_py_for_its_own_scales() -> None:

@@ -54,7 +54,8 @@ def export(model: Path | str, output: Path, *more: object) -> Result:
 
 @pytest.mark.parametrize(
     "scheme",
-    ["--int8", "--int4", "--float", "--scheme=w4g32a", "--scheme=w8g32", "--scheme=w4g128"],
+    ["--int8", "--int4", "--float", "--scheme=w4g32a", "--scheme=w8g32", "--scheme=w4g128"]
+    + ["--scheme=w5g32", "--scheme=w6g16"],
 )
 def test_the_bundled_model_is_verified_in_llama_cpp(place: Path, scheme: str) -> None:
     done = export("lfm2-tiny", place / "out", scheme, "--context", 256, "--json")

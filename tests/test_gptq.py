@@ -54,7 +54,7 @@ def by_elimination(
     return result
 
 
-@pytest.mark.parametrize("name", ["w4", "w4g32", "w8", "w4g32a"])
+@pytest.mark.parametrize("name", ["w4", "w4g32", "w5g32", "w8", "w4g32a"])
 def test_it_is_optimal_brain_surgeon(weight: Tensor, samples: Tensor, name: str) -> None:
     scheme = Scheme.parse(name)
     found = gptq(weight, seen(samples), scheme)
@@ -82,6 +82,21 @@ def test_the_outputs_are_closer_than_those_of_rounding_to_nearest(
 
     rounded = error(scheme.quantize(weight).dequantize())
     assert error(gptq(weight, seen(samples), scheme).dequantize()) < 0.5 * rounded
+
+
+def test_scales_of_two_levels_are_chosen_before_the_codes(weight: Tensor, samples: Tensor) -> None:
+    """Blocks are of 256 columns; the result is a tensor that its own check lets pass."""
+    weight, samples = weight[:, :256], samples[:, :256]
+    inputs = Inputs(256)
+    inputs.add(samples, samples)
+    scheme = Scheme.parse("w6g16")
+    found = gptq(weight, inputs, scheme)
+    assert (found.bits, found.group_size, found.scales.shape) == (6, 16, (ROWS, 16))
+
+    def error(restored: Tensor) -> float:
+        return float(((weight - restored) @ samples.t()).square().mean())
+
+    assert error(found.dequantize()) < 0.5 * error(scheme.quantize(weight).dequantize())
 
 
 def test_it_makes_up_for_inputs_that_strayed(weight: Tensor, samples: Tensor) -> None:

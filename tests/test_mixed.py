@@ -55,6 +55,21 @@ def test_the_choice_fits_and_more_bytes_cost_less() -> None:
     assert {scheme for _, scheme, _ in found[-1].choices} == {"w8"}
 
 
+def test_what_gptq_leaves_counts_for_the_layers_alone() -> None:
+    """Bytes move to the table, which is rounded to nearest."""
+    source, budget = resolve_model("lfm2-tiny"), Budget(bits=5.3)
+    plain, gptq = (mixed_recipe(source, budget, SCHEMES, TEXT, gptq=each) for each in (False, True))
+    of_plain, of_gptq = ({row[0]: row[1:] for row in found.choices} for found in (plain, gptq))
+    share = module.LEFT_BY_GPTQ
+    for name, (scheme, cost) in of_gptq.items():
+        same, measured = of_plain[name]
+        if same == scheme and cost is not None and measured is not None:
+            assert cost == pytest.approx(measured * (share if ".layers." in name else 1))
+    assert gptq.predicted_kld == pytest.approx(sum(cost or 0 for _, cost in of_gptq.values()))
+    assert (of_plain[EMBEDDING][0], of_gptq[EMBEDDING][0]) == ("w4g32", "w8")
+    assert gptq.bytes <= 5.3 / 8 * source.config.parameter_count
+
+
 def test_the_float_model_runs_once_for_all_schemes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

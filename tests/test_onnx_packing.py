@@ -19,7 +19,7 @@ from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
 ROWS, COLUMNS = 24, 192
-SCHEMES = ("w8", "w4", "w8g32", "w8g96", "w4g32", "w4g64", "w4g192", "w4g32a", "w4g64a")
+SCHEMES = ("w8", "w4", "w8g16", "w8g32", "w8g96", "w4g32", "w4g64", "w4g192", "w4g32a", "w4g64a")
 
 
 def quantized(scheme: str, rows: int = ROWS, columns: int = COLUMNS) -> QuantizedTensor:

@@ -242,7 +242,7 @@ def test_grids_are_those_of_the_whitepaper() -> None:
         (0, 255),
     ]
     with pytest.raises(ValueError, match="bits must be"):
-        Grid(5)
+        Grid(7)
     with pytest.raises(ValueError, match="restricted"):
         Grid(4, symmetric=False, restricted=True)
 

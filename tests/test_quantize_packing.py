@@ -10,7 +10,7 @@ from edgekit.quantize.packing import pack, packed_size, unpack
 
 @settings(deadline=None, max_examples=60)
 @given(
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
     signed=st.booleans(),
     columns=st.integers(1, 40),
     leading=st.lists(st.integers(1, 3), max_size=2),
@@ -29,7 +29,7 @@ def test_unpack_undoes_pack(
     assert torch.equal(unpack(packed, bits, columns, signed), codes)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_rows_are_little_endian_bit_streams(bits: int) -> None:
     codes = (torch.arange(13) * 7 % (1 << bits)).to(torch.uint8)
     stream = sum(int(code) << (bits * i) for i, code in enumerate(codes))
@@ -51,7 +51,7 @@ def test_packing_leaves_its_input_alone() -> None:
 @pytest.mark.parametrize(
     ("codes", "bits"),
     [
-        (torch.zeros(4, dtype=torch.int8), 5),
+        (torch.zeros(4, dtype=torch.int8), 7),
         (torch.zeros(4, dtype=torch.int32), 4),
         (torch.zeros((), dtype=torch.int8), 4),
     ],

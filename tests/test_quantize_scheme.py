@@ -11,6 +11,7 @@ from edgekit.quantize.scheme import FLOAT, Scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
 NAMES = ["w8", "w8g32", "w4", "w4g32", "w4g64", "w4g128", "w4g96", "w4g32a", "w4g64a"]
+NAMES += ["w5g32", "w6g16", "w8g16"]
 
 
 def weight_of(rows: int, columns: int) -> torch.Tensor:
@@ -24,7 +25,25 @@ def test_names_are_read_back(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "w", "w5", "w16", "W8", "w8 ", "w4g", "w4g0", "w4g16", "w4g33", "w4g-32", "w4g032", "int8"]
+    [
+        "",
+        "w",
+        "w5",
+        "w6",
+        "w5g64",
+        "w6g32",
+        "w5g32a",
+        "w16",
+        "W8",
+        "w8 ",
+        "w4g",
+        "w4g0",
+        "w4g16",
+        "w4g33",
+        "w4g-32",
+        "w4g032",
+        "int8",
+    ]
     + ["w8a8", "w4g99999999", "float32", "w٤", "w4a", "w8g32a", "w8a", "w4g32A", "w4g32aa"],
 )
 def test_other_names_are_refused_with_what_is_allowed(name: str) -> None:
@@ -38,7 +57,7 @@ def test_other_names_are_refused_with_what_is_allowed(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_nbytes_is_that_of_the_quantized_tensor(name: str) -> None:
     scheme = Scheme.parse(name)
-    for shape in ((3, 384), (1, 768)):
+    for shape in ((3, 768), (1, 1536)):
         assert scheme.quantize(weight_of(*shape)).nbytes == scheme.nbytes(shape)
 
 
@@ -48,6 +67,8 @@ def test_nbytes_by_hand() -> None:
     assert Scheme.parse("w4g32").nbytes((10, 64)) == 320 + 40
     assert Scheme.parse("w4g64").nbytes((10, 64)) == 320 + 20
     assert Scheme.parse("w4g64a").nbytes((10, 64)) == 320 + 20 + 10
+    assert Scheme.parse("w5g32").nbytes((10, 64)) == 400 + 40
+    assert Scheme.parse("w6g16").nbytes((10, 512)) == 10 * 2 * 210  # as ggml's block_q6_K
     assert FLOAT.nbytes((10, 1, 3)) == 120
 
 
@@ -76,9 +97,10 @@ def test_asymmetric_groups_use_all_codes_of_a_shifted_weight() -> None:
     assert sqnr_db(weight, result) > sqnr_db(weight, symmetric) + 3
 
 
-def test_four_bits_search_and_eight_bits_cover_by_default() -> None:
+def test_below_eight_bits_search_and_eight_bits_cover_by_default() -> None:
     weight = weight_of(16, 256)
-    for name, method in (("w8", "minmax"), ("w4g32", "mse"), ("w4", "mse")):
+    methods = {"w8": "minmax", "w4g32": "mse", "w4": "mse", "w5g32": "mse", "w6g16": "mse"}
+    for name, method in methods.items():
         scheme = Scheme.parse(name)
         assert scheme.default_range == method
         assert torch.equal(
@@ -88,11 +110,11 @@ def test_four_bits_search_and_eight_bits_cover_by_default() -> None:
 
 def test_more_bits_and_smaller_groups_lose_less() -> None:
     weight = weight_of(64, 512)
-    names = ["w4", "w4g128", "w4g64", "w4g32", "w8", "w8g32"]
+    names = ["w4", "w4g128", "w4g64", "w4g32", "w5g32", "w6g16", "w8", "w8g32"]
     ratios = [sqnr_db(weight, Scheme.parse(name).quantize(weight)) for name in names]
     assert ratios == sorted(ratios)
     assert ratios[3] > 21  # a Gaussian in groups of 32: 21.3 dB
-    assert ratios[4] > 40
+    assert ratios[-2] > 40
 
 
 def test_sqnr_of_the_ends() -> None:
@@ -126,6 +148,8 @@ def test_contradictory_fields_are_refused() -> None:
         (8, None, None),
         (4, "group", 48),
         (5, "channel", None),
+        (6, "group", 32),
+        (4, "group", 16),
     ):
         with pytest.raises(ValueError, match="bits|group_size"):
             Scheme(bits, granularity, group)  # type: ignore[arg-type]

@@ -21,6 +21,8 @@ def contents() -> Contents:
     tensors: Contents = {
         name: Scheme.parse(name).quantize(weight) for name in ("w8", "w4", "w4g32", "w8g32")
     }
+    tensors["w5g32"] = Scheme.parse("w5g32").quantize(weight)
+    tensors["w6g16"] = Scheme.parse("w6g16").quantize(weight.reshape(-1)[:512].view(2, 256))
     tensors["affine"] = quantize(weight, Grid(4, symmetric=False), axis=1)
     tensors["three"] = quantize(weight[:, :13], Grid(3), axis=0)
     tensors["scalar"] = quantize(torch.tensor(0.3), Grid(4))

@@ -151,7 +151,8 @@ GOOD: dict[str, Any] = {"codes": codes_of(4, 8, bits=4), "scales": scales_of(4),
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 5}, "bits must be"),
+        ({"bits": 7}, "bits must be"),
+        ({"bits": 6}, "6-bit codes are int8 in groups of 16"),
         ({"codes": torch.zeros(4, 8, dtype=torch.int32)}, "codes must be int8 or uint8"),
         ({"codes": torch.zeros(0, 8, dtype=torch.int8)}, "must not be empty"),
         ({"codes": torch.full((4, 8), 8, dtype=torch.int8), "bits": 4}, r"lie in \[-8, 7\]"),

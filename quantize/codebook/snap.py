@@ -31,11 +31,11 @@ def snap(books: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 def as_int8(tensor: QuantizedTensor) -> QuantizedTensor:
     """Return the same weight as int8 codes of 8 bits: indices are looked up, scales are kept.
 
-    ValueError where the codebook's entries are not integers of 8 bits. A tensor without a
-    codebook is returned as it is.
+    So are codes of 5 and 6 bits; others without a codebook are returned as they are. ValueError
+    where the codebook's entries are not integers of 8 bits.
     """
     if tensor.codebook is None:
-        return tensor
+        return replace(tensor, bits=8) if tensor.bits in (5, 6) else tensor
     if not tensor.codebook_is_int8:
         raise ValueError("its codebook's entries are no int8 numbers")
     books = as_rows(tensor.codebook).to(torch.int8)

@@ -124,6 +124,11 @@ class WeightTraining(Training):
             quantizer = WeightQuantizer(
                 name, scheme.grid, scheme.axis, scheme.group_size, row.range
             )
+            if learn and scheme.grid.two_levels:
+                raise EdgekitError(
+                    f"{name}: the scales of {scheme.name} have a step in common and are not "
+                    "learned: leave learn_scales out"
+                )
             if learn:
                 quantizer.learn(weight)
             self._quantizers[source] = quantizer
@@ -138,7 +143,8 @@ def _refuse_codebooks(recipe: Recipe, rows: Sequence[Resolved]) -> None:
         if row.scheme.books:
             raise EdgekitError(
                 f"{recipe.name}: {row.tensor}: {row.scheme.name} is a codebook, which training "
-                "through quantization does not take: it takes float, w8, w4, w8gN, w4gN and w4gNa"
+                "through quantization does not take: it takes float, w8, w4, w8gN, w4gN, w4gNa, "
+                "w5g32 and w6g16"
             )
 
 
