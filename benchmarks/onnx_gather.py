@@ -130,7 +130,11 @@ def looked_up(model: onnx.ModelProto) -> onnx.ModelProto:
         [node for node in model.graph.node if node.output[0] not in ("turned", "y")],
         "weight",
         [],
-        [helper.make_tensor_value_info(WEIGHT, TensorProto.FLOAT, numpy_helper.to_array(shape))],
+        [
+            helper.make_tensor_value_info(
+                WEIGHT, TensorProto.FLOAT, numpy_helper.to_array(shape).tolist()
+            )
+        ],
         model.graph.initializer,
     )
     return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
