@@ -165,7 +165,7 @@ def one(path: Path, form: str, columns: int) -> dict[str, Any]:
     for tokens in BATCHES:
         x = draw.standard_normal((tokens, columns), dtype=np.float32)
         opened.run(["y"], {"x": x})
-        times = []
+        times: list[int] = []
         while len(times) < 5 or sum(times) < 1_000_000_000:
             start = time.perf_counter_ns()
             opened.run(["y"], {"x": x})
@@ -222,7 +222,7 @@ def markdown(record: dict[str, Any]) -> str:
     """Return the record as a table of medians."""
 
     def middle(form: str, what: str) -> float:
-        return median(sample[what] for sample in record["samples"][form])
+        return float(median(sample[what] for sample in record["samples"][form]))
 
     cells = []
     base = next(iter(FORMS))
