@@ -2,16 +2,17 @@
 
     python -m benchmarks.jlcm [--rows cb3 ...] [-o benchmarks/results/jlcm-lfm2-tiny.json]
 
-A row is a method at a scheme, such as `jlcm:cb3`; `--rows` names some, a scheme alone all of its
-methods; without it all are run. Each is measured in a process of its own or in this one, the same:
-nothing is drawn at random. The rows that are in the output already are kept.
+A row is a method at a scheme, such as `jlcm:cb3`; `--rows` names some, a scheme alone all methods of
+codebooks; without it those of the table are run. Each is measured in a process of its own or in
+this one, the same: nothing is drawn at random. The rows that are in the output already are kept.
 
-Methods: `rtn` (uniform grid, range of least squared error), `kmeans`, `weighted` (by the Hessian's
-diagonal), `ordinary` and `proximal` (learned with either gradient), `jlcm` (proximal, then
-coordinate descent). What calibrates are chunks of the start of train.txt, what is scored is
-valid.txt, by the conventions of `edgekit eval`, in torch with activations as they are.
-Bits per weight are of the layers' matrices as they lie on disk: indices, scales, codebooks;
-embedding and head are int8 in every row.
+Methods: `rtn` (uniform grid, range of minimum and maximum), `mse` (range of least squared error),
+`gptq`, `kmeans`, `weighted` (by the Hessian's diagonal), `ordinary` and `proximal` (learned with
+either gradient), `jlcm` (proximal, then coordinate descent). With several codebooks, like neurons
+are gathered first; `jlcm:cb3x8:unordered` leaves them where they are. What calibrates is what
+`edgekit quantize --calibrate train.txt` calibrates on, what is scored is valid.txt, by the conventions
+of `edgekit eval`, in torch with activations as they are. Bits per weight are of the layers' matrices
+as they lie on disk: indices, scales, codebooks; embedding and head are int8 in every row.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.machine import facts
 from benchmarks.report import table
-from edgekit.calibrated import is_linear
+from edgekit.calibrated import CHUNK, MOST_CHUNKS, is_linear, read_texts
 from edgekit.gains import measure
 from edgekit.models.eager import float_reader
 from edgekit.models.layerwise import Choose, layer_codes
@@ -38,24 +39,33 @@ from edgekit.models.tokenizer import Tokenizer
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.codebook.jlcm import jlcm, weighted_kmeans
 from edgekit.quantize.codebook.learn import Learning
-from edgekit.quantize.recipe import resolve, tied_shapes, uniform
+from edgekit.quantize.gptq import gptq
+from edgekit.quantize.recipe import Recipe, resolve, tied_shapes, uniform, with_ranges
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.runtime.evaluate import cut, tokenize
 
 MODEL = "lfm2-tiny"
-CHUNK = 256
 METHODS: dict[str, Choose | None] = {
     "rtn": None,
+    "mse": None,
+    "gptq": gptq,
     "kmeans": None,
     "weighted": weighted_kmeans,
     "ordinary": partial(jlcm, learning=Learning(gradient="ordinary"), rounds=0),
     "proximal": partial(jlcm, learning=Learning(gradient="proximal"), rounds=0),
     "jlcm": jlcm,
 }
-CODEBOOKS = tuple(name for name in METHODS if name != "rtn")
-ROWS = ("rtn:w4", "rtn:w4g32") + tuple(
-    f"{method}:{scheme}" for scheme in ("cb4", "cb3", "cb2") for method in CODEBOOKS
+CODEBOOKS = ("kmeans", "weighted", "ordinary", "proximal", "jlcm")
+ROWS = (
+    *(f"{method}:{scheme}" for scheme in ("w4", "w4g32") for method in ("rtn", "mse", "gptq")),
+    *(f"{method}:{scheme}" for scheme in ("cb4", "cb3", "cb2") for method in CODEBOOKS),
+    *("kmeans:cb3x8:unordered", "jlcm:cb3x8:unordered"),
+    *(
+        f"{method}:{scheme}"
+        for scheme in ("cb3x8", "cb3g64", "cb4nl")
+        for method in ("kmeans", "weighted", "jlcm")
+    ),
 )
 """What is run without --rows."""
 
@@ -69,13 +79,19 @@ def chunks(source: ModelSource, path: Path, count: int) -> list[list[int]]:
     return cut(tokenize(tokenizer, text), CHUNK, count, bos)
 
 
+def recipe_of(method: str, scheme: Scheme) -> Recipe:
+    """Return the recipe of a row: the scheme for all linears, ranges as `edgekit quantize` has."""
+    return with_ranges(uniform(scheme), "rtn" if method == "rtn" else "mse")
+
+
 def quantized(source: ModelSource, row: str, texts: list[list[int]]) -> dict[str, Weight]:
     """Return the weights of a row."""
-    method, _, scheme = row.partition(":")
+    method, scheme, *unordered = row.split(":")
     shapes, tied = tied_shapes(source.config.tensor_shapes())
-    rows = resolve(uniform(Scheme.parse(scheme)), shapes)
-    exact = float_reader(source.config, source.checkpoint)
-    read: Callable[[str], Tensor] = reordered(exact, grouped_orders(source.config, rows, exact))
+    rows = resolve(recipe_of(method, Scheme.parse(scheme)), shapes)
+    read: Callable[[str], Tensor] = float_reader(source.config, source.checkpoint)
+    if not unordered:
+        read = reordered(read, grouped_orders(source.config, rows, read))
     choose = METHODS[method]
     # A text decides the codes of the layers' linears, so those are not rounded first.
     simple = [row for row in rows if choose is None or not is_linear(row)]
@@ -113,7 +129,7 @@ def measured(
         "perplexity": gains.steps[0].perplexity.to_dict(),
         "reference_perplexity": gains.reference_perplexity.to_dict(),
         "scored_tokens": gains.tokens,
-        "calibration_tokens": 0 if METHODS[row.partition(":")[0]] is None else CHUNK * len(texts),
+        "calibration_tokens": 0 if METHODS[row.partition(":")[0]] is None else sum(map(len, texts)),
         "cpu_seconds": round(seconds, 1),
     }
 
@@ -131,7 +147,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a table."""
     cells = [
         [
-            row["row"].partition(":")[2],
+            row["row"].partition(":")[2].replace(":", ", "),
             row["row"].partition(":")[0],
             f"{row['bits_per_weight']:.3f}",
             f"{row['kld']['value']:.4f} ± {row['kld']['error']:.4f}",
@@ -162,13 +178,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stories", type=Path, default=Path("../shared/data/stories"))
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW")
-    parser.add_argument("--calibrate", type=int, default=32, help="Chunks of 256 tokens")
+    parser.add_argument(
+        "--calibrate", type=int, default=MOST_CHUNKS, help="Chunks of 256 tokens, at most that many"
+    )
     parser.add_argument("--score", type=int, default=32, help="Chunks of 256 tokens")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     source = resolve_model(MODEL)
-    texts = chunks(source, arguments.stories / "train.txt", arguments.calibrate)
+    texts = read_texts(source, arguments.stories / "train.txt").calibration[: arguments.calibrate]
     held_out = chunks(source, arguments.stories / "valid.txt", arguments.score)
     record: dict[str, Any] = {"machine": facts(), "rows": []}
     if arguments.output is not None and arguments.output.exists():

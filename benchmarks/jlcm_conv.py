@@ -25,7 +25,7 @@ from benchmarks.report import table
 from edgekit.quantize.gptq import Inputs
 from edgekit.quantize.scheme import Scheme
 
-ROWS = ("rtn:float", "rtn:w4") + tuple(
+ROWS = ("rtn:float", "mse:w4") + tuple(
     f"{method}:{scheme}" for scheme in ("cb4", "cb3", "cb2") for method in CODEBOOKS
 )
 POSITIONS = 64

@@ -6,17 +6,16 @@ from typing import Any
 import ggml
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from command_line import done, run
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from gguf_models import small_model
-from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
+from benchmarks import onnx_gather
 from edgekit.artifact import Artifact
 from edgekit.exporters.gguf_blocks import block_pieces, block_type
 from edgekit.exporters.reference_text import TEXT
@@ -145,33 +144,22 @@ def test_xnnpack_refuses_groups_and_says_why(model: Path, tmp_path: Path) -> Non
     assert "cb3g32 is stored as w8g32, its entries as int8 codes" in refused.stderr
 
 
-def test_onnx_holds_codebooks_exactly_by_gather() -> None:
+@pytest.mark.parametrize("scheme", ["cb4", "cb3", "cb2", "cb3x2", "cb3g32", "cb4nl"])
+def test_onnx_holds_codebooks_exactly_by_gather(scheme: str) -> None:
     """The reference form: no target writes it, for ONNX Runtime folds it to floats or crawls."""
-    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
-    tensor = Scheme.parse("cb3").quantize(weight)
-    assert tensor.codebook is not None
-    constants = {
-        "codebook": tensor.codebook.numpy(),
-        "indices": tensor.codes.numpy().astype(np.int32),
-        "scales": tensor.scales[:, None].numpy(),
-    }
-    graph = helper.make_graph(
-        [
-            helper.make_node("Gather", ["codebook", "indices"], ["entries"]),
-            helper.make_node("Mul", ["entries", "scales"], ["weight"]),
-        ],
-        "codebook",
-        [],
-        [helper.make_tensor_value_info("weight", TensorProto.FLOAT, [8, 32])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    onnx.checker.check_model(made)
-    session = onnxruntime.InferenceSession(
-        made.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    for found in (ReferenceEvaluator(made).run(None, {}), session.run(None, {})):
-        assert np.array_equal(found[0], tensor.dequantize().numpy())
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    tensor = Scheme.parse(scheme).quantize(weight)
+    wanted = tensor.dequantize().numpy()
+    whole = onnx_gather.gather_model(tensor)
+    model = onnx_gather.looked_up(whole)
+    onnx.checker.check_model(model)
+    assert np.array_equal(ReferenceEvaluator(model).run(None, {})[0], wanted)
+    for config in ({}, onnx_gather.NOTHING_FOLDED):
+        session = onnx_gather.session(model.SerializeToString(), config)
+        assert np.array_equal(session.run(None, {})[0], wanted)
+    x = np.random.default_rng(0).standard_normal((3, 64), dtype=np.float32)
+    (y,) = onnx_gather.session(whole.SerializeToString(), {}).run(None, {"x": x})
+    assert np.allclose(y, x @ wanted.T, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
