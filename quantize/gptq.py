@@ -69,10 +69,13 @@ class Inputs:
             self._hessian[start:end, end:] = self._hessian[end:, start:end].t()
         return self._mean(self._hessian)
 
-    def wanted(self, weight: Tensor) -> Tensor:
-        """Return `Z X^T / n` for a float weight `[rows, columns]`; ValueError as `hessian`."""
-        wanted = torch.zeros(()) if self._cross is None else weight @ self._mean(self._cross)
-        return wanted if self._owed is None else wanted + self._mean(self._owed)
+    def lacking(self, weight: Tensor, hessian: Tensor) -> Tensor:
+        """Return `(Z - W X) X^T / n` for a float weight `[rows, columns]`, given its `hessian`."""
+        if self._cross is None:
+            lacking = (weight @ hessian).neg_()
+        else:
+            lacking = weight @ (self._mean(self._cross) - hessian)
+        return lacking if self._owed is None else lacking.add_(self._mean(self._owed))
 
     def _mean(self, total: Tensor) -> Tensor:
         if not self._samples:
@@ -99,7 +102,7 @@ def gptq(weight: Tensor, inputs: Inputs, scheme: Scheme) -> QuantizedTensor:
         raise ValueError("the weight holds infinities or NaN")
     importance = hessian.diagonal().clone()
     order = importance.argsort()
-    lacking = inputs.wanted(exact) - exact @ hessian
+    lacking = inputs.lacking(exact, hessian)
     factor = _factor(hessian, order)
     del hessian  # of 8,192 columns 256 MB
     # `(Z - W X) X^T H^-1` is what to add to W so that `(W + D) X` is closest to Z.
@@ -129,6 +132,7 @@ def _factor(hessian: Tensor, order: Tensor) -> Tensor:
     seen = diagonal.clone()
     for damping in _DAMPINGS:
         diagonal.copy_(torch.where(seen > 0, seen + damping * seen.mean(), 1.0))
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(ordered)
         if not failed:
             return factor
@@ -142,7 +146,9 @@ def _ranges(weight: Tensor, importance: Tensor, size: int, grid: Grid) -> Parame
     """
     weights = (importance.clamp(min=0) + 1e-12).view(-1, size)
     rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
-    found = [_ranges_of(part.unflatten(1, (-1, size)), weights, grid) for part in weight.split(rows)]
+    found = [
+        _ranges_of(part.unflatten(1, (-1, size)), weights, grid) for part in weight.split(rows)
+    ]
     zeros = [zero for _, zero in found if zero is not None]
     return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
 

@@ -99,9 +99,9 @@ def layer_codes(
     def choose_all(index: int, parts: Sequence[str], samples: Iterable[Sample]) -> Codes:
         names = [f"model.layers.{index}.{part}.weight" for part in parts]
         some = [wanted[name] for name in names if name in wanted]
-        return _choose_all(some, samples, read, choose or gptq)
+        return _choose_all(some, samples, read, choose or gptq) if some else {}
 
-    exact, quantized = _Stream(config, read, texts), _Stream(config, so_far, texts)
+    exact, quantized = Stream(config, read, texts), Stream(config, so_far, texts)
     total, done = config.num_layers, 0
     while done < total and (layer := kept.load(done)) is not None:
         found |= layer
@@ -111,24 +111,20 @@ def layer_codes(
     for index in range(done, total):
         progress(index, total, f"layer {index + 1}")
         layer = {}
-        for half, parts in enumerate(_HALVES):
-            first, last = parts
-            both = zip(quantized.first(index, half), exact.first(index, half), strict=True)
-            layer |= choose_all(index, first, ((seen, meant, None) for seen, meant in both))
+        for half, (first, last) in enumerate(_HALVES):
+            layer |= choose_all(index, first, _of_first(exact, quantized, index, half))
             found |= layer
             exact.pass_last(index, half, exact.last(index, half))
-            inner = list(quantized.last(index, half))
-            owed = (exact.states - quantized.states).split([len(piece) for piece in inner])
-            pairs = zip(inner, owed, strict=True)
-            layer |= choose_all(index, last, ((seen, None, lacking) for seen, lacking in pairs))
+            seen = list(quantized.last(index, half))
+            layer |= choose_all(index, last, _of_last(exact, quantized, seen))
             found |= layer
-            quantized.pass_last(index, half, inner)
+            quantized.pass_last(index, half, seen)
         kept.save(index, layer, (exact.states, quantized.states) if index + 1 < total else None)
     progress(total, total, "layers")
     return found
 
 
-def _go_on(exact: "_Stream", quantized: "_Stream", done: int, states: States | None) -> None:
+def _go_on(exact: "Stream", quantized: "Stream", done: int, states: States | None) -> None:
     """Bring the hidden states of both models behind the layers that are done."""
     if states is not None:
         exact.states, quantized.states = states
@@ -139,6 +135,25 @@ def _go_on(exact: "_Stream", quantized: "_Stream", done: int, states: States | N
                 stream.pass_last(index, half, stream.last(index, half))
 
 
+def _of_first(exact: "Stream", quantized: "Stream", index: int, half: int) -> Iterator[Sample]:
+    """Yield what the first linears of a half see in both models."""
+    both = zip(quantized.first(index, half), exact.first(index, half), strict=True)
+    for seen, meant in both:
+        yield seen, meant, None
+
+
+def _of_last(exact: "Stream", quantized: "Stream", pieces: Iterable[Tensor]) -> Iterator[Sample]:
+    """Yield what the last linear of a half sees, and what its output should be.
+
+    With the residual it should give what the float model, which is behind the half, has.
+    """
+    start = 0
+    for seen in pieces:
+        part = slice(start, start + len(seen))
+        yield seen, None, exact.states[part] - quantized.states[part]
+        start = part.stop
+
+
 def _choose_all(
     rows: Sequence[Resolved],
     samples: Iterable[Sample],
@@ -146,8 +161,6 @@ def _choose_all(
     choose: Choose,
 ) -> Codes:
     """Return the codes of linears that see the same samples, which are as `Inputs.add` takes them."""
-    if not rows:
-        return {}
     inputs = Inputs(rows[0].shape[1])
     for sample in samples:
         inputs.add(*sample)
@@ -160,7 +173,7 @@ def _choose_all(
     return result
 
 
-class _Stream:
+class Stream:
     """The hidden states `[tokens, d]` of all texts in one model, before some half of a layer.
 
     Weights are kept as floats while the states pass through them.

@@ -31,8 +31,8 @@ class OutputError:
         if len(hessian) != weight.shape[1]:
             raise ValueError(f"expected inputs of {weight.shape[1]} columns, got {len(hessian)}")
         damping = _DAMPING * float(hessian.diagonal().mean()) or 1.0  # 1: no input was ever seen
-        wanted = inputs.wanted(weight) + damping * weight
-        return cls(hessian + damping * torch.eye(len(hessian)), wanted)
+        damped = hessian + damping * torch.eye(len(hessian))
+        return cls(damped, inputs.lacking(weight, hessian) + weight @ damped)
 
     @property
     def importance(self) -> Tensor:
