@@ -2,17 +2,18 @@
 
     python -m benchmarks.jlcm [--rows cb3 ...] [-o benchmarks/results/jlcm-lfm2-tiny.json]
 
-A row is a method at a scheme, such as `jlcm:cb3`; `--rows` names some, a scheme alone all methods of
-codebooks; without it those of the table are run. Each is measured in a process of its own or in
+A row is a method at a scheme, such as `jlcm:cb3`; `--rows` names some, a scheme alone all methods
+of codebooks; without it those of the table are run. Each is measured in a process of its own or in
 this one, the same: nothing is drawn at random. The rows that are in the output already are kept.
 
 Methods: `rtn` (uniform grid, range of minimum and maximum), `mse` (range of least squared error),
 `gptq`, `kmeans`, `weighted` (by the Hessian's diagonal), `ordinary` and `proximal` (learned with
 either gradient), `jlcm` (proximal, then coordinate descent). With several codebooks, like neurons
 are gathered first; `jlcm:cb3x8:unordered` leaves them where they are. What calibrates is what
-`edgekit quantize --calibrate train.txt` calibrates on, what is scored is valid.txt, by the conventions
-of `edgekit eval`, in torch with activations as they are. Bits per weight are of the layers' matrices
-as they lie on disk: indices, scales, codebooks; embedding and head are int8 in every row.
+`edgekit quantize --calibrate train.txt` calibrates on, what is scored is valid.txt, by the
+conventions of `edgekit eval`, in torch with activations as they are. Bits per weight are of the
+layers' matrices as they lie on disk: indices, scales, codebooks; embedding and head are int8 in
+every row.
 """
 
 import argparse

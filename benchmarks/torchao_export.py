@@ -3,11 +3,12 @@
     python -m benchmarks.torchao_export [--llama-cpp SOURCE] [--work FOLDER]
         [-o benchmarks/results/torchao-export.json]
 
-transformers' Lfm2ForCausalLM by torchao's `quantize_`, by the recipe of `--int4` and as ExecuTorch's
-guides have it: linears int4 in groups of 32 with activations in int8 per token, the head so with int8
-weights, the embedding int8 per row. Each way out is tried as it is documented, and what it gives, or
-its error, is kept. A file is run in its engine on the tokens that it was traced with, against the
-same quantized model in torch. Ways that are in the output already are not tried again.
+transformers' Lfm2ForCausalLM by torchao's `quantize_`, by the recipe of `--int4` and as
+ExecuTorch's guides have it: linears int4 in groups of 32 with activations in int8 per token, the
+head so with int8 weights, the embedding int8 per row. Each way out is tried as it is documented,
+and what it gives, or its error, is kept. A file is run in its engine on the tokens that it was
+traced with, against the same quantized model in torch. Ways that are in the output already are not
+tried again.
 
 ONNX needs onnxscript (`pip install onnxscript`). GGUF is llama.cpp's converter on what
 `save_pretrained` wrote; SOURCE is a tree of llama.cpp, such as the one in llama-cpp-python's sdist.
@@ -57,7 +58,7 @@ class Logits(nn.Module):
 
 
 def quantized(source: ModelSource) -> Any:  # noqa: ANN401  transformers' model is untyped here
-    """Return transformers' model with torchao's tensors; its head is untied, as torchao needs it."""
+    """Return transformers' model with torchao's tensors; its head is untied, as torchao needs."""
     from torchao.quantization import (
         Int8DynamicActivationIntxWeightConfig,
         IntxWeightOnlyConfig,
@@ -80,7 +81,7 @@ def quantized(source: ModelSource) -> Any:  # noqa: ANN401  transformers' model 
 
 
 def agreement(found: Tensor, wanted: Tensor) -> dict[str, float]:
-    """Return how logits `[1, n, vocabulary]` agree: mean KLD in nats, the share of the same top-1."""
+    """Return how logits `[1, n, vocabulary]` agree: mean KLD in nats, share of the same top-1."""
     one, other = (torch.log_softmax(each[0].double(), -1) for each in (wanted, found))
     return {
         "kld": float((one.exp() * (one - other)).sum(-1).mean()),
@@ -204,7 +205,7 @@ def markdown(record: dict[str, Any]) -> str:
         if isinstance(found, dict):
             fit = found["agreement"]
             found = (
-                f"{found['file_bytes'] / 1e6:.1f} MB, mean KLD {fit['kld']:.6f} from its torch model, "
+                f"{found['file_bytes'] / 1e6:.1f} MB, mean KLD {fit['kld']:.6f} from torch's, "
                 f"same top-1 {fit['same_top']:.1%}"
             )
         cells.append([row["way"], found, f"{row['cpu_seconds']:.0f}"])

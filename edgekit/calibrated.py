@@ -20,7 +20,7 @@ from edgekit.errors import EdgekitError
 from edgekit.files import os_reason, read_text, sha256_of
 from edgekit.gains import Gains, measure
 from edgekit.models.eager import float_reader
-from edgekit.models.layerwise import Choose, Codes, layer_codes
+from edgekit.models.layerwise import Choose, Codes, States, layer_codes
 from edgekit.models.reorder import grouped_orders, reordered
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import Tokenizer
@@ -32,11 +32,11 @@ from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.methods import Method
 from edgekit.quantize.recipe import Recipe, Resolved, resolve, tied_shapes, with_ranges
 from edgekit.quantize.scheme import Scheme
-from edgekit.quantize.storage import About, load_quantized, save_quantized, short_text
+from edgekit.quantize.storage import About, Contents, load_quantized, save_quantized, short_text
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.runtime.evaluate import cut, tokenize
 
-VERSION = 1
+VERSION = 2
 """Of the computation: layers that another one kept are not used."""
 
 CHUNK = 256
@@ -230,28 +230,45 @@ def _key(digest: str, rows: Sequence[Resolved], texts: Texts, method: Method) ->
 
 @dataclass(frozen=True)
 class _Layers:
-    """Finished layers in a folder, one file each."""
+    """Finished layers in a folder, one file each, and the hidden states behind the last."""
 
     folder: Path
 
     def load(self, index: int) -> Codes | None:
-        path = self._path(index)
+        found = self._read(f"layer-{index}")
+        if found is None:
+            return None
+        return {name: each for name, each in found.items() if isinstance(each, QuantizedTensor)}
+
+    def states(self, index: int) -> States | None:
+        found = self._read(f"states-{index}")
+        if found is None:
+            return None
+        exact, quantized = found["float"], found["quantized"]
+        assert isinstance(exact, Tensor) and isinstance(quantized, Tensor)
+        return exact, quantized
+
+    def save(self, index: int, codes: Codes, states: States | None) -> None:
+        make_folder(self.folder)
+        if states is not None:
+            self._write(f"states-{index}", dict(zip(("float", "quantized"), states, strict=True)))
+        self._write(f"layer-{index}", codes)
+        for path in self.folder.glob(f"states-{index - 1}.*"):
+            path.unlink()
+
+    def _read(self, name: str) -> Contents | None:
+        path = self.folder / f"{name}.safetensors"
         try:
             if path.with_suffix(".sha256").read_text() != sha256_of(path):
                 return None  # damaged, or half of it written: it is made again
         except (OSError, UnicodeDecodeError):
             return None
-        found = load_quantized(path)
-        return {name: each for name, each in found.items() if isinstance(each, QuantizedTensor)}
+        return load_quantized(path)
 
-    def save(self, index: int, codes: Codes) -> None:
-        make_folder(self.folder)
-        path = self._path(index)
-        save_quantized(path, codes)
+    def _write(self, name: str, contents: Mapping[str, Weight]) -> None:
+        path = self.folder / f"{name}.safetensors"
+        save_quantized(path, contents)
         path.with_suffix(".sha256").write_text(sha256_of(path))
-
-    def _path(self, index: int) -> Path:
-        return self.folder / f"layer-{index}.safetensors"
 
 
 def _facts(texts: Texts, gains: Gains) -> dict[str, str | int | float | bool]:

@@ -2,26 +2,32 @@
 
 Frantar et al., arXiv 2210.17323: a linear layer's output error on calibration inputs X is
 `|| (W - W^) X ||^2`, a quadratic form in each row of W with the Hessian `H = X X^T`. Columns are
-rounded in turn; each one's error is spread over the columns that are not rounded yet by the rows
-of the Cholesky factor of `H^-1` (algorithm 1 there), here from the column of the largest diagonal
-to that of the smallest, with scales that are chosen before (their `act-order`, `static groups`).
+rounded in turn, each after what it takes over of the errors of those before it; here from the
+column of the largest diagonal to that of the smallest, with scales that are chosen before (their
+`act-order`, `static groups`).
+
+What it takes over is computed from the Cholesky factor of H itself: with `H = L L^T` column j takes
+over `L[k, j] / L[j, j]` of the error of each column k that is rounded before it, those being the
+ones behind it in L. That is the same rounding as algorithm 1 there (Chee et al., arXiv 2307.13304,
+theorem 6), which inverts H and factorises the inverse.
 """
 
 import torch
 from torch import Tensor
 
 from edgekit.quantize import super_blocks
-from edgekit.quantize.affine import quantize_with
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.ranges import Parameters, from_range
 from edgekit.quantize.scheme import Scheme
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import CHUNK_ELEMENTS, QuantizedTensor
 
 _DAMPINGS = (0.01, 0.1, 1.0)
 """Shares of the mean diagonal that are added to the diagonal: the paper's (section 4.1), and more
 where float32 cannot factorise the sum."""
 _BLOCK = 128
-"""Columns whose updates reach the rest of the matrix in one product (section 3.3, step 2)."""
+"""Columns that take over the errors of all before them in one product (section 3.3, step 2)."""
+_PANEL = 512
+"""Rows of the Hessian that are summed together, as far as its diagonal."""
 # How far the range of the largest value is shrunk in the search for a scale.
 _FACTORS = tuple(1 - 0.025 * step for step in range(17))
 
@@ -29,46 +35,48 @@ _FACTORS = tuple(1 - 0.025 * step for step in range(17))
 class Inputs:
     """What a linear layer sees in calibration, as matrices of sums over the samples.
 
-    With X the inputs that the quantized part of the model gives it, Y those that the float model
-    gives it, and Z what the layer's output should hold in addition: the Hessian `X X^T / n`
-    `[columns, columns]`, `Y X^T / n` and `Z X^T / n` `[rows, columns]`, summed in float32.
+    With X the inputs that the quantized part of the model gives it and Z what its outputs should
+    be: the Hessian `X X^T / n` `[columns, columns]` and `Z X^T / n` `[rows, columns]`, summed in
+    float32. Z is `W Y`, with Y the inputs that the float model gives it, and what is owed.
     """
 
     def __init__(self, columns: int) -> None:
         """Start without samples."""
         self._samples = 0
-        self._hessian = torch.zeros(columns, columns)
-        self._cross = torch.zeros(columns, columns)
+        self._hessian = torch.zeros(columns, columns)  # above the diagonal's blocks not summed
+        self._cross: Tensor | None = None
         self._owed: Tensor | None = None
 
-    def add(self, quantized: Tensor, exact: Tensor, owed: Tensor | None = None) -> None:
+    def add(self, quantized: Tensor, exact: Tensor | None, owed: Tensor | None = None) -> None:
         """Add inputs `[n, columns]` of the same tokens in both models.
 
-        `owed` `[n, rows]` is what the output, to which a layer adds its residual, should make up
-        for: the float model's residual less the quantized one's.
+        `owed` `[n, rows]` is what the output should hold in addition to the float layer's on the
+        inputs `exact`, and all that it should hold where those are None.
         """
-        self._hessian.addmm_(quantized.t(), quantized)
-        self._cross.addmm_(exact.t(), quantized)
+        for start in range(0, len(self._hessian), _PANEL):
+            end = start + _PANEL
+            self._hessian[start:end, :end].addmm_(quantized[:, start:end].t(), quantized[:, :end])
+        if exact is not None:
+            self._cross = _add_product(self._cross, exact, quantized)
         if owed is not None:
-            if self._owed is None:
-                self._owed = torch.zeros(owed.shape[1], quantized.shape[1])
-            self._owed.addmm_(owed.t(), quantized)
+            self._owed = _add_product(self._owed, owed, quantized)
         self._samples += len(quantized)
 
     @property
     def hessian(self) -> Tensor:
         """`X X^T / n`; ValueError without samples or with ones that are not finite."""
+        for start in range(0, len(self._hessian), _PANEL):
+            end = start + _PANEL
+            self._hessian[start:end, end:] = self._hessian[end:, start:end].t()
         return self._mean(self._hessian)
 
-    @property
-    def cross(self) -> Tensor:
-        """`Y X^T / n`; ValueError as `hessian`."""
-        return self._mean(self._cross)
-
-    @property
-    def owed(self) -> Tensor | None:
-        """`Z X^T / n`, None where nothing is owed; ValueError as `hessian`."""
-        return None if self._owed is None else self._mean(self._owed)
+    def lacking(self, weight: Tensor, hessian: Tensor) -> Tensor:
+        """Return `(Z - W X) X^T / n` for a float weight `[rows, columns]`, given its `hessian`."""
+        if self._cross is None:
+            lacking = (weight @ hessian).neg_()
+        else:
+            lacking = weight @ (self._mean(self._cross) - hessian)
+        return lacking if self._owed is None else lacking.add_(self._mean(self._owed))
 
     def _mean(self, total: Tensor) -> Tensor:
         if not self._samples:
@@ -94,56 +102,42 @@ def gptq(weight: Tensor, inputs: Inputs, scheme: Scheme) -> QuantizedTensor:
     if not bool(exact.isfinite().all()):
         raise ValueError("the weight holds infinities or NaN")
     importance = hessian.diagonal().clone()
-    order = importance.argsort(descending=True)
-    wanted = exact @ (inputs.cross - hessian)
-    if inputs.owed is not None:
-        wanted += inputs.owed
-    correction, factor = _solve(hessian, wanted, order)
-    target = exact + correction
+    order = importance.argsort()
+    lacking = inputs.lacking(exact, hessian)
+    factor = _factor(hessian, order)
+    del hessian  # of 8,192 columns 256 MB
+    # `(Z - W X) X^T H^-1` is what to add to W so that `(W + D) X` is closest to Z.
+    lacking[:, order] = torch.cholesky_solve(lacking[:, order].t(), factor).t()
+    target = exact + lacking
     size = scheme.group_size or columns
     scales, zeros = _ranges(target, importance, size, scheme.grid)
-    spread = _spread(scales, size, order), None if zeros is None else _spread(zeros, size, order)
-    restored = torch.empty_like(target)
-    restored[:, order] = _round(target[:, order], spread, factor, scheme.grid)
+    codes = _round(target, (scales, zeros), factor, order, scheme.grid)
     per_channel = scheme.granularity == "channel"
-    # The values lie on the grid already, so this only turns them into codes.
-    return quantize_with(
-        restored,
-        scheme.grid,
-        scales.reshape(-1) if per_channel else scales,
+    return QuantizedTensor(
+        codes,
+        scales.flatten() if per_channel else scales,
         zeros,
-        axis=0 if per_channel else None,
+        bits=scheme.grid.bits,
         group_size=scheme.group_size,
+        axis=0 if per_channel else None,
     )
 
 
-def _solve(hessian: Tensor, wanted: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `wanted H^-1` and the upper Cholesky factor of H^-1, its columns in that order.
+def _factor(hessian: Tensor, order: Tensor) -> Tensor:
+    """Return the lower Cholesky factor of the damped Hessian, its columns in that order.
 
-    `W (Y - X) X^T H^-1` is what to add to W so that `(W + D) X` is closest to `W Y`.
+    A column of which no input was ever seen has a diagonal of 1.
     """
+    ordered = hessian[order][:, order]
+    diagonal = ordered.diagonal()
+    seen = diagonal.clone()
     for damping in _DAMPINGS:
-        damped = _damped(hessian, damping)
-        # One factor at a time: of 8,192 columns each is 256 MB.
-        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
-        if failed:
-            continue
-        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if failed:
-            continue
-        correction = torch.empty_like(wanted)
-        correction[:, order] = torch.cholesky_solve(wanted[:, order].t(), lower).t()
-        return correction, factor
+        diagonal.copy_(torch.where(seen > 0, seen + damping * seen.mean(), 1.0))
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(ordered)
+        if not failed:
+            return factor
     raise ValueError("the inputs in calibration are too alike to tell the columns apart")
-
-
-def _damped(hessian: Tensor, damping: float) -> Tensor:
-    """Return a copy whose diagonal is larger, and 1 where no input was ever seen."""
-    damped = hessian.clone()
-    diagonal = damped.diagonal()
-    unused = diagonal <= 0
-    diagonal.add_(damping * diagonal.mean()).masked_fill_(unused, 1.0)
-    return damped
 
 
 def _ranges(weight: Tensor, importance: Tensor, size: int, grid: Grid) -> Parameters:
@@ -151,14 +145,21 @@ def _ranges(weight: Tensor, importance: Tensor, size: int, grid: Grid) -> Parame
 
     Both are `[rows, columns / size]`.
     """
-    rows = len(weight)
-    groups = weight.reshape(-1, size)
-    weights = importance.clamp(min=0).view(1, -1, size) + 1e-12
-    least, most = groups.amin(1), groups.amax(1)
+    weights = (importance.clamp(min=0) + 1e-12).view(-1, size)
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    found = [
+        _ranges_of(part.unflatten(1, (-1, size)), weights, grid) for part in weight.split(rows)
+    ]
+    zeros = [zero for _, zero in found if zero is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
+
+
+def _ranges_of(groups: Tensor, weights: Tensor, grid: Grid) -> Parameters:
+    """Do it for some rows, as `[rows, groups, size]`."""
+    least, most = groups.amin(-1), groups.amax(-1)
 
     def squares(found: Parameters) -> Tensor:
-        restored = _to_grid(groups, _column(found), grid)
-        return ((restored - groups).square_().view(rows, -1, size) * weights).sum(-1).view(-1)
+        return _to_grid(groups, found, grid).sub_(groups).square_().mul_(weights).sum(-1)
 
     best = from_range(least, most, grid)
     error = torch.full_like(best[0], torch.inf)
@@ -171,12 +172,7 @@ def _ranges(weight: Tensor, importance: Tensor, size: int, grid: Grid) -> Parame
     scales, zeros = best
     if grid.two_levels:
         scales = super_blocks.nearest(scales, lambda scales: squares((scales, None)))
-    return scales.view(rows, -1), None if zeros is None else zeros.view(rows, -1)
-
-
-def _spread(of_groups: Tensor, size: int, order: Tensor) -> Tensor:
-    """Repeat a value of each group for its columns, in that order."""
-    return of_groups.repeat_interleave(size, dim=1)[:, order]
+    return scales, zeros
 
 
 def _where(better: Tensor, new: Parameters, old: Parameters) -> Parameters:
@@ -184,34 +180,49 @@ def _where(better: Tensor, new: Parameters, old: Parameters) -> Parameters:
     return torch.where(better, new[0], old[0]), zeros
 
 
-def _column(parameters: Parameters) -> Parameters:
+def _to_grid(groups: Tensor, parameters: Parameters, grid: Grid) -> Tensor:
+    """Return the nearest values that codes stand for."""
     scales, zeros = parameters
-    return scales[:, None], None if zeros is None else zeros[:, None]
-
-
-def _to_grid(values: Tensor, parameters: Parameters, grid: Grid) -> Tensor:
-    """Return the nearest values that codes stand for; the parameters broadcast."""
-    scales, zeros = parameters
-    steps = (values / scales).round_()
+    steps = (groups / scales[..., None]).round_()
     if zeros is None:
-        return steps.clamp_(grid.low, grid.high).mul_(scales)
-    return (steps.add_(zeros).clamp_(grid.low, grid.high).sub_(zeros)).mul_(scales)
+        steps.clamp_(grid.low, grid.high)
+    else:
+        steps.add_(zeros[..., None]).clamp_(grid.low, grid.high).sub_(zeros[..., None])
+    return steps.mul_(scales[..., None])
 
 
-def _round(weight: Tensor, parameters: Parameters, factor: Tensor, grid: Grid) -> Tensor:
-    """Round the columns of a weight in turn; return the rounded values."""
-    scales, zeros = parameters
-    weight = weight.clone()
-    columns = weight.shape[1]
-    result = torch.empty_like(weight)
-    for start in range(0, columns, _BLOCK):
-        end = min(start + _BLOCK, columns)
-        errors = torch.empty(len(weight), end - start)
-        for column in range(start, end):
-            value = weight[:, column]
-            of_column = scales[:, column], None if zeros is None else zeros[:, column]
-            result[:, column] = _to_grid(value, of_column, grid)
-            errors[:, column - start] = (value - result[:, column]) / factor[column, column]
-            weight[:, column:end] -= errors[:, column - start, None] * factor[column, column:end]
-        weight[:, end:] -= errors @ factor[start:end, end:]
-    return result
+def _round(
+    target: Tensor, parameters: Parameters, factor: Tensor, order: Tensor, grid: Grid
+) -> Tensor:
+    """Return the codes of a matrix, whose columns are rounded from the last in that order on."""
+    # Transposed, so that a column lies in one piece. Of those that are rounded the error stays.
+    left = target.t().contiguous()[order]
+    scales, zeros = (None if each is None else each.t().float() for each in parameters)
+    assert scales is not None
+    groups = (order // (len(order) // len(scales))).tolist()
+    codes = torch.empty_like(left, dtype=grid.dtype)
+    for end in range(len(order), 0, -_BLOCK):
+        start = max(0, end - _BLOCK)
+        shares = factor[start:, start:end] / factor.diagonal()[start:end]
+        values = torch.addmm(left[start:end], shares[end - start :].t(), left[end:])
+        for column in reversed(range(start, end)):
+            place = column - start
+            value = values[place]
+            value.addmv_(left[column + 1 : end].t(), shares[place + 1 : end - start, place])
+            scale = scales[groups[column]]
+            steps = (value / scale).round_()
+            if zeros is None:
+                codes[column] = steps.clamp_(grid.low, grid.high)
+            else:
+                zero = zeros[groups[column]]
+                codes[column] = steps.add_(zero).clamp_(grid.low, grid.high)
+                steps.sub_(zero)
+            left[column].addcmul_(steps, scale, value=-1)
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.t().contiguous()
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Add `left^T right` to a sum, in place where there is one already."""
+    return left.t() @ right if total is None else total.addmm_(left.t(), right)

@@ -66,20 +66,20 @@ def covering(scales: Tensor) -> Tensor:
 
 
 def nearest(scales: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return scales `[ranges]` of two levels near the given ones, each of the least `error`.
+    """Return scales `[..., ranges]` of two levels near the given ones, each of the least `error`.
 
-    `error` gives each range's from scales `[ranges]`. The largest of a super-block sets the step.
+    `error` gives each range's from such scales. The largest of a super-block sets the step.
     """
     blocks = _blocks(scales)
     steps = _steps(blocks)
     start = best = _multiples((blocks / steps).round(), blocks)
-    least = error((best * steps).view(-1)).view(blocks.shape)
+    least = error((best * steps).view_as(scales)).view_as(blocks)
     for shift in _SHIFTS:
         moved = _multiples(start + shift, blocks)
-        found = error((moved * steps).view(-1)).view(blocks.shape)
+        found = error((moved * steps).view_as(scales)).view_as(blocks)
         best = torch.where(found < least, moved, best)
         least = torch.minimum(found, least)
-    return (best * steps).view(-1)
+    return (best * steps).view_as(scales)
 
 
 def _blocks(scales: Tensor) -> Tensor:

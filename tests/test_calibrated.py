@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -171,6 +171,39 @@ def test_a_run_that_was_broken_off_goes_on(
     assert 0 < again.calls < LINEARS
     assert same(out, whole)
     assert [path.name for path in tmp_path.iterdir()] == ["q.safetensors"]
+
+
+@pytest.mark.parametrize("states", ["kept", "lost", "damaged"])
+def test_the_hidden_states_are_kept_too(
+    model: Path,
+    text: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    states: str,
+) -> None:
+    """With them the layers that are done need not be run again."""
+    out = tmp_path / "q.safetensors"
+    arguments = ("quantize", model, "--int4", "--calibrate", text, "-o", out)
+    monkeypatch.setattr(layerwise, "gptq", Broken(at=LINEARS))
+    assert run(*arguments).exit_code == 130
+    (file,) = tmp_path.glob(".q.safetensors.calibration/*/states-*.safetensors")
+    if states == "lost":
+        file.unlink()
+    elif states == "damaged":
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    monkeypatch.setattr(layerwise, "gptq", gptq)
+    passed = set()
+    run_to = layerwise.Stream.last
+
+    def last(self: layerwise.Stream, index: int, half: int) -> Iterator[Tensor]:
+        passed.add(index)
+        return run_to(self, index, half)
+
+    monkeypatch.setattr(layerwise.Stream, "last", last)
+    done(*arguments)
+    assert passed == ({1} if states == "kept" else {0, 1})
+    assert same(out, whole)
 
 
 def test_a_layer_that_was_damaged_meanwhile_is_made_again(

@@ -118,6 +118,31 @@ def test_it_makes_up_for_what_the_residual_lacks(weight: Tensor, samples: Tensor
     assert float((found - wanted).norm() / wanted.norm()) < 0.02
 
 
+def test_outputs_may_be_given_instead_of_exact_inputs(weight: Tensor, samples: Tensor) -> None:
+    """A layer's outputs on the float model's inputs, and those inputs: the same codes."""
+    scheme = Scheme.parse("w4g32")
+    exact = samples + correlated(torch.Generator().manual_seed(3)) / 10
+    inputs = Inputs(COLUMNS)
+    inputs.add(samples, None, exact @ weight.t())
+    found, expected = (gptq(weight, each, scheme) for each in (inputs, seen(samples, exact)))
+    assert float((found.codes == expected.codes).float().mean()) > 0.995
+
+
+def test_the_sums_are_those_of_all_samples() -> None:
+    """Of many columns: a sum over the samples that is made in panels."""
+    draw = torch.Generator().manual_seed(4)
+    seen, meant = torch.randn(2, 60, 1100, generator=draw, dtype=torch.float64)
+    owed, weight = torch.randn(60, 3, generator=draw), torch.randn(3, 1100, generator=draw)
+    inputs = Inputs(1100)
+    for part in (slice(0, 20), slice(20, 60)):
+        inputs.add(seen[part].float(), meant[part].float(), owed[part])
+        hessian = seen[: part.stop].t() @ seen[: part.stop] / part.stop
+        torch.testing.assert_close(inputs.hessian.double(), hessian, atol=1e-5, rtol=1e-5)
+    lacking = ((meant - seen) @ weight.double().t() + owed.double()).t() @ seen / 60
+    found = inputs.lacking(weight, inputs.hessian).double()
+    torch.testing.assert_close(found, lacking, atol=1e-4, rtol=1e-4)
+
+
 def test_columns_that_are_never_used_are_rounded_to_nearest(
     weight: Tensor, samples: Tensor
 ) -> None:

@@ -1,6 +1,6 @@
 """llama.cpp's own way from a Hugging Face folder to a GGUF: its converter, then llama-quantize.
 
-    python -m benchmarks.peers.convert_hf prepare lfm2-1.2b -o FOLDER
+    python -m benchmarks.peers.convert_hf prepare lfm2-1.2b [--layers N] -o FOLDER
     python -m benchmarks.peers.convert_hf convert FOLDER --llama-cpp SOURCE -o FILE.gguf
 
 `prepare` writes a shape with random bfloat16 weights as the model's release would lie on disk. Its
@@ -16,6 +16,7 @@ import runpy
 import shutil
 import struct
 import sys
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def config(shape: Shape) -> dict[str, object]:
         "block_auto_adjust_ff_dim": False,
         "block_ffn_dim_multiplier": 1.0,
         "block_multiple_of": 256,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": shape.layers,
         "layer_types": shape.layer_types,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": KV_HEADS,
@@ -112,6 +113,7 @@ def main() -> None:
     actions = parser.add_subparsers(required=True, dest="action")
     preparing = actions.add_parser("prepare")
     preparing.add_argument("shape", choices=SHAPES)
+    preparing.add_argument("--layers", type=int, default=LAYERS, help="only the first so many")
     converting = actions.add_parser("convert")
     converting.add_argument("folder", type=Path)
     converting.add_argument("--llama-cpp", type=Path, required=True, metavar="SOURCE")
@@ -119,7 +121,8 @@ def main() -> None:
         action.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.action == "prepare":
-        prepare(SHAPES[arguments.shape], arguments.output)
+        shape = replace(SHAPES[arguments.shape], layers=arguments.layers)
+        prepare(shape, arguments.output)
     else:
         convert(arguments.folder, arguments.llama_cpp.resolve(), arguments.output)
 

@@ -31,10 +31,11 @@ class Shape:
     hidden: int
     feed_forward: int
     heads: int
+    layers: int = LAYERS
 
     @property
     def layer_types(self) -> list[str]:
-        return ["full_attention" if i in ATTENTION_LAYERS else "conv" for i in range(LAYERS)]
+        return ["full_attention" if i in ATTENTION_LAYERS else "conv" for i in range(self.layers)]
 
     @property
     def embedding_values(self) -> int:

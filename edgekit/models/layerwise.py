@@ -2,20 +2,20 @@
 
 The hidden states of a few texts pass through the float and the quantized model side by side, one
 layer at a time, so that never more than one layer is in memory as floats. A layer's linears are
-quantized in the order in which data reaches them. Activations are not rounded: which rounding an
-engine does is not known here.
+quantized in the order in which data reaches them, and it passes through each of them once.
+Activations are not rounded: which rounding an engine does is not known here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import EagerBlocks
-from edgekit.models.lfm2 import LFM2, Layer
+from edgekit.models.lfm2 import LFM2, Attention, Layer
 from edgekit.models.weights import ReadWeight, floats
 from edgekit.progress import Steps, no_steps
 from edgekit.quantize.gptq import Inputs, gptq
@@ -23,20 +23,25 @@ from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 
-# The linears of a layer in the order in which data reaches them; those of a stage have the same
-# inputs.
-STAGES = (
-    ("conv.in_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("conv.out_proj", "self_attn.out_proj"),
-    ("feed_forward.w1", "feed_forward.w3"),
-    ("feed_forward.w2",),
+_HALVES = (
+    (
+        ("conv.in_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("conv.out_proj", "self_attn.out_proj"),
+    ),
+    (("feed_forward.w1", "feed_forward.w3"), ("feed_forward.w2",)),
 )
-_BEHIND_RESIDUAL = 1, 3
-"""The stages whose output is added to the residual."""
+"""The linears of the halves of a layer, operator and feed-forward: those that see what the half
+begins with, and then the one whose output is added to the residual."""
+_TOKENS = 512
+"""Tokens that pass through a feed-forward, and into `Inputs`, together."""
 
 Codes = dict[str, QuantizedTensor]
 Choose = Callable[[Tensor, Inputs, Scheme], QuantizedTensor]
 """From a linear's float weight and what it sees in calibration to codes of a scheme."""
+Sample = tuple[Tensor, Tensor | None, Tensor | None]
+"""Arguments of `Inputs.add`."""
+States = tuple[Tensor, Tensor]
+"""The hidden states `[tokens, d]` of all texts in the float and in the quantized model."""
 
 
 class Kept(Protocol):
@@ -46,8 +51,12 @@ class Kept(Protocol):
         """Return the codes of a layer, None where it was not finished."""
         ...
 
-    def save(self, index: int, codes: Codes) -> None:
-        """Keep the codes of a layer."""
+    def states(self, index: int) -> States | None:
+        """Return the hidden states behind the last layer that was finished, None without them."""
+        ...
+
+    def save(self, index: int, codes: Codes, states: States | None) -> None:
+        """Keep the codes of a layer and the states behind it, which the last layer has not."""
         ...
 
 
@@ -55,7 +64,10 @@ class _NothingKept:
     def load(self, index: int) -> Codes | None:
         return None
 
-    def save(self, index: int, codes: Codes) -> None:
+    def states(self, index: int) -> States | None:
+        return None
+
+    def save(self, index: int, codes: Codes, states: States | None) -> None:
         pass
 
 
@@ -76,7 +88,7 @@ def layer_codes(
     Raises EdgekitError naming the tensor that calibration cannot quantize.
     """
     kept = kept or _NothingKept()
-    schemes = {row.tensor: row for row in rows if not row.scheme.is_float}
+    wanted = {row.tensor: row for row in rows if not row.scheme.is_float}
     found: Codes = {}
 
     def so_far(name: str) -> Weight:
@@ -84,46 +96,74 @@ def layer_codes(
             return found[name]
         return codes(name) if ".layers." not in name else read(name)
 
-    exact, quantized = _Stream(config, read, texts), _Stream(config, so_far, texts)
-    total = config.num_layers
-    for index in range(total):
-        progress(index, total, f"layer {index + 1}")
-        layer = kept.load(index)
-        if layer is None:
-            layer = {}
-            for stage in range(len(STAGES)):
-                names = [f"model.layers.{index}.{part}.weight" for part in STAGES[stage]]
-                wanted = [schemes[name] for name in names if name in schemes]
-                if wanted:
-                    layer |= _quantize_stage(
-                        exact, quantized, index, stage, wanted, read, choose or gptq
-                    )
-                    found |= layer
-                    quantized.forget(*(row.tensor for row in wanted))
-            kept.save(index, layer)
+    def choose_all(index: int, parts: Sequence[str], samples: Iterable[Sample]) -> Codes:
+        names = [f"model.layers.{index}.{part}.weight" for part in parts]
+        some = [wanted[name] for name in names if name in wanted]
+        return _choose_all(some, samples, read, choose or gptq) if some else {}
+
+    exact, quantized = Stream(config, read, texts), Stream(config, so_far, texts)
+    total, done = config.num_layers, 0
+    while done < total and (layer := kept.load(done)) is not None:
         found |= layer
-        exact.advance(index)
-        quantized.advance(index)
+        done += 1
+    if 0 < done < total:
+        _go_on(exact, quantized, done, kept.states(done - 1))
+    for index in range(done, total):
+        progress(index, total, f"layer {index + 1}")
+        layer = {}
+        for half, (first, last) in enumerate(_HALVES):
+            layer |= choose_all(index, first, _of_first(exact, quantized, index, half))
+            found |= layer
+            exact.pass_last(index, half, exact.last(index, half))
+            seen = list(quantized.last(index, half))
+            layer |= choose_all(index, last, _of_last(exact, quantized, seen))
+            found |= layer
+            quantized.pass_last(index, half, seen)
+        kept.save(index, layer, (exact.states, quantized.states) if index + 1 < total else None)
     progress(total, total, "layers")
     return found
 
 
-def _quantize_stage(
-    exact: "_Stream",
-    quantized: "_Stream",
-    index: int,
-    stage: int,
+def _go_on(exact: "Stream", quantized: "Stream", done: int, states: States | None) -> None:
+    """Bring the hidden states of both models behind the layers that are done."""
+    if states is not None:
+        exact.states, quantized.states = states
+        return
+    for index in range(done):
+        for half in range(len(_HALVES)):
+            for stream in (exact, quantized):
+                stream.pass_last(index, half, stream.last(index, half))
+
+
+def _of_first(exact: "Stream", quantized: "Stream", index: int, half: int) -> Iterator[Sample]:
+    """Yield what the first linears of a half see in both models."""
+    both = zip(quantized.first(index, half), exact.first(index, half), strict=True)
+    for seen, meant in both:
+        yield seen, meant, None
+
+
+def _of_last(exact: "Stream", quantized: "Stream", pieces: Iterable[Tensor]) -> Iterator[Sample]:
+    """Yield what the last linear of a half sees, and what its output should be.
+
+    With the residual it should give what the float model, which is behind the half, has.
+    """
+    start = 0
+    for seen in pieces:
+        part = slice(start, start + len(seen))
+        yield seen, None, exact.states[part] - quantized.states[part]
+        start = part.stop
+
+
+def _choose_all(
     rows: Sequence[Resolved],
+    samples: Iterable[Sample],
     read: Callable[[str], Tensor],
     choose: Choose,
 ) -> Codes:
-    """Return the codes of linears that have the same inputs."""
-    first = rows[0].tensor
+    """Return the codes of linears that see the same samples, as `Inputs.add` takes them."""
     inputs = Inputs(rows[0].shape[1])
-    owes = stage in _BEHIND_RESIDUAL
-    both = zip(quantized.inputs(index, first), exact.inputs(index, first), strict=True)
-    for (seen, residual), (meant, exact_residual) in both:
-        inputs.add(seen, meant, exact_residual - residual if owes else None)
+    for sample in samples:
+        inputs.add(*sample)
     result = {}
     for row in rows:
         try:
@@ -133,14 +173,10 @@ def _quantize_stage(
     return result
 
 
-class _Reached(Exception):
-    """The linear that was waited for has its inputs."""
+class Stream:
+    """The hidden states `[tokens, d]` of all texts in one model, before some half of a layer.
 
-
-class _Stream:
-    """The hidden states of all texts before some layer of one model.
-
-    Of the weights the current layer's are kept as floats.
+    Weights are kept as floats while the states pass through them.
     """
 
     def __init__(
@@ -148,75 +184,52 @@ class _Stream:
     ) -> None:
         self._read = read
         self._floats: dict[str, Tensor] = {}
-        blocks = _NamedLinears(self._float)
-        self._model = LFM2(blocks, config, max(map(len, texts))).eval()
-        self._linears = blocks.linears
-        with torch.inference_mode():
-            ids = torch.tensor([token for text in texts for token in text])
-            embedded = self._model.embed_tokens(ids)
-        self._states: list[Tensor] = list(embedded.split([len(text) for text in texts]))
+        self._lengths = [len(text) for text in texts]
+        self._model = LFM2(EagerBlocks(self._float), config, max(self._lengths)).eval()
+        self.states: Tensor = self._model.embed_tokens(
+            torch.tensor([token for text in texts for token in text])
+        )
         self._floats.clear()
 
-    def forget(self, *names: str) -> None:
-        """Read these weights anew."""
-        for name in names:
-            self._floats.pop(name, None)
+    def first(self, index: int, half: int) -> Iterator[Tensor]:
+        """Yield, piece by piece, what the first linears of a half see."""
+        layer = self._layer(index)
+        norm = layer.ffn_norm if half else layer.operator_norm
+        for piece in self.states.split(_TOKENS):
+            yield norm(piece)
 
-    def inputs(self, index: int, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what the linear of that name sees, text by text, and the residual beside it."""
-        layer = cast(Layer, self._model.layers[index])
-        seen: list[Tensor] = []
-        residual: list[Tensor] = []
-
-        def reached(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.append(inputs[0])
-            raise _Reached
-
-        hooks = [
-            self._linears[name].register_forward_pre_hook(reached),
-            layer.ffn_norm.register_forward_pre_hook(lambda _, x: residual.append(x[0])),
-        ]
-        try:
-            for state in self._states:
-                residual.append(state)
-                try:
-                    self._run(layer, state)
-                except _Reached:
-                    yield seen.pop(), residual[-1]
-                residual.clear()
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def advance(self, index: int) -> None:
-        """Replace the hidden states by the layer's outputs."""
-        layer = cast(Layer, self._model.layers[index])
-        for place, state in enumerate(self._states):
-            self._states[place] = self._run(layer, state)
+    @torch.inference_mode()
+    def last(self, index: int, half: int) -> Iterator[Tensor]:
+        """Yield, piece by piece, what the last linear of a half sees."""
+        layer = self._layer(index)
+        if half:
+            for normed in self.first(index, half):
+                yield layer.feed_forward.hidden(normed)
+        else:
+            for text in self.states.split(self._lengths):
+                yield self._mixed(layer, layer.operator_norm(text))
         self._floats.clear()
 
-    def _run(self, layer: Layer, state: Tensor) -> Tensor:
-        new = torch.zeros(1)  # keeps nothing of the convolution's state
-        with torch.inference_mode():
-            cos, sin = self._model.rope(0, len(state))
-            result: Tensor = layer(state, 0, cos, sin, new, False)
-        return result
+    @torch.inference_mode()
+    def pass_last(self, index: int, half: int, pieces: Iterable[Tensor]) -> None:
+        """Pass the last linear of a half, given what it sees, and so the half."""
+        layer = self._layer(index)
+        linear = layer.feed_forward.w2 if half else layer.operator.out_proj
+        start = 0
+        for piece in pieces:
+            self.states[start : start + len(piece)] += linear(piece)
+            start += len(piece)
+        self._floats.clear()
+
+    def _mixed(self, layer: Layer, normed: Tensor) -> Tensor:
+        if isinstance(layer.operator, Attention):
+            return layer.operator.mixed(normed, 0, *self._model.rope(0, len(normed)))
+        return layer.operator.mixed(normed, torch.zeros(1), only_last=False)
+
+    def _layer(self, index: int) -> Layer:
+        return cast(Layer, self._model.layers[index])
 
     def _float(self, name: str) -> Tensor:
         if name not in self._floats:
             self._floats[name] = floats(self._read(name))
         return self._floats[name]
-
-
-class _NamedLinears(EagerBlocks):
-    """Remembers its linears by the name of their weight; of several parts, the first."""
-
-    def __init__(self, read: ReadWeight) -> None:
-        super().__init__(read)
-        self.linears: dict[str, nn.Module] = {}
-
-    def linear(self, name: str, part: int = 0, parts: int = 1) -> nn.Module:
-        """Multiply by the weight, as the base class does."""
-        module = super().linear(name, part, parts)
-        self.linears.setdefault(name, module)
-        return module

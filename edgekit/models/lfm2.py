@@ -63,8 +63,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[n, d]` to `[n, d]`."""
+        return cast(Tensor, self.w2(self.hidden(x)))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return what w2 multiplies."""
         gate = self.w1(x)
-        return cast(Tensor, self.w2(gate * torch.sigmoid(gate) * self.w3(x)))
+        return cast(Tensor, gate * torch.sigmoid(gate) * self.w3(x))
 
 
 class ShortConvolution(nn.Module):
@@ -92,12 +96,16 @@ class ShortConvolution(nn.Module):
 
         `keep_state` `[1]` is 0 at position 0 and 1 elsewhere.
         """
+        return cast(Tensor, self.out_proj(self.mixed(h, keep_state, only_last)))
+
+    def mixed(self, h: Tensor, keep_state: Tensor, only_last: bool) -> Tensor:
+        """Return what out_proj multiplies."""
         state = cast(Tensor, self.state)
         padded = torch.cat([state * keep_state, self.b_proj(h) * self.x_proj(h)])
         state.copy_(padded[-state.shape[0] :])
         if only_last:
             h, padded = h[-1:], padded[-(state.shape[0] + 1) :]
-        return cast(Tensor, self.out_proj(self.c_proj(h) * self.conv(padded)))
+        return cast(Tensor, self.c_proj(h) * self.conv(padded))
 
 
 class Attention(nn.Module):
@@ -118,13 +126,17 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, start: int, cos: Tensor, sin: Tensor) -> Tensor:
         """Map `[n, d]` to `[n, d]`; keys and values are stored from position `start` on."""
+        return cast(Tensor, self.out_proj(self.mixed(h, start, cos, sin)))
+
+    def mixed(self, h: Tensor, start: int, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return what out_proj multiplies."""
         # -1, not n: XNNPACK takes a view whose run-time length is the one it may infer.
         q = self.q_norm(self.q_proj(h).view(-1, self.heads, self.head_dim))
         k = self.k_norm(self.k_proj(h).view(-1, self.kv_heads, self.head_dim))
         v = self.v_proj(h).view(-1, self.kv_heads, self.head_dim)
         q = q * cos + self.rotate(q) * sin
         k = k * cos + self.rotate(k) * sin
-        return cast(Tensor, self.out_proj(self.attend(q, k, v, start)))
+        return cast(Tensor, self.attend(q, k, v, start))
 
 
 class Layer(nn.Module):
@@ -134,7 +146,7 @@ class Layer(nn.Module):
         super().__init__()
         prefix = f"model.layers.{index}"
         self.is_attention = config.layer_types[index] == "full_attention"
-        self.operator: nn.Module
+        self.operator: Attention | ShortConvolution
         if self.is_attention:
             self.operator = Attention(blocks, config, context, f"{prefix}.self_attn")
         else:

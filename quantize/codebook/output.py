@@ -27,14 +27,12 @@ class OutputError:
     @classmethod
     def of(cls, weight: Tensor, inputs: Inputs) -> "OutputError":
         """Return the error of a float weight's approximations; ValueError as `Inputs.hessian`."""
-        hessian, cross = inputs.hessian, inputs.cross
+        hessian = inputs.hessian
         if len(hessian) != weight.shape[1]:
             raise ValueError(f"expected inputs of {weight.shape[1]} columns, got {len(hessian)}")
         damping = _DAMPING * float(hessian.diagonal().mean()) or 1.0  # 1: no input was ever seen
-        wanted = weight @ cross + damping * weight
-        if inputs.owed is not None:
-            wanted += inputs.owed
-        return cls(hessian + damping * torch.eye(len(hessian)), wanted)
+        damped = hessian + damping * torch.eye(len(hessian))
+        return cls(damped, inputs.lacking(weight, hessian) + weight @ damped)
 
     @property
     def importance(self) -> Tensor:
