@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from torch.fx import Node
@@ -90,10 +91,14 @@ class ModuleGraph:
         key = (array.dtype.str, array.shape, array.tobytes()) if array.size <= _SMALL else None
         if key in self._shared:
             return self._shared[key]
-        name = f"constant_{len(self._initializers)}"
-        self._initializers.append(numpy_helper.from_array(array, name))
+        name = self._store(array)
         if key is not None:
             self._shared[key] = name
+        return name
+
+    def _store(self, array: NDArray[Any]) -> str:
+        name = f"constant_{len(self._initializers)}"
+        self._initializers.append(numpy_helper.from_array(array, name))
         return name
 
     def float_of(self, node: Node) -> str:
@@ -230,10 +235,12 @@ class ModuleGraph:
         zeros = weight.zero_points
         if zeros is None:
             zeros = torch.zeros_like(weight.scales)
+        # Bytes are never shared between weights: onnxruntime, making them unsigned on some CPUs
+        # (`open_session`), renames each weight's on its own and fails at the second.
         inputs = [
-            self.constant(weight.codes, dtype),
+            self._store(weight.codes.contiguous().numpy()),
             self.constant(weight.scales, torch.float32),
-            self.constant(zeros, dtype),
+            self._store(zeros.to(dtype).contiguous().numpy()),
         ]
         axis = {} if weight.axis is None else {"axis": weight.axis}
         return self.emit("DequantizeLinear", inputs, **axis)

@@ -18,6 +18,8 @@ FORMS = (
     "float, w8, w4, w8gN, w4gN, w4gNa (N weights share a scale, a multiple of 32; a: and a zero "
     "point), cb4, cb3, cb2 with gN and xN (N codebooks, one for each group of rows), cb4nl"
 )
+STATIC = re.compile(r"w([48])a8(-tensor)?(-affine)?")
+"""Names of schemes whose activations have static ranges: `edgekit.quantize.traced.schemes`."""
 _NAME = re.compile(r"w([48])(?:g([1-9][0-9]{0,5})(a?))?")
 _CODEBOOK = re.compile(r"cb([234])(?:g([1-9][0-9]{0,5}))?(?:x([1-9][0-9]{0,3}))?")
 
@@ -69,6 +71,11 @@ class Scheme:
             return FLOAT
         if name == "cb4nl":
             return cls(4, "group", 32, books=1, table="cb4nl")
+        if STATIC.fullmatch(name):
+            raise EdgekitError(
+                f"scheme {name} has static ranges of activations and is for modules: a language "
+                "model's are found at run time, so give it w8 or w4g32"
+            )
         match, codebook = _NAME.fullmatch(name), _CODEBOOK.fullmatch(name)
         try:
             if codebook is not None:

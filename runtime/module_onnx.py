@@ -21,7 +21,9 @@ class OnnxModule(ClosesItself):
     def __init__(self, path: Path, threads: int | None = None) -> None:
         """Check and load a file."""
         OnnxFile.open(path)
-        self._session: ort.InferenceSession | None = open_session(path, threads or physical_cores())
+        self._session: ort.InferenceSession | None = open_session(
+            path, threads or physical_cores(), exact_bytes=True
+        )
         self._inputs = [item.name for item in self._session.get_inputs()]
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
