@@ -345,7 +345,7 @@ class _OnnxStack:
         constants = [
             graph.constant(f"{name}.codes", TensorProto.INT8, matrix.shape, [matrix.numpy()]),
             graph.small(f"{name}.scales", scales.numpy()),
-            graph.small("zero", np.zeros(1, np.int8)),
+            graph.small(f"{name}.zero", np.zeros(1, np.int8)),
         ]
         y = graph.contrib("DynamicQuantizeMatMul", [x, *constants], name)
         if len(names) == 1:
@@ -363,7 +363,7 @@ class _OnnxStack:
         stored = [
             graph.small(f"{name}.codes", codes.codes.numpy()),
             graph.small(f"{name}.scales", codes.scales.numpy()),
-            graph.small("zeros", np.zeros(WIDTH, np.int8)),
+            graph.small(f"{name}.zeros", np.zeros(WIDTH, np.int8)),
         ]
         kernel = graph.node("DequantizeLinear", stored, f"{name}.weight", axis=0)
         turned = graph.node("Transpose", [x], f"{name}.turned", perm=[0, 2, 1])

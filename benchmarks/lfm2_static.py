@@ -50,7 +50,7 @@ CALLS = {512: 1, 1: 9}
 WARM_UP_CALLS = 2
 CACHE = np.ones(8 << 20, np.int64)
 """More than a last-level cache holds."""
-QUIET_DEADLINE_SECONDS = 120
+QUIET_DEADLINE_SECONDS = 60
 FASTER = 1.05
 ENGINES = {"executorch": "ExecuTorch", "onnx": "ONNX Runtime"}
 COST = {
