@@ -37,6 +37,7 @@ _W4_WARNING = (
     "perplexity 16.1 to 31.5 on C4, with groups of 32 to 17.0; --int4 (w4g32) is the safe one"
 )
 _LONGEST_PATTERN = 1000
+_CONVOLUTION_AXES = 3
 _RuleType = TypeVar("_RuleType")
 _VOCABULARY = rf"{re.escape(EMBEDDING)}|{re.escape(HEAD)}"
 
@@ -290,6 +291,12 @@ def _why_unused(rule: Rule, number: int, shapes: Mapping[str, tuple[int, ...]]) 
     if not matched:
         example = next(iter(shapes), "none")
         return f"{what}matches no tensor of the model (a name is, for example, {example})"
+    if all(len(shapes[tensor]) == _CONVOLUTION_AXES for tensor in matched):
+        return (
+            f"{what}matches only short convolutions, such as {matched[0]}, which stay float: "
+            "integer ones take activations of static ranges, a language model's are found at run "
+            "time; leave the rule out"
+        )
     if all(not _applies(rule, shapes[tensor]) for tensor in matched):
         return f"{what}matches only tensors that stay float, such as {matched[0]}"
     return f"{what}is never reached: earlier rules take every tensor it matches"

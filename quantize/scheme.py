@@ -20,6 +20,8 @@ FORMS = (
     "8 bits also 16; a: and a zero point), w6g16, w5g32, cb4, cb3, cb2 with gN and xN (N "
     "codebooks, one for each group of rows), cb4nl"
 )
+STATIC = re.compile(r"w([48])a8(-tensor)?(-affine)?")
+"""Names of schemes whose activations have static ranges: `edgekit.quantize.traced.schemes`."""
 _NAME = re.compile(r"w([48])(?:g([1-9][0-9]{0,5})(a?))?")
 _ONLY_GROUPS = {5: 32, 6: super_blocks.GROUP}
 _CODEBOOK = re.compile(r"cb([234])(?:g([1-9][0-9]{0,5}))?(?:x([1-9][0-9]{0,3}))?")
@@ -85,6 +87,11 @@ class Scheme:
             return cls(5, "group", 32)
         if name == "w6g16":
             return cls(6, "group", super_blocks.GROUP)
+        if STATIC.fullmatch(name):
+            raise EdgekitError(
+                f"scheme {name} has static ranges of activations and is for modules: a language "
+                "model's are found at run time, so give it w8 or w4g32"
+            )
         match, codebook = _NAME.fullmatch(name), _CODEBOOK.fullmatch(name)
         try:
             if codebook is not None:

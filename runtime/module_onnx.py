@@ -21,9 +21,8 @@ class OnnxModule(ClosesItself):
     def __init__(self, path: Path, threads: int | None = None) -> None:
         """Check and load a file."""
         OnnxFile.open(path)
-        # On x86 CPUs without VNNI the faster kernels add products in 16 bits, which overflow.
         self._session: ort.InferenceSession | None = open_session(
-            path, threads or physical_cores(), x64quantprecision="1"
+            path, threads or physical_cores(), exact_bytes=True
         )
         self._inputs = [item.name for item in self._session.get_inputs()]
 

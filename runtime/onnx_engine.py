@@ -205,11 +205,12 @@ def _bind(binding: ort.IOBinding, value: Value | None, numbers: NDArray[np.gener
         binding.bind_input(value.name, "cpu", 0, numbers.dtype, shape, numbers.ctypes.data)
 
 
-def open_session(path: Path, threads: int, **settings: str) -> ort.InferenceSession:
+def open_session(path: Path, threads: int, exact_bytes: bool = False) -> ort.InferenceSession:
     """Open a model as onnxruntime-genai does (src/models/model.cpp): its defaults, our threads.
 
     So idle threads spin for a while. genai itself takes half the CPUs where it is not told.
-    `settings` are further ones of onnxruntime_session_options_config_keys.h, of `session`.
+    `exact_bytes`: without integer dot products a CPU's products of unsigned by signed bytes
+    saturate 16 bits; there alone, multiply by slower exact ones.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -217,8 +218,8 @@ def open_session(path: Path, threads: int, **settings: str) -> ort.InferenceSess
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _SILENT
-    for name, value in settings.items():
-        options.add_session_config_entry(f"session.{name}", value)
+    if exact_bytes:  # onnxruntime_session_options_config_keys.h
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the exceptions of onnxruntime share no other base

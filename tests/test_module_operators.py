@@ -57,6 +57,11 @@ class _Product(nn.Module):
         return result
 
 
+class _Turned(_Product):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.mix.transpose(0, 1))
+
+
 def test_a_weight_is_never_left_float_in_silence() -> None:
     x = (torch.randn(2, 6),)
     with pytest.raises(
@@ -64,6 +69,8 @@ def test_a_weight_is_never_left_float_in_silence() -> None:
         match=r"mix: w8a8 cannot hold it: aten\.matmul\.default \(.*_operators\.py:\d+",
     ):
         place_module(_Product(), x)
+    with pytest.raises(EdgekitError, match=r"mix: w8a8 cannot hold it: aten\.linear\.default"):
+        place_module(_Turned(), x)
     with pytest.raises(EdgekitError, match=r"weight: w8a8 cannot hold it: aten\.conv3d\.default"):
         place_module(nn.Conv3d(3, 4, 3), (torch.randn(1, 3, 4, 4, 4),))
     assert place_module(_Product(), x, "float").layers == {}

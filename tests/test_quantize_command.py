@@ -160,6 +160,7 @@ def test_per_channel_int4_warns_on_stderr(model: Path) -> None:
         (["--float", "--scheme", "w8"], "--float and --scheme exclude each other"),
         (["--int4", "--recipe", "r.toml"], "--int4 and --recipe exclude each other"),
         (["--scheme", "w5"], "unknown scheme 'w5': allowed are"),
+        (["--scheme", "w8a8"], "has static ranges of activations and is for modules"),
         (["--scheme", "w4g128"], "cannot hold it: group size 128"),
         (["--recipe", "absent.toml"], "absent.toml: cannot be read"),
         (["-o", "."], "is a folder"),

@@ -44,7 +44,7 @@ def test_names_are_read_back(name: str) -> None:
         "w4g032",
         "int8",
     ]
-    + ["w8a8", "w4g99999999", "float32", "w٤", "w4a", "w8g32a", "w8a", "w4g32A", "w4g32aa"],
+    + ["w8a", "w8a4", "w4g99999999", "float32", "w٤", "w4a", "w8g32a", "w4g32A", "w4g32aa"],
 )
 def test_other_names_are_refused_with_what_is_allowed(name: str) -> None:
     with pytest.raises(EdgekitError) as refusal:
@@ -52,6 +52,12 @@ def test_other_names_are_refused_with_what_is_allowed(name: str) -> None:
     assert f"unknown scheme {name!r}" in str(refusal.value)
     assert "float, w8, w4, w8gN, w4gN, w4gNa" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8-tensor-affine"])
+def test_static_activations_are_for_modules(name: str) -> None:
+    with pytest.raises(EdgekitError, match=rf"^scheme {name} has static ranges.* give it w8 or"):
+        Scheme.parse(name)
 
 
 @pytest.mark.parametrize("name", NAMES)

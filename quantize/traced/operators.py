@@ -114,9 +114,14 @@ def layer_of(node: Node) -> Layer | None:
 
 
 def other_weights(node: Node) -> list[str]:
-    """Return the weights that an operator multiplies by for which there is no integer form."""
+    """Return the weights that an operator multiplies by for which there is no integer form.
+
+    Those of a layer, too, whose weight is another parameter moved, as in `linear(x, weight.T)`.
+    """
     packet = getattr(node.target, "overloadpacket", None)
-    if node.op != "call_function" or getattr(packet, "__name__", "") not in _OTHER_PRODUCTS:
+    is_other = getattr(packet, "__name__", "") in _OTHER_PRODUCTS
+    is_computed = node.target in MATRIX_LAYERS and layer_of(node) is None
+    if node.op != "call_function" or not (is_other or is_computed):
         return []
     found = map(_weight_behind, node.all_input_nodes)
     return [str(item.target) for item in found if item is not None and rank(item) >= 2]

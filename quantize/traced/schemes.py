@@ -27,10 +27,10 @@ from edgekit.quantize.affine import quantize
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.ranges import RangeMethod
 from edgekit.quantize.recipe import check_rule, load_rules
+from edgekit.quantize.scheme import STATIC
 from edgekit.quantize.tensor import QuantizedTensor
 
 FORMS = "float, w8a8 and w4a8, each also with -affine, -tensor or -tensor-affine"
-_NAME = re.compile(r"w([48])a8(-tensor)?(-affine)?")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LayerScheme:
         """Return the scheme of a name; EdgekitError with the allowed forms for any other."""
         if name == "float":
             return cls(bits=None)
-        match = _NAME.fullmatch(name)
+        match = STATIC.fullmatch(name)
         if match is None:
             raise EdgekitError(f"unknown scheme {name!r:.60}: allowed are {FORMS}")
         return cls(4 if match[1] == "4" else 8, "tensor" if match[2] else "channel", not match[3])
@@ -59,7 +59,7 @@ class LayerScheme:
     @staticmethod
     def has_name(name: str) -> bool:
         """Whether a name is that of a scheme with static ranges."""
-        return _NAME.fullmatch(name) is not None
+        return STATIC.fullmatch(name) is not None
 
     @property
     def name(self) -> str:

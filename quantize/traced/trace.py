@@ -44,6 +44,14 @@ SPLITS = (
     aten.chunk.default,
     aten.tensor_split.sections,
 )
+_RESHAPES = (
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+)
+"""Operators that leave the elements in their order."""
 
 
 @dataclass(frozen=True)
@@ -317,6 +325,8 @@ def _normalise(graph_module: GraphModule, dropouts: set[str]) -> None:
             _select_by_slice(node)
         elif node.target == operator.getitem:
             _item_as_tensor(node)
+        if node.target in _RESHAPES:
+            _parameter_as_it_is(node)
     for node in list(graph.nodes):
         if node.op == "call_function" and _module_path(node) in dropouts:
             _note_dropout(node)
@@ -425,6 +435,17 @@ def _select_by_slice(node: Node) -> None:
     end = None if index == -1 else index + 1
     part = _insert(node, aten.slice.Tensor, x, (axis, index, end))
     node.target, node.args, node.kwargs = aten.squeeze.dim, (part, axis), {}
+
+
+def _parameter_as_it_is(node: Node) -> None:
+    """Read a parameter for what has its shape again, such as `weight.squeeze(1).unsqueeze(1)`."""
+    first = node
+    while first.target in _RESHAPES:
+        before = first.args[0]
+        assert isinstance(before, Node)
+        first = before
+    if first.op == "get_attr" and first.meta["val"].shape == node.meta["val"].shape:
+        node.replace_all_uses_with(first)
 
 
 def _item_as_tensor(node: Node) -> None:
