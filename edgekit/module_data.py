@@ -37,6 +37,8 @@ def open_data(text: str, traced: TracedModule) -> Iterable[Batch] | Calibration:
     factory = Factory.parse(text)
     if factory is not None:
         return _from_function(factory)
+    if not text:
+        raise EdgekitError("calibration data: the name is empty")
     path = Path(text)
     if path.suffix == ".json":
         return Calibration.load(path)
@@ -90,6 +92,9 @@ def _batch(factory: Factory, number: int, given: Any) -> Batch:  # noqa: ANN401
 
 def _from_file(path: Path, traced: TracedModule) -> Iterator[Batch]:
     arrays = _arrays(path)
+    for name, array in arrays.items():
+        if not isinstance(array, Tensor | np.ndarray) or not array.ndim:  # npz files hold others
+            raise EdgekitError(f"{path}: {name:.80}: is no array [N, ...] of inputs")
     names = [node.name for node in traced.inputs]
     if len(names) == 1 and len(arrays) == 1:
         arrays = {names[0]: next(iter(arrays.values()))}
@@ -98,7 +103,7 @@ def _from_file(path: Path, traced: TracedModule) -> Iterator[Batch]:
             f"{path}: must hold one array for each input, {', '.join(names)}; it holds "
             f"{', '.join(list(arrays)[:8]) or 'none'}"
         )
-    lengths = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
+    lengths = {name: len(array) for name, array in arrays.items()}
     count = next(iter(lengths.values()))
     if len(set(lengths.values())) > 1:
         raise EdgekitError(f"{path}: its arrays differ in length: {lengths}")

@@ -66,9 +66,9 @@ class Factory:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 yield
-        except (EdgekitError, Terminated):
+        except (EdgekitError, Terminated, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # sys.exit too, and what a user derives from it
             raise EdgekitError(f"{_place(self.file, error)}: {_said(error)}") from error
 
 
@@ -109,4 +109,4 @@ def _said(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg}"
     text = one_line(error, 300)
-    return f"{type(error).__name__}: {text}" if isinstance(error, Exception) else f"exit {text}"
+    return f"exit {text}" if isinstance(error, SystemExit) else f"{type(error).__name__}: {text}"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import onnx
@@ -77,6 +78,9 @@ def broken():
 
 def leaving():
     sys.exit("enough")
+
+def odd():
+    raise BaseException("odd")
 
 def terminated():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -471,6 +475,7 @@ def test_weights_of_another_module(
         (some().astype(np.float64), "got torch.float64"),
         (some().astype(">f4"), "byte order"),
         (np.array([{"an": "object"}], dtype=object), "x.npy: cannot be read"),
+        (np.array(1.0, np.float32), "x.npy: x: is no array [N, ...] of inputs"),
     ],
 )
 def test_calibration_data_that_cannot_be_used(
@@ -500,6 +505,7 @@ def test_calibration_data_that_cannot_be_used(
         ("net.py:sparse", "batch 1: input 'x' must be a dense tensor"),
         ("pipe.npy", "pipe.npy: is no regular file"),
         ("pipes", "pipes/x.npz: is no regular file"),
+        ("foreign.npz", "foreign.npz: x.txt: is no array [N, ...] of inputs"),
         ("net.py:batchez", "batchez is not there"),
     ],
 )
@@ -509,6 +515,8 @@ def test_calibration_data_that_are_none(code: Path, place: Path, data: str, said
     (folder / "pipes").mkdir()
     os.mkfifo(folder / "pipe.npy")
     os.mkfifo(folder / "pipes" / "x.npz")
+    with ZipFile(folder / "foreign.npz", "w") as archive:
+        archive.writestr("x.txt", "no array")
     for name in ("cut.npy", "cut.npz", "cut.safetensors", "cut.json"):
         (folder / name).write_bytes(b"\x93NUMPY cut off")
     done = export(code, place / "net", "--max-batch", 4, "--calibrate", folder / data)
@@ -525,6 +533,7 @@ def line_of(text: str) -> int:
     [
         ("broken", (f"net.py:{line_of('return [][3]')}: return [][3]: IndexError",)),
         ("leaving", (f"net.py:{line_of('sys.exit')}: ", "exit enough")),
+        ("odd", (f"net.py:{line_of('def odd():') + 1}: ", "BaseException: odd")),
         ("nothing", ("nothing must return a torch.nn.Module, it returned NoneType",)),
         ("missing", ("net.py: missing is not there",)),
         ("number", ("net.py: number is no function",)),
