@@ -1,4 +1,4 @@
-"""What GPTQ of a whole model costs: seconds for each kind of layer, and peak memory.
+"""What GPTQ of a whole model costs: CPU seconds for each kind of layer, and peak memory.
 
     python -m benchmarks.gptq_cost --files FOLDER --text TEXT [--layers 3]
 
@@ -6,7 +6,7 @@ Runs what `edgekit quantize FOLDER/lfm2-1.2b-hf --int4 --calibrate TEXT` runs, i
 own and on one thread, on a Hugging Face folder of random bfloat16 weights, which is made before the
 clock starts. Of a text of 500,000 characters the calibration takes all that it ever takes, 128
 chunks of 256 tokens; a shorter one costs less. `--layers` shortens the model: three layers have one
-of attention.
+of attention. Seconds are those of the one thread's CPU, on a free core the wall time.
 """
 
 import argparse
@@ -29,12 +29,12 @@ HERE = Path(__file__).parent
 
 
 def quantize_and_time(folder: Path, text: Path, output: Path) -> None:
-    """Quantize and print, as JSON, when each step began: what the measured process does."""
+    """Quantize and print, as JSON, at which CPU second each step began: the measured process."""
     from edgekit.calibrated import quantize_calibrated, read_texts, workspace_of
     from edgekit.models.source import resolve_model
     from edgekit.quantize.recipe import preset
 
-    start = time.perf_counter()
+    start = time.process_time()
     begun: dict[str, float] = {}
     source = resolve_model(str(folder))
     texts = read_texts(source, text)
@@ -46,14 +46,14 @@ def quantize_and_time(folder: Path, text: Path, output: Path) -> None:
             "gptq",
             output,
             workspace,
-            lambda done, total, label: begun.setdefault(label, time.perf_counter() - start),
+            lambda done, total, label: begun.setdefault(label, time.process_time() - start),
         )
     print(
         json.dumps(
             {
                 "calibration_tokens": sum(map(len, texts.calibration)),
                 "held_out_tokens": sum(map(len, texts.held_out)),
-                "begun": [*begun.items(), ("end", time.perf_counter() - start)],
+                "begun": [*begun.items(), ("end", time.process_time() - start)],
             }
         )
     )
@@ -99,9 +99,9 @@ def markdown(record: dict[str, Any]) -> str:
         f"peak memory {cost['peak_process_bytes'] / 1e9:.2f} GB",
     ]
     if record["busy_share_before"] > machine.QUIET_SHARE:
-        items.append("**not a quiet machine**: seconds are too many, CPU seconds less so")
+        items.append("**not a quiet machine**: others slow the memory down")
     lines = "\n".join(f"- {item}" for item in items)
-    columns = ("", "times", "median s", "all s")
+    columns = ("", "times", "median CPU s", "all CPU s")
     return f"## Cost of GPTQ\n\n{lines}\n\n{table(columns, rows)}\n"
 
 
