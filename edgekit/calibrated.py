@@ -30,7 +30,14 @@ from edgekit.quantize.apply import quantize_tensors, sqnr_db
 from edgekit.quantize.codebook.jlcm import jlcm, weighted_kmeans
 from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.methods import Method
-from edgekit.quantize.recipe import Recipe, Resolved, resolve, tied_shapes, with_ranges
+from edgekit.quantize.recipe import (
+    Recipe,
+    Resolved,
+    in_layers,
+    resolve,
+    tied_shapes,
+    with_ranges,
+)
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import About, Contents, load_quantized, save_quantized, short_text
 from edgekit.quantize.tensor import QuantizedTensor, Weight
@@ -131,9 +138,9 @@ def quantize_calibrated(
             read,
             contents.__getitem__,
             texts.calibration,
+            _chooser(method),
             progress,
             kept,
-            None if method == "gptq" else _chooser(method),
         )
         contents = {row.tensor: contents[row.tensor] for row in rows}  # in the model's order
     steps: dict[str, Callable[[], Mapping[str, Weight]]] = {}
@@ -178,7 +185,7 @@ def make_folder(folder: Path) -> None:
 
 def is_linear(row: Resolved) -> bool:
     """Return whether the row is of a layer's linear and quantized."""
-    return ".layers." in row.tensor and not row.scheme.is_float
+    return in_layers(row.tensor) and not row.scheme.is_float
 
 
 def default_method(recipe: Recipe) -> Method:

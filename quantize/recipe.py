@@ -8,10 +8,10 @@ A recipe file is TOML or JSON with a list `rules`, here one TOML entry of it:
     range = "mse"                                    # optional: minmax or mse
 
 The first rule that matches a tensor wins. Only matrices (two axes) are quantized: norms and the
-short convolutions stay float whatever matches them, and so does what no rule matches. Of the
-latter, 3 weights a channel, less than a thousandth of a model, no engine runs codes here: ggml's
-ssm_conv takes float32, XNNPACK's integer convolutions take static activations only, and so do
-ONNX Runtime's.
+short convolutions stay float whatever matches them, and so does what no rule matches. Short
+convolutions are 3 weights a channel, less than a thousandth of a model: no engine runs codes there.
+ggml's ssm_conv takes float32, integer convolutions of XNNPACK and ONNX Runtime take activations of
+static ranges only.
 """
 
 import json
@@ -229,6 +229,11 @@ def shared_rows(rows: Iterable[Resolved], tied: Mapping[str, str]) -> dict[str, 
         if (table[tensor].scheme, table[tensor].range)
         == (table[source].scheme, table[source].range)
     }
+
+
+def in_layers(tensor: str) -> bool:
+    """Return whether a tensor is of a layer: no embedding, head or last norm."""
+    return ".layers." in tensor
 
 
 def method_of(rows: Sequence[Resolved]) -> str:
