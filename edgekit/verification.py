@@ -116,7 +116,8 @@ def _weights(artifact: Artifact, source: ModelSource) -> Mapping[str, Weight]:
     if artifact.manifest.get("llama_format") is not None:
         return StoredWeights(artifact.model_path, source.config)
     if artifact.manifest.get("codes_sha256") is not None:
-        rows = stored_rows(_rows(artifact), ())  # a table's weights are int8 codes as well
+        # What a file holds as such is read back as int8 codes as well: the same numbers.
+        rows = stored_rows(_rows(artifact), ())
         return read_codes(artifact.target, artifact.model_path, source.config, rows)
     _, tied = tied_shapes(source.config.tensor_shapes())
     return Weights(_rows(artifact), tied, source.checkpoint)

@@ -56,7 +56,7 @@ class Weights(Mapping[str, Weight]):
 
     So a model that stays float is never in memory as a whole. Of a file of codes nothing is kept:
     each tensor is read when it is asked for. Codebooks, and codes of 5 and 6 bits, come as int8
-    codes but for the `tables` that the target holds. `clear` forgets the codes.
+    codes but for the schemes in `held`, which the target holds. `clear` forgets the codes.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Weights(Mapping[str, Weight]):
         rows: Sequence[Resolved],
         tied: Mapping[str, str],
         source: WeightSource | CodesFile,
-        tables: Collection[str] = (),
+        held: Collection[str] = (),
     ) -> None:
         """Quantize as the rows say, unless `source` has codes; `tied` as in `quantize_tensors`."""
         self._source = source
-        self._tables = {row.tensor for row in rows if row.scheme.name in tables}
+        self._held = {row.tensor for row in rows if row.scheme.name in held}
         self._places = {row.tensor: tied.get(row.tensor, row.tensor) for row in rows}
         self._codes: dict[str, QuantizedTensor] = {}
         if isinstance(source, CodesFile):
@@ -87,7 +87,7 @@ class Weights(Mapping[str, Weight]):
             weight = self._codes[name]
         else:
             weight = self._source.tensor(self._places[name])
-        return stored_weight(weight, name in self._tables)
+        return stored_weight(weight, name in self._held)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which a float tensor is stored."""
@@ -131,8 +131,8 @@ class Target(Protocol):
     """A module of this package that writes one kind of file.
 
     `NAME` is the target's and its engine's, `ENGINE` what people call the engine, `OPTIONS` the
-    fields of `Options` that the target understands, `TABLES` the schemes of codebooks, and of 5 and
-    6 bits, that the file holds as such, where others become int8 codes, `LONGEST_CHECK` the
+    fields of `Options` that the target understands, `HELD_AS_SUCH` the schemes of codebooks, and of
+    5 and 6 bits, that the file holds as such, where others become int8 codes, `LONGEST_CHECK` the
     positions up to which verification runs prompts: fewer where the file holds no program whose
     lengths could be wrong.
     """
@@ -140,7 +140,7 @@ class Target(Protocol):
     NAME: str
     ENGINE: str
     OPTIONS: frozenset[str]
-    TABLES: frozenset[str]
+    HELD_AS_SUCH: frozenset[str]
     LONGEST_CHECK: int
 
     def check_rows(self, rows: Sequence[Resolved]) -> None:

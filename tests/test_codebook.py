@@ -16,7 +16,7 @@ from edgekit.quantize.codebook.kmeans import kmeans
 from edgekit.quantize.codebook.learn import Gradient, Learning, choice_gradient, learn
 from edgekit.quantize.codebook.output import OutputError
 from edgekit.quantize.codebook.settle import settle
-from edgekit.quantize.codebook.snap import as_int8, snap
+from edgekit.quantize.codebook.snap import snap
 from edgekit.quantize.gptq import Inputs
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import load_quantized, save_quantized
@@ -94,7 +94,7 @@ def test_what_a_scheme_stores(name: str, tmp_path: Path) -> None:
         assert torch.equal(entries, entries.sort()[0])
         expected = entries[tensor.codes[row].long()] * spread[row]
         assert torch.equal(tensor.dequantize()[row], expected)
-    integers = as_int8(tensor)
+    integers = tensor.as_int8()
     assert (integers.bits, integers.codes.dtype, integers.codebook) == (8, torch.int8, None)
     assert torch.equal(integers.dequantize(), tensor.dequantize())
     some = torch.tensor([5, 23, 0])
@@ -120,7 +120,7 @@ def test_entries_that_are_no_integers_are_stored_as_floats(tmp_path: Path) -> No
     again = load_quantized(tmp_path / "q.safetensors")["w"]
     assert again.nbytes == 1 + 4 + 4 * 4
     with pytest.raises(ValueError, match="no int8"):
-        as_int8(tensor)
+        tensor.as_int8()
 
 
 def test_codebooks_beat_uniform_grids_and_more_of_what_costs_bits_helps() -> None:

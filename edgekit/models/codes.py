@@ -203,7 +203,7 @@ def _check_storable(tensor: QuantizedTensor, scheme: Scheme) -> None:
     if scheme.books:
         _check_scales(tensor.scales, SCALES)
         return
-    if scheme.bits == 6:
+    if scheme.two_levels:
         return  # what QuantizedTensor holds is what the one target does
     grid = scheme.grid
     least, most = (int(end) for end in tensor.codes.aminmax())
