@@ -34,6 +34,7 @@ from edgekit.quantize.recipe import (
     Recipe,
     Resolved,
     in_layers,
+    method_of,
     resolve,
     tied_shapes,
     with_ranges,
@@ -115,6 +116,8 @@ def quantize_calibrated(
     """
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     rows = resolve(with_ranges(recipe, "rtn" if method == "rtn" else "mse"), shapes)
+    if method not in WITH_TEXT:
+        method = method_of(rows)  # at 8 bits `mse` changes nothing
     checkpoint = source.checkpoint
     in_order = float_reader(source.config, checkpoint)
     read = reordered(in_order, grouped_orders(source.config, rows, in_order))

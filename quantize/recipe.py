@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar
 from edgekit.errors import EdgekitError
 from edgekit.files import refuse_irregular
 from edgekit.limits import TooCostly, bounded
+from edgekit.quantize.methods import Method
 from edgekit.quantize.ranges import RANGE_METHODS, RangeMethod
 from edgekit.quantize.scheme import FLOAT, Scheme
 
@@ -37,7 +38,7 @@ _W4_WARNING = (
     "perplexity 16.1 to 31.5 on C4, with groups of 32 to 17.0; --int4 (w4g32) is the safe one"
 )
 _LONGEST_PATTERN = 1000
-_CONVOLUTION_AXES = 3
+_SHORT_CONVOLUTION = ".conv.conv.weight"
 _RuleType = TypeVar("_RuleType")
 _VOCABULARY = rf"{re.escape(EMBEDDING)}|{re.escape(HEAD)}"
 
@@ -236,7 +237,7 @@ def in_layers(tensor: str) -> bool:
     return ".layers." in tensor
 
 
-def method_of(rows: Sequence[Resolved]) -> str:
+def method_of(rows: Sequence[Resolved]) -> Method:
     """Return the method of rows that are rounded to nearest (`edgekit.quantize.methods`)."""
     if any(row.scheme.books for row in rows):
         return "kmeans"
@@ -296,11 +297,16 @@ def _why_unused(rule: Rule, number: int, shapes: Mapping[str, tuple[int, ...]]) 
     if not matched:
         example = next(iter(shapes), "none")
         return f"{what}matches no tensor of the model (a name is, for example, {example})"
-    if all(len(shapes[tensor]) == _CONVOLUTION_AXES for tensor in matched):
+    if all(tensor.endswith(_SHORT_CONVOLUTION) for tensor in matched):
         return (
             f"{what}matches only short convolutions, such as {matched[0]}, which stay float: "
             "integer ones take activations of static ranges, a language model's are found at run "
             "time; leave the rule out"
+        )
+    if all(len(shapes[tensor]) > 2 for tensor in matched):
+        return (
+            f"{what}matches only convolutions, such as {matched[0]}, which take static ranges: "
+            "give example_inputs with a scheme such as w8a8"
         )
     if all(not _applies(rule, shapes[tensor]) for tensor in matched):
         return f"{what}matches only tensors that stay float, such as {matched[0]}"

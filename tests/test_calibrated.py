@@ -24,7 +24,7 @@ from edgekit.models.source import resolve_model
 from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.recipe import EMBEDDING
 from edgekit.quantize.scheme import Scheme
-from edgekit.quantize.storage import load_quantized
+from edgekit.quantize.storage import load_quantized, load_with_about
 from edgekit.quantize.tensor import QuantizedTensor
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories" / "train.txt"
@@ -125,6 +125,22 @@ def test_export_does_the_same_in_one_go(
     assert one["files"] == two["files"]
     assert one["codes_sha256"] == two["codes_sha256"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_method_that_changes_nothing_is_called_what_it_is(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    """At 8 bits ranges of least squared error are not searched for."""
+    given = ("quantize", model, "--int8", "--method", "mse")
+    record = done(*given, "--calibrate", text, "-o", tmp_path / "one")
+    assert [step["step"] for step in record["gains"]["steps"]] == ["rtn"]
+    done(*given, "-o", tmp_path / "two")
+    methods = []
+    for name in ("one", "two"):
+        about = load_with_about(tmp_path / name)[1]
+        assert about is not None
+        methods.append(about.method)
+    assert methods == ["rtn", "rtn"]
 
 
 @pytest.mark.parametrize("method", ["rtn", "mse"])

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from benchmarks.jlcm import wanted
 from edgekit.quantize.apply import sqnr_db
 from edgekit.quantize.codebook.fit import IQ4_NL, fit_codebook, nearest
 from edgekit.quantize.codebook.grouping import balanced_clusters, group_order
@@ -359,6 +360,13 @@ def test_inputs_that_were_never_seen_change_nothing() -> None:
     narrow.add_inputs(draw(1, 4, 16), draw(1, 4, 16))
     with pytest.raises(ValueError, match="expected inputs of 32 columns"):
         jlcm(weight, narrow, Scheme.parse("cb4"))
+
+
+def test_rows_of_the_benchmark_are_of_methods_that_a_scheme_has() -> None:
+    assert wanted(["w4", "rtn:w8"]) == ["rtn:w4", "mse:w4", "gptq:w4", "rtn:w8"]
+    assert wanted(["cb3"])[-1] == "jlcm:cb3"
+    with pytest.raises(SystemExit, match="kmeans:w4: methods of w4 are rtn, mse, gptq"):
+        wanted(["kmeans:w4"])
 
 
 def test_like_rows_are_gathered() -> None:

@@ -17,7 +17,7 @@ from edgekit.commands._quality_options import (
     quality_text,
     resumable,
 )
-from edgekit.commands._recipe_options import RecipeChoice, recipe_options
+from edgekit.commands._recipe_options import RecipeChoice, recipe_options_of_any
 from edgekit.commands._size import size_line
 from edgekit.errors import EdgekitError
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.command("export", short_help="Export a model for an engine and verify the file.")
 @click.argument("model", metavar="MODEL|FILE.py:FUNCTION")
 @click.option("--target", required=True, metavar="TARGET", help="executorch, gguf or onnx")
-@recipe_options
+@recipe_options_of_any
 @quality_options
 @click.option(
     "--codes",

@@ -10,7 +10,7 @@ from edgekit.commands._module_options import ModuleChoice, module_options
 from edgekit.commands._modules import quantize_module_of
 from edgekit.commands._progress import progress_line
 from edgekit.commands._quality_options import QualityChoice, quality_options, resumable
-from edgekit.commands._recipe_options import RecipeChoice, recipe_options
+from edgekit.commands._recipe_options import RecipeChoice, recipe_options_of_any
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command("quantize", short_help="Write the quantized tensors as safetensors.")
 @click.argument("model", metavar="MODEL|FILE.py:FUNCTION")
-@recipe_options
+@recipe_options_of_any
 @module_options
 @quality_options
 @click.option(
@@ -59,6 +59,7 @@ def command(
     Of a module, FILE.py:FUNCTION as for `edgekit export`, it writes the codes and, beside them, the
     ranges of the activations: FILE.safetensors and FILE.calibration.json, which --codes and
     --calibrate of `edgekit export` take.
+
     With --calibrate, GPTQ chooses the codes on a part of a text; what each step gained is measured
     on the rest. The layers that are done are kept beside the output until the end: the same
     command goes on after a kill. --bits or --target-size choose a scheme for each matrix by what
