@@ -17,7 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.files import os_reason, read_text, sha256_of
+from edgekit.files import make_folder, read_text, sha256_of
 from edgekit.gains import Gains, measure
 from edgekit.models.eager import float_reader
 from edgekit.models.layerwise import Choose, Codes, States, layer_codes
@@ -178,42 +178,9 @@ def workspace_of(output: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; EdgekitError where the system refuses."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EdgekitError(f"{folder}: cannot be made: {os_reason(error)}") from error
-
-
 def is_linear(row: Resolved) -> bool:
     """Return whether the row is of a layer's linear and quantized."""
     return in_layers(row.tensor) and not row.scheme.is_float
-
-
-def default_method(recipe: Recipe) -> Method:
-    """Return how codes are chosen on a text where nobody says it."""
-    return "jlcm" if _has_codebooks(recipe) else "gptq"
-
-
-def check_method(method: Method | None, recipe: Recipe) -> None:
-    """Refuse a method of codebooks for a recipe without, and another for one with them."""
-    if method is None:
-        return
-    if method in CODEBOOK_METHODS and not _has_codebooks(recipe):
-        raise EdgekitError(
-            f"--method {method} is for codebooks, of which {recipe.name} has none: give a scheme "
-            "such as cb3"
-        )
-    if method not in CODEBOOK_METHODS and _has_codebooks(recipe):
-        raise EdgekitError(
-            f"--method {method} is not for codebooks, which {recipe.name} has: give "
-            f"{', '.join(CODEBOOK_METHODS)}"
-        )
-
-
-def _has_codebooks(recipe: Recipe) -> bool:
-    return any(rule.scheme.books for rule in recipe.rules)
 
 
 def _chooser(method: Method) -> Choose:

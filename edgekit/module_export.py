@@ -145,8 +145,8 @@ def export_network(
         with load_module(target, path) as engine:
             figures = verify_module(engine, network, sample).to_dict()
         reference_case(network, sample).save(staging / REFERENCE_FILE)
-        if network.ranges is not None:
-            network.ranges.save(staging / CALIBRATION_FILE)
+        if network.calibration is not None:
+            network.calibration.save(staging / CALIBRATION_FILE)
         facts = {
             "model": {"id": name},
             "target": target,

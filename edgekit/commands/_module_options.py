@@ -48,6 +48,14 @@ class ModuleChoice:
         return type(module).__name__, placement
 
 
+def refuse_for_a_module(**given: object) -> None:
+    """Raise EdgekitError where the user gave any of a language model's options for a module."""
+    for name, value in given.items():
+        if value not in (None, False):
+            option = name.replace("_", "-")
+            raise EdgekitError(f"--{option} is for language models, not for a module")
+
+
 def calibration_data(chosen: "QualityChoice", placement: "Placement") -> "Data":
     """Return the calibration data; EdgekitError where some are needed and none are named."""
     from edgekit.module_data import open_data
