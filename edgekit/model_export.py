@@ -14,8 +14,9 @@ from edgekit.exporters.artifact import copy_tokenizer, new_artifact, write_manif
 from edgekit.exporters.gguf_weights import StoredWeights
 from edgekit.exporters.llama_formats import FORMATS
 from edgekit.exporters.llama_quantize import quantizer_version
+from edgekit.exporters.model_weights import Weights
 from edgekit.exporters.stored import refusal, stored_rows, stored_table
-from edgekit.exporters.target import Job, Options, Target, Weights, find_target
+from edgekit.exporters.target import Job, Options, Target, find_target
 from edgekit.files import sha256_of
 from edgekit.mixed import CANDIDATES, CountBytes, Mixed
 from edgekit.models.codes import CodesFile

@@ -11,10 +11,11 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import update_manifest
 from edgekit.exporters.gguf_weights import StoredWeights
 from edgekit.exporters.inspect import open_unchanged
+from edgekit.exporters.model_weights import Weights
 from edgekit.exporters.read_codes import read_codes
 from edgekit.exporters.reference_text import TEXT
 from edgekit.exporters.stored import stored_rows
-from edgekit.exporters.target import Options, Target, Weights, find_target
+from edgekit.exporters.target import Options, Target, find_target
 from edgekit.exporters.verify import Reference, check_format_cost, reference, verify
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource

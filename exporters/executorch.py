@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.target import Job, Options, Weights
+from edgekit.exporters.model_weights import Weights
+from edgekit.exporters.target import Job, Options
 from edgekit.models.activations import per_token
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
