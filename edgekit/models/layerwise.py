@@ -214,7 +214,8 @@ class Stream:
     def leave(self, index: int, half: int, pieces: Iterable[Tensor]) -> None:
         """Pass the last linear of a half, given what it sees, and so the half.
 
-        A piece of the states is changed when the next is asked for, so `leaving` may make them.
+        A piece changes the states that it was made of and no others, so `leaving` may make them as
+        they are used.
         """
         layer = self._layer(index)
         linear = layer.feed_forward.w2 if half else layer.operator.out_proj
