@@ -3,8 +3,8 @@
     python -m benchmarks.jlcm [--rows cb3 ...] [-o benchmarks/results/jlcm-lfm2-tiny.json]
 
 A row is a method at a scheme, such as `jlcm:cb3`; `--rows` names some, a scheme alone all methods
-of codebooks; without it those of the table are run. Each is measured in a process of its own or in
-this one, the same: nothing is drawn at random. The rows that are in the output already are kept.
+that it has; without it those of the table are run, one after the other. Nothing is drawn at random.
+The rows that are in the output already are kept.
 
 Methods: `rtn` (uniform grid, range of minimum and maximum), `mse` (range of least squared error),
 `gptq`, `kmeans`, `weighted` (by the Hessian's diagonal), `ordinary` and `proximal` (learned with
@@ -20,7 +20,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.codebook.jlcm import jlcm, weighted_kmeans
 from edgekit.quantize.codebook.learn import Learning
 from edgekit.quantize.gptq import gptq
-from edgekit.quantize.recipe import Recipe, resolve, tied_shapes, uniform, with_ranges
+from edgekit.quantize.recipe import Recipe, in_layers, resolve, tied_shapes, uniform, with_ranges
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.runtime.evaluate import cut, tokenize
@@ -98,7 +98,7 @@ def quantized(source: ModelSource, row: str, texts: list[list[int]]) -> dict[str
     simple = [row for row in rows if choose is None or not is_linear(row)]
     weights: dict[str, Weight] = dict(quantize_tensors(simple, read, tied))
     if choose is not None:
-        weights |= layer_codes(source.config, rows, read, weights.__getitem__, texts, choose=choose)
+        weights |= layer_codes(source.config, rows, read, weights.__getitem__, texts, choose)
     return weights
 
 
@@ -107,7 +107,7 @@ def bits_per_weight(weights: dict[str, Weight]) -> float:
     found = [
         weight
         for name, weight in weights.items()
-        if isinstance(weight, QuantizedTensor) and ".layers." in name
+        if isinstance(weight, QuantizedTensor) and in_layers(name)
     ]
     return 8 * sum(each.nbytes for each in found) / sum(each.codes.numel() for each in found)
 
@@ -135,13 +135,32 @@ def measured(
     }
 
 
-def wanted(names: list[str]) -> Iterator[str]:
-    """Yield the rows that are meant: rows, and schemes of which all rows are meant."""
+def wanted(names: Iterable[str]) -> list[str]:
+    """Return the rows that are meant: rows, and schemes of which all rows are meant.
+
+    SystemExit for a method that is none, or not one of the row's scheme.
+    """
+    rows = []
     for name in names:
-        if ":" in name:
-            yield name
+        method, *rest = name.split(":")
+        scheme = Scheme.parse(rest[0] if rest else name)
+        methods = methods_of(scheme)
+        if not rest:
+            rows += [f"{each}:{name}" for each in methods]
+        elif method in methods:
+            rows.append(name)
         else:
-            yield from (f"{method}:{name}" for method in CODEBOOKS)
+            raise SystemExit(f"--rows {name}: methods of {scheme.name} are {', '.join(methods)}")
+    return rows
+
+
+def methods_of(scheme: Scheme) -> tuple[str, ...]:
+    """Return the methods that a scheme has; at 8 bits `mse` finds the ranges that `rtn` does."""
+    if scheme.books:
+        return CODEBOOKS
+    if scheme.is_float:
+        return ("rtn",)
+    return ("rtn", "gptq") if scheme.bits == 8 else ("rtn", "mse", "gptq")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -73,10 +73,10 @@ def quantize(net: nn.Module, row: str, images: Tensor) -> tuple[nn.Module, float
             continue
         choose = METHODS[method]
         if choose is None or small:
-            codes = kind.quantize(weight)
+            codes = kind.quantize(weight, "minmax" if method == "rtn" else None)
         else:
             inputs = Inputs(weight.shape[1])
-            inputs.add(inputs_of(made, place, images), inputs_of(net, place, images))
+            inputs.add_inputs(inputs_of(made, place, images), inputs_of(net, place, images))
             codes = choose(weight, inputs, kind)
         stored += codes.nbytes
         layer.weight.data = codes.dequantize().view_as(layer.weight)

@@ -31,7 +31,6 @@ from benchmarks.measure import run
 from benchmarks.report import table
 from edgekit.exporters.onnx_contrib import INT8_ACTIVATIONS
 from edgekit.exporters.onnx_packing import pack_matrix
-from edgekit.quantize.codebook.snap import as_int8
 from edgekit.quantize.packing import pack
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, as_rows
@@ -87,7 +86,7 @@ def gather_model(tensor: QuantizedTensor) -> onnx.ModelProto:
 
 def int8_model(tensor: QuantizedTensor) -> onnx.ModelProto:
     """Return `y = x W^T` with the codebook's entries as int8 codes, as an export writes it."""
-    packed = pack_matrix(as_int8(tensor))
+    packed = pack_matrix(tensor.as_int8())
     rows, columns = packed.shape
     blocks = columns // packed.block_size
     constants = [

@@ -106,7 +106,8 @@ def export_model(
 
     `calibrate` is a text by which GPTQ, or another `method`, chooses the codes; `bits` per weight
     or `target_size` in bytes, instead of a recipe, a budget for mixed precision. `codes`, instead
-    of all these, is a file of `edgekit quantize` or `save_quantized`, packed as it is.
+    of all these, is a file of `edgekit quantize`, or of `edgekit.quantize.storage.save_quantized`
+    with its `about`, packed as it is.
 
     Raises `EdgekitError` for a mistake and `VerificationError` for a file that does not compute
     what the model computes; both leave nothing at `output`.

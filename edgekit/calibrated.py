@@ -17,7 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.files import os_reason, read_text, sha256_of
+from edgekit.files import make_folder, read_text, sha256_of
 from edgekit.gains import Gains, measure
 from edgekit.models.eager import float_reader
 from edgekit.models.layerwise import Choose, Codes, States, layer_codes
@@ -30,7 +30,15 @@ from edgekit.quantize.apply import quantize_tensors, sqnr_db
 from edgekit.quantize.codebook.jlcm import jlcm, weighted_kmeans
 from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.methods import Method
-from edgekit.quantize.recipe import Recipe, Resolved, resolve, tied_shapes, with_ranges
+from edgekit.quantize.recipe import (
+    Recipe,
+    Resolved,
+    in_layers,
+    method_of,
+    resolve,
+    tied_shapes,
+    with_ranges,
+)
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import About, Contents, load_quantized, save_quantized, short_text
 from edgekit.quantize.tensor import QuantizedTensor, Weight
@@ -108,6 +116,8 @@ def quantize_calibrated(
     """
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     rows = resolve(with_ranges(recipe, "rtn" if method == "rtn" else "mse"), shapes)
+    if method not in WITH_TEXT:
+        method = method_of(rows)  # at 8 bits `mse` changes nothing
     checkpoint = source.checkpoint
     in_order = float_reader(source.config, checkpoint)
     read = reordered(in_order, grouped_orders(source.config, rows, in_order))
@@ -131,9 +141,9 @@ def quantize_calibrated(
             read,
             contents.__getitem__,
             texts.calibration,
+            _chooser(method),
             progress,
             kept,
-            None if method == "gptq" else _chooser(method),
         )
         contents = {row.tensor: contents[row.tensor] for row in rows}  # in the model's order
     steps: dict[str, Callable[[], Mapping[str, Weight]]] = {}
@@ -168,42 +178,9 @@ def workspace_of(output: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; EdgekitError where the system refuses."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EdgekitError(f"{folder}: cannot be made: {os_reason(error)}") from error
-
-
 def is_linear(row: Resolved) -> bool:
     """Return whether the row is of a layer's linear and quantized."""
-    return ".layers." in row.tensor and not row.scheme.is_float
-
-
-def default_method(recipe: Recipe) -> Method:
-    """Return how codes are chosen on a text where nobody says it."""
-    return "jlcm" if _has_codebooks(recipe) else "gptq"
-
-
-def check_method(method: Method | None, recipe: Recipe) -> None:
-    """Refuse a method of codebooks for a recipe without, and another for one with them."""
-    if method is None:
-        return
-    if method in CODEBOOK_METHODS and not _has_codebooks(recipe):
-        raise EdgekitError(
-            f"--method {method} is for codebooks, of which {recipe.name} has none: give a scheme "
-            "such as cb3"
-        )
-    if method not in CODEBOOK_METHODS and _has_codebooks(recipe):
-        raise EdgekitError(
-            f"--method {method} is not for codebooks, which {recipe.name} has: give "
-            f"{', '.join(CODEBOOK_METHODS)}"
-        )
-
-
-def _has_codebooks(recipe: Recipe) -> bool:
-    return any(rule.scheme.books for rule in recipe.rules)
+    return in_layers(row.tensor) and not row.scheme.is_float
 
 
 def _chooser(method: Method) -> Choose:

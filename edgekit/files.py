@@ -117,6 +117,14 @@ def check_parent(path: Path) -> None:
         ) from error
 
 
+def make_folder(folder: Path, hint: str = "") -> None:
+    """Make a folder and those above it; EdgekitError, with the hint, where the system refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EdgekitError(f"{folder}: cannot be made: {os_reason(error)}{hint}") from error
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Give a hidden name to write; it becomes `path` in one rename, or nothing is left.

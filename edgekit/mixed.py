@@ -17,7 +17,7 @@ from edgekit.errors import EdgekitError
 from edgekit.models.source import ModelSource
 from edgekit.progress import Steps, no_steps
 from edgekit.quality import Budget
-from edgekit.quantize.recipe import Recipe, Resolved, Rule, resolve, tied_shapes
+from edgekit.quantize.recipe import Recipe, Resolved, Rule, in_layers, resolve, tied_shapes
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.table import total_bytes
 from edgekit.sensitivity import sensitivities
@@ -172,7 +172,7 @@ def _items(
 
 
 def _with_gptq(item: _Item) -> _Item:
-    if ".layers." not in item.tensors[0]:
+    if not in_layers(item.tensors[0]):
         return item
     return _Item(item.tensors, {name: LEFT_BY_GPTQ * cost for name, cost in item.costs.items()})
 

@@ -14,8 +14,9 @@ from edgekit.exporters.artifact import copy_tokenizer, new_artifact, write_manif
 from edgekit.exporters.gguf_weights import StoredWeights
 from edgekit.exporters.llama_formats import FORMATS
 from edgekit.exporters.llama_quantize import quantizer_version
+from edgekit.exporters.model_weights import Weights
 from edgekit.exporters.stored import refusal, stored_rows, stored_table
-from edgekit.exporters.target import Job, Options, Target, Weights, find_target
+from edgekit.exporters.target import Job, Options, Target, find_target
 from edgekit.files import sha256_of
 from edgekit.mixed import CANDIDATES, CountBytes, Mixed
 from edgekit.models.codes import CodesFile
@@ -65,7 +66,7 @@ class Plan:
     def model_file(self) -> str:
         """The engine's file in the artifact."""
         writer = self.writer
-        return writer.model_file(stored_rows(self.rows, writer.TABLES), self.options)
+        return writer.model_file(stored_rows(self.rows, writer.HELD_AS_SUCH), self.options)
 
 
 def plan_export(
@@ -101,9 +102,9 @@ def plan_export(
     if stored is not None:
         recipe, tied = Recipe((), stored.about.recipe), dict(stored.tied)
     try:
-        writer.check_rows(stored_rows(rows, writer.TABLES))
+        writer.check_rows(stored_rows(rows, writer.HELD_AS_SUCH))
     except EdgekitError as error:
-        raise refusal(error, rows, writer.TABLES) from error
+        raise refusal(error, rows, writer.HELD_AS_SUCH) from error
     limit = source.config.max_context
     context = source.config.default_context if context is None else context
     least = min(MIN_CONTEXT, limit)
@@ -122,7 +123,7 @@ def _schemes(writer: Target, shapes: Mapping[str, tuple[int, ...]]) -> list[Sche
             writer.check_rows(rows)
         except EdgekitError:
             continue
-        if stored_rows(rows, writer.TABLES) == rows:
+        if stored_rows(rows, writer.HELD_AS_SUCH) == rows:
             found.append(scheme)
     return found
 
@@ -131,7 +132,7 @@ def _counter(writer: Target) -> CountBytes:
     """Return what counts the bytes of a table in the target's file."""
 
     def count(rows: Sequence[Resolved], tied: Mapping[str, str]) -> int:
-        stored = stored_rows(rows, writer.TABLES)
+        stored = stored_rows(rows, writer.HELD_AS_SUCH)
         once = writer.stored_once(stored, tied)
         return sum(writer.stored_bytes(row) for row in stored if row.tensor not in once)
 
@@ -169,7 +170,7 @@ def _table(
     writer: Target,
 ) -> list[dict[str, Any]]:
     if options.llama_format is None:
-        return stored_table(rows, tied, writer.TABLES)
+        return stored_table(rows, tied, writer.HELD_AS_SUCH)
     from edgekit.exporters.gguf import planned_table
 
     form = FORMATS[options.llama_format]
@@ -203,7 +204,7 @@ def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> di
             plan.rows,
             plan.tied,
             checkpoint if plan.codes is None else plan.codes,
-            writer.TABLES,
+            writer.HELD_AS_SUCH,
         )
         if missing is None and plan.options.llama_format is None:
             progress("computing the reference")
@@ -211,7 +212,7 @@ def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> di
         job = Job(
             source.id,
             source.config,
-            stored_rows(plan.rows, writer.TABLES),
+            stored_rows(plan.rows, writer.HELD_AS_SUCH),
             plan.tied,
             weights,
             plan.context,

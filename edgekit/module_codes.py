@@ -34,7 +34,7 @@ def save_codes(network: QuantizedNetwork, placement: Placement, name: str, path:
     searched = any((rule.range or rule.scheme.default_range) == "mse" for rule in rules)
     about = About(
         short_text(name),
-        _digest(floats),
+        weights_digest(network.traced),
         short_text(placement.recipe),
         "mse" if searched else "rtn",
     )
@@ -51,9 +51,12 @@ def place_codes(traced: TracedModule, path: Path) -> Placement:
     check_file(path, "; `edgekit quantize` makes one")
     contents, about = load_with_about(path)
     if about is None:
-        raise EdgekitError(f"{path}: does not say which weights it was made of: quantize again")
+        raise EdgekitError(
+            f"{path}: does not say which weights it was made of: give save_quantized an About, or "
+            "quantize again"
+        )
     floats = _parameters(traced)
-    if about.sha256 != _digest(floats):
+    if about.sha256 != weights_digest(traced):
         raise EdgekitError(
             f"{path}: was made of other weights than the module's: of a model called {about.model}"
         )
@@ -83,9 +86,10 @@ def _parameters(traced: TracedModule) -> dict[str, Tensor]:
     return {str(node.target): traced.parameter(node) for node in nodes}
 
 
-def _digest(parameters: Mapping[str, Tensor]) -> str:
+def weights_digest(traced: TracedModule) -> str:
+    """Return the SHA-256 of a traced and folded module's weights, which `About` takes."""
     digest = hashlib.sha256()
-    for name, value in sorted(parameters.items()):
+    for name, value in sorted(_parameters(traced).items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

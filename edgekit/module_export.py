@@ -77,8 +77,13 @@ def export_module(
     check_output(Path(output), force)
     find_module_target(target)
     progress("tracing")
-    chosen = Path(codes) if codes is not None else recipe or "w8a8"
-    placement = place_module(module, example_inputs, chosen, max_batch)
+    placement = place_module(
+        module,
+        example_inputs,
+        recipe or "w8a8",
+        max_batch,
+        codes=None if codes is None else Path(codes),
+    )
     found = quantize_placement(placement, calibration, method, progress)
     return export_network(
         found.network,
@@ -95,16 +100,18 @@ def export_module(
 def place_module(
     module: nn.Module,
     example_inputs: tuple[Tensor, ...],
-    recipe: LayerRecipe | str | Path = "w8a8",
+    recipe: LayerRecipe | str = "w8a8",
     max_batch: int | None = None,
+    *,
+    codes: Path | None = None,
 ) -> Placement:
     """Trace a module, fold its batch norms and decide what is quantized; no data is needed.
 
-    A `Path` in place of a recipe is a file of codes.
+    A file of `codes` decides that instead of the recipe.
     """
     traced = fold_batch_norms(trace(module, example_inputs, max_batch))
-    if isinstance(recipe, Path):
-        return place_codes(traced, recipe)
+    if codes is not None:
+        return place_codes(traced, codes)
     return place(traced, LayerRecipe.uniform(recipe) if isinstance(recipe, str) else recipe)
 
 
@@ -138,8 +145,8 @@ def export_network(
         with load_module(target, path) as engine:
             figures = verify_module(engine, network, sample).to_dict()
         reference_case(network, sample).save(staging / REFERENCE_FILE)
-        if network.ranges is not None:
-            network.ranges.save(staging / CALIBRATION_FILE)
+        if network.calibration is not None:
+            network.calibration.save(staging / CALIBRATION_FILE)
         facts = {
             "model": {"id": name},
             "target": target,

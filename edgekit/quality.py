@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.methods import METHODS, Method
+
+if TYPE_CHECKING:
+    from edgekit.quantize.recipe import Recipe
 
 CODEBOOK_METHODS: tuple[Method, ...] = ("kmeans", "weighted-kmeans", "jlcm")
 WITH_TEXT: tuple[Method, ...] = ("gptq", "weighted-kmeans", "jlcm")
@@ -106,3 +110,28 @@ def check_exclusions(
             f"--scheme {llama_format} is llama.cpp's own format, which llama.cpp quantizes: it "
             "takes an --imatrix only"
         )
+
+
+def default_method(recipe: "Recipe") -> Method:
+    """Return how codes are chosen on a text where nobody says it."""
+    return "jlcm" if _has_codebooks(recipe) else "gptq"
+
+
+def check_method(method: Method | None, recipe: "Recipe") -> None:
+    """Refuse a method of codebooks for a recipe without, and another for one with them."""
+    if method is None:
+        return
+    if method in CODEBOOK_METHODS and not _has_codebooks(recipe):
+        raise EdgekitError(
+            f"--method {method} is for codebooks, of which {recipe.name} has none: give a scheme "
+            "such as cb3"
+        )
+    if method not in CODEBOOK_METHODS and _has_codebooks(recipe):
+        raise EdgekitError(
+            f"--method {method} is not for codebooks, which {recipe.name} has: give "
+            f"{', '.join(CODEBOOK_METHODS)}"
+        )
+
+
+def _has_codebooks(recipe: "Recipe") -> bool:
+    return any(rule.scheme.books for rule in recipe.rules)

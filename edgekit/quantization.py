@@ -5,22 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit.calibrated import (
-    check_method,
-    default_method,
-    make_folder,
     quantize_calibrated,
     read_texts,
     workspace_of,
 )
 from edgekit.errors import EdgekitError
 from edgekit.exporters.reference_text import TEXT
-from edgekit.files import is_pipe, read_text
+from edgekit.files import is_pipe, make_folder, read_text
 from edgekit.gains import Gains
 from edgekit.mixed import CountBytes, Mixed, mixed_recipe
 from edgekit.models.codes import CodesFile
 from edgekit.models.source import ModelSource
 from edgekit.progress import Steps, no_steps
-from edgekit.quality import Quality
+from edgekit.quality import Quality, check_method, default_method
 from edgekit.quantize.recipe import Recipe, method_of, resolve, tied_shapes, with_ranges
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import About, short_text

@@ -24,7 +24,7 @@ from edgekit.artifact import MANIFEST, Artifact
 from edgekit.artifact_model import model_of
 from edgekit.errors import EdgekitError
 from edgekit.exporters.reference_text import TEXT
-from edgekit.files import new_file, os_reason
+from edgekit.files import make_folder, new_file
 from edgekit.models.activations import unrounded
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.lfm2 import LFM2
@@ -291,13 +291,7 @@ class _Cache:
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         path = cache_folder() / "sensitivity" / f"{digest[:32]}.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EdgekitError(
-                f"{path.parent}: cannot be made: {os_reason(error)}; XDG_CACHE_HOME names another "
-                "folder for it"
-            ) from error
+        make_folder(path.parent, "; XDG_CACHE_HOME names another folder for it")
         return cls(path, key, _read_figures(path, key))
 
     def keep(self, tensor: str, figures: tuple[float, float]) -> None:

@@ -11,10 +11,11 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.artifact import update_manifest
 from edgekit.exporters.gguf_weights import StoredWeights
 from edgekit.exporters.inspect import open_unchanged
+from edgekit.exporters.model_weights import Weights
 from edgekit.exporters.read_codes import read_codes
 from edgekit.exporters.reference_text import TEXT
 from edgekit.exporters.stored import stored_rows
-from edgekit.exporters.target import Options, Target, Weights, find_target
+from edgekit.exporters.target import Options, Target, find_target
 from edgekit.exporters.verify import Reference, check_format_cost, reference, verify
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource
@@ -116,7 +117,8 @@ def _weights(artifact: Artifact, source: ModelSource) -> Mapping[str, Weight]:
     if artifact.manifest.get("llama_format") is not None:
         return StoredWeights(artifact.model_path, source.config)
     if artifact.manifest.get("codes_sha256") is not None:
-        rows = stored_rows(_rows(artifact), ())  # a table's weights are int8 codes as well
+        # What a file holds as such is read back as int8 codes as well: the same numbers.
+        rows = stored_rows(_rows(artifact), ())
         return read_codes(artifact.target, artifact.model_path, source.config, rows)
     _, tied = tied_shapes(source.config.tensor_shapes())
     return Weights(_rows(artifact), tied, source.checkpoint)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.target import Job, Options, Weights
+from edgekit.exporters.model_weights import Weights
+from edgekit.exporters.target import Job, Options
 from edgekit.models.activations import per_token
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
@@ -18,7 +19,7 @@ NAME = "executorch"
 MODEL_FILE = "model.pte"
 ENGINE = "ExecuTorch"
 OPTIONS: frozenset[str] = frozenset()
-TABLES: frozenset[str] = frozenset()
+HELD_AS_SUCH: frozenset[str] = frozenset()
 LONGEST_CHECK = 4096  # attention grows with its square, to hours at 32,768 tokens
 LINEAR_SCHEMES = "float, w8, w4 and w4gN"
 PACKAGES = ("executorch", "torch")

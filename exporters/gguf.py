@@ -45,7 +45,7 @@ NAME = "gguf"
 MODEL_FILE = "model.gguf"
 ENGINE = "llama.cpp"
 OPTIONS = frozenset({"llama_format", "imatrix"})
-TABLES = frozenset({"cb4nl", "w5g32", "w6g16"})
+HELD_AS_SUCH = frozenset({"cb4nl", "w5g32", "w6g16"})
 LONGEST_CHECK = 256  # the loops over positions are llama.cpp's
 
 _FLOAT_FILE = "float.gguf"
@@ -69,7 +69,7 @@ def check_rows(rows: Sequence[Resolved]) -> None:
         if row.scheme.bits == 8 and (row.scheme.group_size or BLOCK) % BLOCK:
             raise EdgekitError(
                 f"{row.tensor}: target gguf cannot hold {row.scheme.name}: its 8-bit blocks are of "
-                f"{BLOCK} weights; w6g16 has groups of {row.scheme.group_size}"
+                f"{BLOCK} weights; for groups of {row.scheme.group_size} give w6g16"
             )
         if row.tensor.endswith(_FIRST_QUERY) and row.shape[0] != width:
             raise EdgekitError(
@@ -96,6 +96,7 @@ def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:
 
     All others that are used here take `block_q8_0`.
     """
+    # By the groups and not `two_levels`: to be verified, w6g16 is read back as w8g16.
     if weight.group_size == super_blocks.GROUP:
         return per_block(x, SUPER_BLOCK)
     return per_block(x, BLOCK, torch.float16)

@@ -73,7 +73,7 @@ def block_pieces(name: str, tensor: QuantizedTensor) -> Iterator[Bytes]:
     table = tensor.codebook
     if table is not None and table.tolist() != list(IQ4_NL):
         raise EdgekitError(f"{name}: ggml has no blocks for codebooks but its own, IQ4_NL")
-    if tensor.bits == 6:
+    if tensor.two_levels:
         yield from _super_block_pieces(tensor)
         return
     codes, columns = as_rows(tensor.codes), tensor.shape[-1]

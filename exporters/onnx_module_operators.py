@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.traced.operators import arguments, aten, numbers, operator_name, rank
-from edgekit.quantize.traced.trace import at, source_of
+from edgekit.quantize.traced.trace import at
 
 Attribute = int | float | str | list[int]
 Constant = Tensor | float | list[int]
@@ -89,7 +89,7 @@ def _gelu(writer: Writer, node: Node, names: list[str]) -> str:
 def _elu(writer: Writer, node: Node, names: list[str]) -> str:
     found = arguments(node)
     if (found["scale"], found["input_scale"]) != (1, 1):
-        raise EdgekitError(f"target onnx has no form of a scaled elu ({source_of(node)})")
+        raise EdgekitError(f"target onnx has no form of a scaled elu{at(node)}")
     return writer.emit("Elu", names, alpha=float(found["alpha"]))
 
 
@@ -104,7 +104,7 @@ def _softmax(writer: Writer, node: Node, names: list[str]) -> str:
 def _layer_norm(writer: Writer, node: Node, names: list[str]) -> str:
     found = arguments(node)
     if found["weight"] is None:
-        raise EdgekitError(f"target onnx takes layer norms with weights only ({source_of(node)})")
+        raise EdgekitError(f"target onnx takes layer norms with weights only{at(node)}")
     axis = -len(found["normalized_shape"])
     return writer.emit("LayerNormalization", names, axis=axis, epsilon=float(found["eps"]))
 
@@ -117,9 +117,7 @@ def onnx_sizes(node: Node) -> list[int]:
     """Return the sizes of a node's tensor; one that depends on the batch is -1, once."""
     sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
     if sizes.count(-1) > 1:
-        raise EdgekitError(
-            f"target onnx: {operator_name(node)} has two sizes that vary ({source_of(node)})"
-        )
+        raise EdgekitError(f"target onnx: {operator_name(node)} has two sizes that vary{at(node)}")
     return sizes
 
 
@@ -140,7 +138,7 @@ def _slice(writer: Writer, node: Node, names: list[str]) -> str:
     start, end = found["start"] or 0, found["end"]
     end = torch.iinfo(torch.int64).max if end is None else end
     if not isinstance(start, int) or not isinstance(end, int):
-        raise EdgekitError(f"target onnx takes slices of fixed ends only ({source_of(node)})")
+        raise EdgekitError(f"target onnx takes slices of fixed ends only{at(node)}")
     parts = [start, end, found["dim"], found["step"]]
     return writer.emit("Slice", [*names, *(writer.constant([part], torch.int64) for part in parts)])
 
@@ -166,8 +164,8 @@ def _adaptive_average(writer: Writer, node: Node, names: list[str]) -> str:
         return writer.emit("GlobalAveragePool", names)
     if any(size % count for size, count in zip(sizes, wanted, strict=True)):
         raise EdgekitError(
-            f"target onnx takes adaptive pooling to sizes that divide {sizes}, got {wanted} "
-            f"({source_of(node)})"
+            f"target onnx takes adaptive pooling to sizes that divide {sizes}, got "
+            f"{wanted}{at(node)}"
         )
     kernel = [size // count for size, count in zip(sizes, wanted, strict=True)]
     return writer.emit("AveragePool", names, kernel_shape=kernel, strides=kernel)
@@ -189,7 +187,7 @@ def _pool(operator: str) -> Translation:
         else:
             attributes["count_include_pad"] = int(found["count_include_pad"])
             if found.get("divisor_override") is not None:
-                raise EdgekitError(f"target onnx has no divisor_override ({source_of(node)})")
+                raise EdgekitError(f"target onnx has no divisor_override{at(node)}")
         return writer.emit(operator, names, **attributes)
 
     return translation

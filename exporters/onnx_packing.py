@@ -21,8 +21,6 @@ LARGEST_BLOCK = 256
 Older releases returned zeros at 512 (onnxruntime#28551). On an AVX512-VNNI core with onnxruntime
 1.32 blocks of 256 are as fast as blocks of a whole row.
 """
-LEAST_BLOCK = 16
-"""Both operators ask for a power of two from here on."""
 
 
 @dataclass(frozen=True, eq=False)

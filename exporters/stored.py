@@ -10,43 +10,42 @@ from dataclasses import replace
 from typing import Any
 
 from edgekit.errors import EdgekitError
-from edgekit.quantize.codebook.snap import as_int8
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.table import table_json
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 
-def stored_rows(rows: Sequence[Resolved], tables: Collection[str]) -> list[Resolved]:
-    """Return rows as the file holds them; `tables` are the schemes that it holds as such."""
-    return [_stored(row, tables) for row in rows]
+def stored_rows(rows: Sequence[Resolved], held: Collection[str]) -> list[Resolved]:
+    """Return rows as the file holds them; `held` are the schemes that it holds as such."""
+    return [_stored(row, held) for row in rows]
 
 
-def _stored(row: Resolved, tables: Collection[str]) -> Resolved:
+def _stored(row: Resolved, held: Collection[str]) -> Resolved:
     scheme = row.scheme.as_int8
-    if scheme == row.scheme or row.scheme.name in tables:
+    if scheme == row.scheme or row.scheme.name in held:
         return row
     return replace(row, scheme=scheme, nbytes=scheme.nbytes(row.shape))
 
 
-def stored_weight(weight: Weight, is_table: bool) -> Weight:
+def stored_weight(weight: Weight, is_held: bool) -> Weight:
     """Return a weight as the file holds it."""
-    return as_int8(weight) if isinstance(weight, QuantizedTensor) and not is_table else weight
+    return weight.as_int8() if isinstance(weight, QuantizedTensor) and not is_held else weight
 
 
 def stored_table(
-    rows: Sequence[Resolved], tied: Mapping[str, str], tables: Collection[str]
+    rows: Sequence[Resolved], tied: Mapping[str, str], held: Collection[str]
 ) -> list[dict[str, Any]]:
     """Return `table_json` with the bytes of the file; `stored_as` is in a row that it changes."""
     table = table_json(rows, tied)
-    for entry, row, stored in zip(table, rows, stored_rows(rows, tables), strict=True):
+    for entry, row, stored in zip(table, rows, stored_rows(rows, held), strict=True):
         if stored is not row:
             entry |= {"stored_as": stored.scheme.name, "bytes": stored.nbytes}
     return table
 
 
-def refusal(error: EdgekitError, rows: Sequence[Resolved], tables: Collection[str]) -> EdgekitError:
+def refusal(error: EdgekitError, rows: Sequence[Resolved], held: Collection[str]) -> EdgekitError:
     """Return a target's refusal of what it was to hold, with the scheme that was asked for."""
-    for row, stored in zip(rows, stored_rows(rows, tables), strict=True):
+    for row, stored in zip(rows, stored_rows(rows, held), strict=True):
         if stored is not row and str(error).startswith(f"{row.tensor}:"):
             name, form = row.scheme.name, stored.scheme.name
             what = "its entries as int8 codes" if row.scheme.books else "its codes as int8"

@@ -1,24 +1,19 @@
 """What every target offers, what it is given, and how one is found by name."""
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.heap import trim_heap
-from edgekit.exporters.stored import stored_weight
-from edgekit.models.checkpoint import WeightSource
-from edgekit.models.codes import CodesFile
+from edgekit.exporters.model_weights import Weights
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scheme import FORMS
-from edgekit.quantize.tensor import QuantizedTensor, Weight
+from edgekit.quantize.tensor import QuantizedTensor
 
 # Each module is a `Target`; only the one asked for is imported, with its libraries.
 TARGETS = {
@@ -51,63 +46,6 @@ class Options:
             )
 
 
-class Weights(Mapping[str, Weight]):
-    """The weights to export by checkpoint name: codes are kept, floats are read when asked for.
-
-    So a model that stays float is never in memory as a whole. Of a file of codes nothing is kept:
-    each tensor is read when it is asked for. Codebooks, and codes of 5 and 6 bits, come as int8
-    codes but for the `tables` that the target holds. `clear` forgets the codes.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Resolved],
-        tied: Mapping[str, str],
-        source: WeightSource | CodesFile,
-        tables: Collection[str] = (),
-    ) -> None:
-        """Quantize as the rows say, unless `source` has codes; `tied` as in `quantize_tensors`."""
-        self._source = source
-        self._tables = {row.tensor for row in rows if row.scheme.name in tables}
-        self._places = {row.tensor: tied.get(row.tensor, row.tensor) for row in rows}
-        self._codes: dict[str, QuantizedTensor] = {}
-        if isinstance(source, CodesFile):
-            return
-        quantized = [row for row in rows if not row.scheme.is_float]
-        self._codes = {
-            name: cast(QuantizedTensor, value)
-            for name, value in quantize_tensors(quantized, source.tensor, tied)
-        }
-
-    def __getitem__(self, name: str) -> QuantizedTensor | Tensor:
-        """Return the codes, or the float tensor as it is stored."""
-        if isinstance(self._source, CodesFile):
-            weight = self._source[self._places[name]]
-        elif name in self._codes:
-            weight = self._codes[name]
-        else:
-            weight = self._source.tensor(self._places[name])
-        return stored_weight(weight, name in self._tables)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which a float tensor is stored."""
-        return self._source.dtype(self._places[name])
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names in model order."""
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        """Return the number of tensors."""
-        return len(self._places)
-
-    def clear(self) -> None:
-        """Forget everything; the weights cannot be read afterwards."""
-        self._codes.clear()
-        self._places.clear()
-        trim_heap()
-
-
 @dataclass(frozen=True)
 class Job:
     """One model to write.
@@ -131,8 +69,8 @@ class Target(Protocol):
     """A module of this package that writes one kind of file.
 
     `NAME` is the target's and its engine's, `ENGINE` what people call the engine, `OPTIONS` the
-    fields of `Options` that the target understands, `TABLES` the schemes of codebooks, and of 5 and
-    6 bits, that the file holds as such, where others become int8 codes, `LONGEST_CHECK` the
+    fields of `Options` that the target understands, `HELD_AS_SUCH` the schemes of codebooks, and of
+    5 and 6 bits, that the file holds as such, where others become int8 codes, `LONGEST_CHECK` the
     positions up to which verification runs prompts: fewer where the file holds no program whose
     lengths could be wrong.
     """
@@ -140,7 +78,7 @@ class Target(Protocol):
     NAME: str
     ENGINE: str
     OPTIONS: frozenset[str]
-    TABLES: frozenset[str]
+    HELD_AS_SUCH: frozenset[str]
     LONGEST_CHECK: int
 
     def check_rows(self, rows: Sequence[Resolved]) -> None:

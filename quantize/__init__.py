@@ -1,1 +1,1 @@
-"""Quantization: codes, schemes and recipes. Imports torch and numpy only."""
+"""Quantization: codes, schemes and recipes. Imports torch, numpy and safetensors."""

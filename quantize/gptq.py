@@ -21,9 +21,10 @@ from edgekit.quantize.ranges import Parameters, from_range
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import CHUNK_ELEMENTS, QuantizedTensor
 
-_DAMPINGS = (0.01, 0.1, 1.0)
-"""Shares of the mean diagonal that are added to the diagonal: the paper's (section 4.1), and more
-where float32 cannot factorise the sum."""
+DAMPING = 0.01
+"""Share of the Hessian's mean diagonal that is added to the diagonal: the paper's (section 4.1)."""
+_DAMPINGS = (DAMPING, 0.1, 1.0)
+"""More where float32 cannot factorise the sum."""
 _BLOCK = 128
 """Columns that take over the errors of all before them in one product (section 3.3, step 2)."""
 _PANEL = 512
@@ -37,30 +38,42 @@ class Inputs:
 
     With X the inputs that the quantized part of the model gives it and Z what its outputs should
     be: the Hessian `X X^T / n` `[columns, columns]` and `Z X^T / n` `[rows, columns]`, summed in
-    float32. Z is `W Y`, with Y the inputs that the float model gives it, and what is owed.
+    float32. Z is either `W Y`, with Y the inputs that the float model gives it (`add_inputs`), or
+    given itself, where the outputs make up for a residual too (`add_outputs`).
     """
 
     def __init__(self, columns: int) -> None:
         """Start without samples."""
         self._samples = 0
         self._hessian = torch.zeros(columns, columns)  # above the diagonal's blocks not summed
-        self._cross: Tensor | None = None
-        self._owed: Tensor | None = None
+        self._meant: Tensor | None = None
+        self._wanted: Tensor | None = None
 
-    def add(self, quantized: Tensor, exact: Tensor | None, owed: Tensor | None = None) -> None:
-        """Add inputs `[n, columns]` of the same tokens in both models.
+    def add_inputs(self, seen: Tensor, meant: Tensor) -> None:
+        """Add inputs `[n, columns]` of the same tokens in the quantized and in the float model.
 
-        `owed` `[n, rows]` is what the output should hold in addition to the float layer's on the
-        inputs `exact`, and all that it should hold where those are None.
+        ValueError after `add_outputs`: one layer's samples are all given in one way.
         """
+        if self._wanted is not None:
+            raise ValueError("samples were added by their outputs: add all in one way")
+        self._meant = _add_product(self._meant, meant, seen)
+        self._add_seen(seen)
+
+    def add_outputs(self, seen: Tensor, wanted: Tensor) -> None:
+        """Add inputs `[n, columns]` in the quantized model and the outputs `[n, rows]` to give.
+
+        ValueError after `add_inputs`: one layer's samples are all given in one way.
+        """
+        if self._meant is not None:
+            raise ValueError("samples were added by their inputs: add all in one way")
+        self._wanted = _add_product(self._wanted, wanted, seen)
+        self._add_seen(seen)
+
+    def _add_seen(self, seen: Tensor) -> None:
         for start in range(0, len(self._hessian), _PANEL):
             end = start + _PANEL
-            self._hessian[start:end, :end].addmm_(quantized[:, start:end].t(), quantized[:, :end])
-        if exact is not None:
-            self._cross = _add_product(self._cross, exact, quantized)
-        if owed is not None:
-            self._owed = _add_product(self._owed, owed, quantized)
-        self._samples += len(quantized)
+            self._hessian[start:end, :end].addmm_(seen[:, start:end].t(), seen[:, :end])
+        self._samples += len(seen)
 
     @property
     def hessian(self) -> Tensor:
@@ -70,13 +83,20 @@ class Inputs:
             self._hessian[start:end, end:] = self._hessian[end:, start:end].t()
         return self._mean(self._hessian)
 
+    def hessian_of(self, weight: Tensor) -> Tensor:
+        """Return `hessian`; ValueError where it is not of a weight `[rows, columns]`."""
+        hessian = self.hessian
+        if len(hessian) != weight.shape[1]:
+            raise ValueError(f"expected inputs of {weight.shape[1]} columns, got {len(hessian)}")
+        return hessian
+
     def lacking(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """Return `(Z - W X) X^T / n` for a float weight `[rows, columns]`, given its `hessian`."""
-        if self._cross is None:
-            lacking = (weight @ hessian).neg_()
-        else:
-            lacking = weight @ (self._mean(self._cross) - hessian)
-        return lacking if self._owed is None else lacking.add_(self._mean(self._owed))
+        if self._wanted is not None:
+            return (weight @ hessian).neg_().add_(self._mean(self._wanted))
+        if self._meant is None:
+            raise ValueError("calibration saw no inputs of this layer")
+        return weight @ (self._mean(self._meant) - hessian)
 
     def _mean(self, total: Tensor) -> Tensor:
         if not self._samples:
@@ -89,15 +109,12 @@ class Inputs:
 def gptq(weight: Tensor, inputs: Inputs, scheme: Scheme) -> QuantizedTensor:
     """Return the codes of a float weight `[rows, columns]` that GPTQ chooses for a scheme.
 
-    What is approximated is the float layer's output on the float model's inputs, and what is owed
-    to it, so a layer makes up for what the layers before it lost. Ranges minimise the error
-    weighted by the Hessian's diagonal. Raises ValueError for the float scheme, for shapes that do
-    not fit and for values that are not finite.
+    What is approximated are the outputs Z of `Inputs`, so a layer makes up for what the layers
+    before it lost. Ranges minimise the error weighted by the Hessian's diagonal. Raises ValueError
+    for the float scheme, for shapes that do not fit and for values that are not finite.
     """
     columns = weight.shape[1]
-    hessian = inputs.hessian
-    if hessian.shape != (columns, columns):
-        raise ValueError(f"expected inputs of {columns} columns, got {len(hessian)}")
+    hessian = inputs.hessian_of(weight)
     exact = weight.detach().to(torch.float32)
     if not bool(exact.isfinite().all()):
         raise ValueError("the weight holds infinities or NaN")

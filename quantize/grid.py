@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from edgekit.quantize import super_blocks
 from edgekit.quantize.packing import PACKABLE_BITS
 from edgekit.quantize.scales import CANDIDATES_OF_Q6_K, SCALES, SCALES_OF_Q4_1, ScaleGrid
 from edgekit.quantize.tensor import code_range
@@ -50,7 +51,7 @@ class Grid:
     @property
     def two_levels(self) -> bool:
         """Whether scales are of two levels (`edgekit.quantize.super_blocks`)."""
-        return self.bits == 6
+        return self.bits == super_blocks.BITS
 
     @property
     def dtype(self) -> torch.dtype:

@@ -137,7 +137,7 @@ class Histogram:
     counts do not depend on the order of the mini-batches once the widest was seen.
     """
 
-    def __init__(self, method: Literal["percentile", "mse"] | str) -> None:
+    def __init__(self, method: str) -> None:
         self._method = method
         self._counts = torch.zeros(2 * BINS, dtype=torch.float64)
         self._exponent: int | None = None

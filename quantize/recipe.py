@@ -8,10 +8,10 @@ A recipe file is TOML or JSON with a list `rules`, here one TOML entry of it:
     range = "mse"                                    # optional: minmax or mse
 
 The first rule that matches a tensor wins. Only matrices (two axes) are quantized: norms and the
-short convolutions stay float whatever matches them, and so does what no rule matches. Of the
-latter, 3 weights a channel, less than a thousandth of a model, no engine runs codes here: ggml's
-ssm_conv takes float32, XNNPACK's integer convolutions take static activations only, and so do
-ONNX Runtime's.
+short convolutions stay float whatever matches them, and so does what no rule matches. Short
+convolutions are 3 weights a channel, less than a thousandth of a model: no engine runs codes there.
+ggml's ssm_conv takes float32, integer convolutions of XNNPACK and ONNX Runtime take activations of
+static ranges only.
 """
 
 import json
@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar
 from edgekit.errors import EdgekitError
 from edgekit.files import refuse_irregular
 from edgekit.limits import TooCostly, bounded
+from edgekit.quantize.methods import Method
 from edgekit.quantize.ranges import RANGE_METHODS, RangeMethod
 from edgekit.quantize.scheme import FLOAT, Scheme
 
@@ -37,7 +38,7 @@ _W4_WARNING = (
     "perplexity 16.1 to 31.5 on C4, with groups of 32 to 17.0; --int4 (w4g32) is the safe one"
 )
 _LONGEST_PATTERN = 1000
-_CONVOLUTION_AXES = 3
+_SHORT_CONVOLUTION = ".conv.conv.weight"
 _RuleType = TypeVar("_RuleType")
 _VOCABULARY = rf"{re.escape(EMBEDDING)}|{re.escape(HEAD)}"
 
@@ -231,7 +232,12 @@ def shared_rows(rows: Iterable[Resolved], tied: Mapping[str, str]) -> dict[str, 
     }
 
 
-def method_of(rows: Sequence[Resolved]) -> str:
+def in_layers(tensor: str) -> bool:
+    """Return whether a tensor is of a layer: no embedding, head or last norm."""
+    return ".layers." in tensor
+
+
+def method_of(rows: Sequence[Resolved]) -> Method:
     """Return the method of rows that are rounded to nearest (`edgekit.quantize.methods`)."""
     if any(row.scheme.books for row in rows):
         return "kmeans"
@@ -291,11 +297,16 @@ def _why_unused(rule: Rule, number: int, shapes: Mapping[str, tuple[int, ...]]) 
     if not matched:
         example = next(iter(shapes), "none")
         return f"{what}matches no tensor of the model (a name is, for example, {example})"
-    if all(len(shapes[tensor]) == _CONVOLUTION_AXES for tensor in matched):
+    if all(tensor.endswith(_SHORT_CONVOLUTION) for tensor in matched):
         return (
             f"{what}matches only short convolutions, such as {matched[0]}, which stay float: "
             "integer ones take activations of static ranges, a language model's are found at run "
             "time; leave the rule out"
+        )
+    if all(len(shapes[tensor]) > 2 for tensor in matched):
+        return (
+            f"{what}matches only convolutions, such as {matched[0]}, which take static ranges: "
+            "give example_inputs with a scheme such as w8a8"
         )
     if all(not _applies(rule, shapes[tensor]) for tensor in matched):
         return f"{what}matches only tensors that stay float, such as {matched[0]}"

@@ -123,6 +123,11 @@ class Scheme:
         return self.bits is None
 
     @property
+    def two_levels(self) -> bool:
+        """Whether scales are of two levels (`edgekit.quantize.super_blocks`)."""
+        return self.bits == super_blocks.BITS
+
+    @property
     def as_int8(self) -> "Scheme":
         """What holds weights of codebooks, or of 5 and 6 bits: int8 codes and the same scales."""
         between = self.bits in _ONLY_GROUPS
@@ -157,7 +162,7 @@ class Scheme:
         """Raise ValueError where a weight of this shape cannot be stored like this."""
         if not self.is_float:
             scales_shape(shape, self.axis, self.group_size)
-        if self.bits == 6:
+        if self.two_levels:
             super_blocks.check_columns(shape[-1])
         if self.books and shape[0] % self.books:
             raise ValueError(f"{self.books} codebooks do not divide {shape[0]} rows")

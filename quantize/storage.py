@@ -169,7 +169,7 @@ def _arrays(name: str, tensor: Weight) -> dict[str, Tensor]:
     if isinstance(tensor, Tensor):
         return {name: tensor.contiguous()}
     codes = tensor.codes.contiguous()
-    if tensor.bits == 6:
+    if tensor.two_levels:
         steps, scales = super_blocks.split(tensor.scales)
     else:
         steps, scales = None, _narrow(tensor.scales, tensor.group_size)
@@ -288,7 +288,7 @@ def build_tensor(entry: Mapping[str, Any], parts: Mapping[str, Tensor | None]) -
     if tuple(codes.shape) != shape or (codes.dtype == torch.int8) != signed:
         raise ValueError(f"expected codes of shape {shape}, got {tuple(codes.shape)}")
     expected = scales_shape(shape, entry["axis"], entry["group_size"])
-    if (steps is not None) != (bits == 6):
+    if (steps is not None) != (bits == super_blocks.BITS):
         raise ValueError(f"codes of 6 bits, and no others, have steps of scales: got {bits} bits")
     if steps is not None:
         scales = _of_two_levels(steps, scales)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+BITS = 6
+"""Codes of so many bits, and no others, have such scales."""
 GROUP = 16
 """Columns that share a scale."""
 GROUPS = 16

@@ -77,6 +77,11 @@ class QuantizedTensor:
         return "tensor" if self.axis is None else "channel"
 
     @property
+    def two_levels(self) -> bool:
+        """Whether scales are of two levels (`edgekit.quantize.super_blocks`)."""
+        return self.bits == super_blocks.BITS
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed codes, scales, zero points and codebook.
 
@@ -109,6 +114,23 @@ class QuantizedTensor:
             books = books.repeat_interleave(self.shape[0] // len(books), 0)[index]
         codes = self.codes[index]
         return replace(self, codes=codes, scales=scales, zero_points=zeros, codebook=books)
+
+    def as_int8(self) -> "QuantizedTensor":
+        """Return the same weight as int8 codes of 8 bits: indices are looked up, scales are kept.
+
+        So are codes of 5 and 6 bits; others without a codebook are returned as they are. ValueError
+        where the codebook's entries are not integers of 8 bits.
+        """
+        if self.codebook is None:
+            return replace(self, bits=8) if self.bits in (5, 6) else self
+        if not self.codebook_is_int8:
+            raise ValueError("its codebook's entries are no int8 numbers")
+        books = as_rows(self.codebook).to(torch.int8)
+        codes = torch.empty_like(self.codes, dtype=torch.int8)
+        runs = (each.chunk(len(books)) for each in (self.codes, codes))
+        for book, part, target in zip(books, *runs, strict=True):
+            target.copy_(book[part.long()])
+        return replace(self, codes=codes, bits=8, codebook=None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return (codes - zero_points) * scales in the weight's shape, rounded once to float32.
@@ -183,7 +205,7 @@ class QuantizedTensor:
         least, most = (float(value) for value in torch.aminmax(self.scales))
         if not (least > 0 and most < float("inf")):  # also false for NaN
             raise ValueError(f"scales must be positive and finite, got [{least}, {most}]")
-        if self.bits == 6:
+        if self.two_levels:
             if self.group_size != super_blocks.GROUP or not self.signed:
                 raise ValueError(f"6-bit codes are int8 in groups of {super_blocks.GROUP}")
             super_blocks.check_columns(self.shape[-1])
@@ -254,7 +276,7 @@ def stored_bytes(
     columns = shape[-1] if shape else 1
     rows = torch.Size(shape[:-1]).numel()
     packed = rows * packed_size(columns, bits)
-    if bits == 6:
+    if bits == super_blocks.BITS:
         return packed + super_blocks.nbytes(scale_count)
     return packed + scale_count * (2 if granularity == "group" else 4)
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from edgekit.exporters import gguf
 from edgekit.exporters.gguf_names import gguf_name
-from edgekit.exporters.target import Job, Weights
+from edgekit.exporters.model_weights import Weights
+from edgekit.exporters.target import Job
 from edgekit.models.source import resolve_model
 from edgekit.models.weights import floats
 from edgekit.quantize.recipe import preset, resolve, tied_shapes

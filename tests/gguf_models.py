@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from edgekit.exporters import gguf
-from edgekit.exporters.target import Job, Weights
+from edgekit.exporters.model_weights import Weights
+from edgekit.exporters.target import Job
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.quantize.recipe import Recipe, preset, resolve, tied_shapes, uniform

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from edgekit.exporters import onnx as target
-from edgekit.exporters.target import Job, Options, Weights
+from edgekit.exporters.model_weights import Weights
+from edgekit.exporters.target import Job, Options
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import build_eager
 from edgekit.quantize.apply import quantize_tensors

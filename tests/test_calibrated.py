@@ -24,7 +24,7 @@ from edgekit.models.source import resolve_model
 from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.recipe import EMBEDDING
 from edgekit.quantize.scheme import Scheme
-from edgekit.quantize.storage import load_quantized
+from edgekit.quantize.storage import load_quantized, load_with_about
 from edgekit.quantize.tensor import QuantizedTensor
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories" / "train.txt"
@@ -108,7 +108,7 @@ def test_the_first_linear_sees_the_quantized_embedding(
     inputs = Inputs(64)
     tables = embedding.dequantize(), source.checkpoint.tensor(EMBEDDING).float()
     for chunk in module.read_texts(source, text).calibration:
-        inputs.add(*(normed(table, chunk) for table in tables))
+        inputs.add_inputs(*(normed(table, chunk) for table in tables))
     expected = gptq(source.checkpoint.tensor(name), inputs, Scheme.parse("w4g32"))
     found = contents[name]
     assert isinstance(found, QuantizedTensor)
@@ -125,6 +125,22 @@ def test_export_does_the_same_in_one_go(
     assert one["files"] == two["files"]
     assert one["codes_sha256"] == two["codes_sha256"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_method_that_changes_nothing_is_called_what_it_is(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    """At 8 bits ranges of least squared error are not searched for."""
+    given = ("quantize", model, "--int8", "--method", "mse")
+    record = done(*given, "--calibrate", text, "-o", tmp_path / "one")
+    assert [step["step"] for step in record["gains"]["steps"]] == ["rtn"]
+    done(*given, "-o", tmp_path / "two")
+    methods = []
+    for name in ("one", "two"):
+        about = load_with_about(tmp_path / name)[1]
+        assert about is not None
+        methods.append(about.method)
+    assert methods == ["rtn", "rtn"]
 
 
 @pytest.mark.parametrize("method", ["rtn", "mse"])
@@ -160,13 +176,13 @@ def test_a_run_that_was_broken_off_goes_on(
 ) -> None:
     out = tmp_path / "q.safetensors"
     arguments = ("quantize", model, "--int4", "--calibrate", text, "-o", out)
-    monkeypatch.setattr(layerwise, "gptq", Broken(at=LINEARS - 1))
+    monkeypatch.setattr(module, "gptq", Broken(at=LINEARS - 1))
     stopped = run(*arguments)
     assert stopped.exit_code == 130
     assert "the same command goes on from there" in stopped.stderr
     assert [path.name for path in tmp_path.iterdir()] == [".q.safetensors.calibration"]
     again = Broken(at=None)
-    monkeypatch.setattr(layerwise, "gptq", again)
+    monkeypatch.setattr(module, "gptq", again)
     done(*arguments)
     assert 0 < again.calls < LINEARS
     assert same(out, whole)
@@ -185,22 +201,22 @@ def test_the_hidden_states_are_kept_too(
     """With them the layers that are done need not be run again."""
     out = tmp_path / "q.safetensors"
     arguments = ("quantize", model, "--int4", "--calibrate", text, "-o", out)
-    monkeypatch.setattr(layerwise, "gptq", Broken(at=LINEARS))
+    monkeypatch.setattr(module, "gptq", Broken(at=LINEARS))
     assert run(*arguments).exit_code == 130
     (file,) = tmp_path.glob(".q.safetensors.calibration/*/states-*.safetensors")
     if states == "lost":
         file.unlink()
     elif states == "damaged":
         file.write_bytes(file.read_bytes()[:-1] + b"?")
-    monkeypatch.setattr(layerwise, "gptq", gptq)
+    monkeypatch.setattr(module, "gptq", gptq)
     passed = set()
-    run_to = layerwise.Stream.last
+    run_to = layerwise.Stream.leaving
 
-    def last(self: layerwise.Stream, index: int, half: int) -> Iterator[Tensor]:
+    def leaving(self: layerwise.Stream, index: int, half: int) -> Iterator[Tensor]:
         passed.add(index)
         return run_to(self, index, half)
 
-    monkeypatch.setattr(layerwise.Stream, "last", last)
+    monkeypatch.setattr(layerwise.Stream, "leaving", leaving)
     done(*arguments)
     assert passed == ({1} if states == "kept" else {0, 1})
     assert same(out, whole)
@@ -211,13 +227,13 @@ def test_a_layer_that_was_damaged_meanwhile_is_made_again(
 ) -> None:
     out = tmp_path / "q.safetensors"
     arguments = ("quantize", model, "--int4", "--calibrate", text, "-o", out)
-    monkeypatch.setattr(layerwise, "gptq", Broken(at=LINEARS - 1))
+    monkeypatch.setattr(module, "gptq", Broken(at=LINEARS - 1))
     assert run(*arguments).exit_code == 130
     (kept,) = tmp_path.glob(".q.safetensors.calibration/*/layer-0.safetensors")
     content = bytearray(kept.read_bytes())
     content[-1] ^= 1  # in a tensor: still a file of codes
     kept.write_bytes(content)
-    monkeypatch.setattr(layerwise, "gptq", gptq)
+    monkeypatch.setattr(module, "gptq", gptq)
     done(*arguments)
     assert same(out, whole)
 
@@ -242,12 +258,12 @@ def test_what_was_kept_of_another_run_is_not_used(
 ) -> None:
     out, other = tmp_path / "q.safetensors", tmp_path / "other.txt"
     other.write_text(text.read_text().upper())
-    monkeypatch.setattr(layerwise, "gptq", Broken(at=LINEARS))
+    monkeypatch.setattr(module, "gptq", Broken(at=LINEARS))
     assert run("quantize", model, "--int4", "--calibrate", other, "-o", out).exit_code == 130
     for layer in (tmp_path / ".q.safetensors.calibration").glob("*/layer-0.safetensors"):
         layer.write_bytes(b"damaged")
     counted = Broken(at=None)
-    monkeypatch.setattr(layerwise, "gptq", counted)
+    monkeypatch.setattr(module, "gptq", counted)
     done("quantize", model, "--int4", "--calibrate", text, "-o", out)
     assert counted.calls == LINEARS
     assert same(out, whole)

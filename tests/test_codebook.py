@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from benchmarks.jlcm import wanted
 from edgekit.quantize.apply import sqnr_db
 from edgekit.quantize.codebook.fit import IQ4_NL, fit_codebook, nearest
 from edgekit.quantize.codebook.grouping import balanced_clusters, group_order
@@ -16,7 +17,7 @@ from edgekit.quantize.codebook.kmeans import kmeans
 from edgekit.quantize.codebook.learn import Gradient, Learning, choice_gradient, learn
 from edgekit.quantize.codebook.output import OutputError
 from edgekit.quantize.codebook.settle import settle
-from edgekit.quantize.codebook.snap import as_int8, snap
+from edgekit.quantize.codebook.snap import snap
 from edgekit.quantize.gptq import Inputs
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import load_quantized, save_quantized
@@ -94,7 +95,7 @@ def test_what_a_scheme_stores(name: str, tmp_path: Path) -> None:
         assert torch.equal(entries, entries.sort()[0])
         expected = entries[tensor.codes[row].long()] * spread[row]
         assert torch.equal(tensor.dequantize()[row], expected)
-    integers = as_int8(tensor)
+    integers = tensor.as_int8()
     assert (integers.bits, integers.codes.dtype, integers.codebook) == (8, torch.int8, None)
     assert torch.equal(integers.dequantize(), tensor.dequantize())
     some = torch.tensor([5, 23, 0])
@@ -120,7 +121,7 @@ def test_entries_that_are_no_integers_are_stored_as_floats(tmp_path: Path) -> No
     again = load_quantized(tmp_path / "q.safetensors")["w"]
     assert again.nbytes == 1 + 4 + 4 * 4
     with pytest.raises(ValueError, match="no int8"):
-        as_int8(tensor)
+        tensor.as_int8()
 
 
 def test_codebooks_beat_uniform_grids_and_more_of_what_costs_bits_helps() -> None:
@@ -214,7 +215,7 @@ def test_weighted_kmeans_weighs_by_the_mean_square_of_each_columns_inputs() -> N
     x[:, 32:] = 0
     weight[:, 32:] *= 100
     inputs, scheme = Inputs(64), Scheme.parse("cb3g32")
-    inputs.add(x, x)
+    inputs.add_inputs(x, x)
     found = weighted_kmeans(weight, inputs, scheme)
     alone = scheme.fit_codebook(weight[:, :32], x[:, :32].square().mean(0))
     assert found.codebook is not None
@@ -232,7 +233,7 @@ class Layer:
         self.x = draw(seed + 1, 600, columns) @ mix
         self.weight = draw(seed + 2, rows, columns) / columns**0.5
         self.inputs = Inputs(columns)
-        self.inputs.add(self.x, self.x)
+        self.inputs.add_inputs(self.x, self.x)
         self.error = OutputError.of(self.weight, self.inputs)
 
     def loss(self, tensor: QuantizedTensor) -> float:
@@ -260,11 +261,11 @@ def test_what_is_owed_is_made_up_for() -> None:
     """A layer whose inputs strayed, and whose residual did, is to give what the float model has."""
     layer = Layer()
     strayed, owed = layer.x + 0.1 * draw(11, 600, 64), draw(12, 600, 48)
+    wanted = layer.x @ layer.weight.t() + owed
     inputs = Inputs(64)
-    inputs.add(strayed, layer.x, owed)
+    inputs.add_outputs(strayed, wanted)
     error = OutputError.of(layer.weight, inputs)
     best = torch.linalg.solve(error.hessian, error.wanted.t()).t()
-    wanted = layer.x @ layer.weight.t() + owed
 
     def miss(weight: Tensor) -> float:
         return float((strayed @ weight.t() - wanted).square().sum())
@@ -297,7 +298,7 @@ def test_descent_of_indices_never_raises_the_error_and_ends_where_no_neighbour_i
     layer = Layer(rows=6, columns=16)
     tensor = Scheme.parse("cb4nl").fit_codebook(layer.weight.repeat(1, 2))
     inputs = Inputs(32)
-    inputs.add(layer.x.repeat(1, 2) + draw(1, 600, 32), layer.x.repeat(1, 2))
+    inputs.add_inputs(layer.x.repeat(1, 2) + draw(1, 600, 32), layer.x.repeat(1, 2))
     error = OutputError.of(layer.weight.repeat(1, 2), inputs)
     before = error(tensor.dequantize())
     for rounds in (1, 30):
@@ -349,16 +350,23 @@ def test_a_fixed_table_stays_as_it_is_for_weights_however_small(rounds: int) -> 
 
 def test_inputs_that_were_never_seen_change_nothing() -> None:
     inputs = Inputs(32)
-    inputs.add(torch.zeros(4, 32), torch.zeros(4, 32))
+    inputs.add_inputs(torch.zeros(4, 32), torch.zeros(4, 32))
     weight = draw(13, 8, 32)
     found = jlcm(weight, inputs, Scheme.parse("cb4"))
     assert sqnr_db(weight, found) > 15
     with pytest.raises(ValueError, match="saw no inputs"):
         jlcm(weight, Inputs(32), Scheme.parse("cb4"))
     narrow = Inputs(16)
-    narrow.add(draw(1, 4, 16), draw(1, 4, 16))
+    narrow.add_inputs(draw(1, 4, 16), draw(1, 4, 16))
     with pytest.raises(ValueError, match="expected inputs of 32 columns"):
         jlcm(weight, narrow, Scheme.parse("cb4"))
+
+
+def test_rows_of_the_benchmark_are_of_methods_that_a_scheme_has() -> None:
+    assert wanted(["w4", "rtn:w8"]) == ["rtn:w4", "mse:w4", "gptq:w4", "rtn:w8"]
+    assert wanted(["cb3"])[-1] == "jlcm:cb3"
+    with pytest.raises(SystemExit, match="kmeans:w4: methods of w4 are rtn, mse, gptq"):
+        wanted(["kmeans:w4"])
 
 
 def test_like_rows_are_gathered() -> None:

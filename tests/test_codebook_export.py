@@ -146,7 +146,7 @@ def test_xnnpack_refuses_groups_and_says_why(model: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("scheme", ["cb4", "cb3", "cb2", "cb3x2", "cb3g32", "cb4nl"])
 def test_onnx_holds_codebooks_exactly_by_gather(scheme: str) -> None:
-    """The reference form: no target writes it, for ONNX Runtime folds it to floats or crawls."""
+    """The reference form: no target writes it, for ONNX Runtime folds it to floats."""
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     tensor = Scheme.parse(scheme).quantize(weight)
     wanted = tensor.dequantize().numpy()

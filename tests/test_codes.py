@@ -96,7 +96,7 @@ def test_other_codes_reach_the_file_bit_for_bit(
     if not tied:
         contents[HEAD] = other_codes(contents, seed=1)[EMBEDDING]
     path = tmp_path / "mine.safetensors"
-    # Random codes of random weights: qat, whose floats are others, has no bound to the checkpoint.
+    # Random codes, far from the weights: that they are near is not what is asked of codes.
     save_quantized(path, contents, about_of(model))
     artifact = export_model(str(model), tmp_path / "out", target=target, codes=path, context=64)
     found = dict(read_weights(target, artifact.model_path, ModelConfig.load(model)))

@@ -30,7 +30,7 @@ def seen(samples: Tensor, exact: Tensor | None = None) -> Inputs:
     inputs = Inputs(COLUMNS)
     exact = samples if exact is None else exact
     for part, meant in zip(samples.split(100), exact.split(100), strict=True):
-        inputs.add(part, meant)
+        inputs.add_inputs(part, meant)
     return inputs
 
 
@@ -88,7 +88,7 @@ def test_scales_of_two_levels_are_chosen_before_the_codes(weight: Tensor, sample
     """Blocks are of 256 columns; the result is a tensor that its own check lets pass."""
     weight, samples = weight[:, :256], samples[:, :256]
     inputs = Inputs(256)
-    inputs.add(samples, samples)
+    inputs.add_inputs(samples, samples)
     scheme = Scheme.parse("w6g16")
     found = gptq(weight, inputs, scheme)
     assert (found.bits, found.group_size, found.scales.shape) == (6, 16, (ROWS, 16))
@@ -112,7 +112,7 @@ def test_it_makes_up_for_what_the_residual_lacks(weight: Tensor, samples: Tensor
     scheme = Scheme.parse("w8")
     lost = samples @ (0.3 * weight).t()
     inputs = Inputs(COLUMNS)
-    inputs.add(samples, samples, lost)
+    inputs.add_outputs(samples, samples @ weight.t() + lost)
     found = gptq(weight, inputs, scheme).dequantize() @ samples.t()
     wanted = (samples @ weight.t() + lost).t()
     assert float((found - wanted).norm() / wanted.norm()) < 0.02
@@ -123,24 +123,41 @@ def test_outputs_may_be_given_instead_of_exact_inputs(weight: Tensor, samples: T
     scheme = Scheme.parse("w4g32")
     exact = samples + correlated(torch.Generator().manual_seed(3)) / 10
     inputs = Inputs(COLUMNS)
-    inputs.add(samples, None, exact @ weight.t())
+    inputs.add_outputs(samples, exact @ weight.t())
     found, expected = (gptq(weight, each, scheme) for each in (inputs, seen(samples, exact)))
     assert float((found.codes == expected.codes).float().mean()) > 0.995
 
 
-def test_the_sums_are_those_of_all_samples() -> None:
+@pytest.mark.parametrize("way", ["inputs", "outputs"])
+def test_the_sums_are_those_of_all_samples(way: str) -> None:
     """Of many columns: a sum over the samples that is made in panels."""
     draw = torch.Generator().manual_seed(4)
     seen, meant = torch.randn(2, 60, 1100, generator=draw, dtype=torch.float64)
-    owed, weight = torch.randn(60, 3, generator=draw), torch.randn(3, 1100, generator=draw)
+    weight = torch.randn(3, 1100, generator=draw)
+    wanted = meant @ weight.double().t()
+    if way == "outputs":
+        wanted += torch.randn(60, 3, generator=draw)
     inputs = Inputs(1100)
     for part in (slice(0, 20), slice(20, 60)):
-        inputs.add(seen[part].float(), meant[part].float(), owed[part])
+        if way == "inputs":
+            inputs.add_inputs(seen[part].float(), meant[part].float())
+        else:
+            inputs.add_outputs(seen[part].float(), wanted[part].float())
         hessian = seen[: part.stop].t() @ seen[: part.stop] / part.stop
         torch.testing.assert_close(inputs.hessian.double(), hessian, atol=1e-5, rtol=1e-5)
-    lacking = ((meant - seen) @ weight.double().t() + owed.double()).t() @ seen / 60
+    lacking = (wanted - seen @ weight.double().t()).t() @ seen / 60
     found = inputs.lacking(weight, inputs.hessian).double()
     torch.testing.assert_close(found, lacking, atol=1e-4, rtol=1e-4)
+
+
+def test_all_samples_are_given_in_one_way(samples: Tensor) -> None:
+    inputs = seen(samples)
+    with pytest.raises(ValueError, match="add all in one way"):
+        inputs.add_outputs(samples, samples[:, :ROWS])
+    inputs = Inputs(COLUMNS)
+    inputs.add_outputs(samples, samples[:, :ROWS])
+    with pytest.raises(ValueError, match="add all in one way"):
+        inputs.add_inputs(samples, samples)
 
 
 def test_columns_that_are_never_used_are_rounded_to_nearest(
@@ -170,10 +187,10 @@ def test_what_cannot_be_calibrated(
     if damage == "nothing":
         inputs = Inputs(COLUMNS)
     elif damage == "nan":
-        inputs.add(torch.full((1, COLUMNS), torch.nan), samples[:1])
+        inputs.add_inputs(torch.full((1, COLUMNS), torch.nan), samples[:1])
     elif damage == "columns":
         inputs = Inputs(32)
-        inputs.add(torch.ones(1, 32), torch.ones(1, 32))
+        inputs.add_inputs(torch.ones(1, 32), torch.ones(1, 32))
     elif damage == "weight":
         weight[0, 0] = torch.inf
     else:

@@ -132,7 +132,7 @@ def test_a_finished_network_is_exported_as_it_is(tmp_path: Path) -> None:
         network, x, tmp_path / "net", target="onnx", name="mine", recipe="trained"
     )
     assert (artifact.manifest["model"], artifact.manifest["recipe"]) == ({"id": "mine"}, "trained")
-    assert Calibration.load(artifact.folder / "calibration.json") == network.ranges
+    assert Calibration.load(artifact.folder / "calibration.json") == network.calibration
     with edgekit.load_module("onnx", artifact.model_path, threads=1) as engine:
         (actual,) = engine.run([x[0].numpy()])
     assert float(steps_apart(network, [actual], x[0]).max()) <= 1.01

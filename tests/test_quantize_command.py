@@ -1,62 +1,35 @@
 """`edgekit quantize`: the table, the file, and refusals, on a small model in a folder."""
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import command_line
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from gguf_models import small_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from edgekit.cli import main
 from edgekit.models.checkpoint import Checkpoint
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.recipe import EMBEDDING, HEAD
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import load_quantized
 from edgekit.quantize.tensor import QuantizedTensor
 
-CONFIG: dict[str, Any] = {
-    "model_type": "lfm2",
-    "architectures": ["Lfm2ForCausalLM"],
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "layer_types": ["conv", "full_attention"],
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-    "block_auto_adjust_ff_dim": False,
-    "conv_L_cache": 3,
-    "conv_bias": False,
-    "norm_eps": 1e-5,
-    "rope_theta": 1000000.0,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 LINEAR = "model.layers.0.feed_forward.w2.weight"
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A folder with a random model of two layers, bfloat16."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    torch.manual_seed(0)
-    shapes = ModelConfig.from_dict(CONFIG).tensor_shapes()
-    weights = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return small_model(
+        tmp_path / "small", tokenizer=False, vocab_size=96, intermediate_size=128, eos_token_id=2
+    )
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["quantize", *map(str, arguments)])
+run = partial(command_line.run, "quantize")
 
 
 @pytest.mark.parametrize("option", ["--int8", "--int4", "--float"])
@@ -184,7 +157,7 @@ def test_mistakes_end_in_one_line(
 
 
 def test_weights_that_are_not_finite_write_nothing(model: Path, tmp_path: Path) -> None:
-    shapes = ModelConfig.from_dict(CONFIG).tensor_shapes()
+    shapes = ModelConfig.load(model).tensor_shapes()
     weights = {name: torch.ones(shape) for name, shape in shapes.items()}
     weights[LINEAR][1, 1] = torch.nan
     save_file(weights, model / "model.safetensors")

@@ -41,10 +41,19 @@ class ModuleChoice:
         from edgekit.module_export import place_module
         from edgekit.module_source import example_inputs, make_module
 
-        recipe = choice.layer_recipe() if codes is None else codes
+        recipe = choice.layer_recipe()
         example = example_inputs(self.example_shape, self.example_dtype)
         module = make_module(factory, self.weights)
-        return type(module).__name__, place_module(module, example, recipe, self.max_batch)
+        placement = place_module(module, example, recipe, self.max_batch, codes=codes)
+        return type(module).__name__, placement
+
+
+def refuse_for_a_module(**given: object) -> None:
+    """Raise EdgekitError where the user gave any of a language model's options for a module."""
+    for name, value in given.items():
+        if value not in (None, False):
+            option = name.replace("_", "-")
+            raise EdgekitError(f"--{option} is for language models, not for a module")
 
 
 def calibration_data(chosen: "QualityChoice", placement: "Placement") -> "Data":

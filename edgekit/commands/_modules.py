@@ -24,6 +24,7 @@ def export_module_of(
     choice: RecipeChoice,
     module: ModuleChoice,
     chosen: QualityChoice,
+    *,
     codes: Path | None,
     output: Path | None,
     dry_run: bool,
@@ -78,6 +79,7 @@ def quantize_module_of(
     choice: RecipeChoice,
     module: ModuleChoice,
     chosen: QualityChoice,
+    *,
     output: Path | None,
     dry_run: bool,
     force: bool,
@@ -107,8 +109,8 @@ def quantize_module_of(
     found = _quantize(placement, chosen, progress)
     save_codes(found.network, placement, name, path)
     written = [str(path)]
-    if found.network.ranges is not None:
-        found.network.ranges.save(ranges)
+    if found.network.calibration is not None:
+        found.network.calibration.save(ranges)
         written.append(str(ranges))
     if as_json:
         total = sum(row["bytes"] for row in rows)

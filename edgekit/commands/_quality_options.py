@@ -82,10 +82,10 @@ def quality_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--method",
             metavar="NAME",
-            help="How codes are chosen: gptq, mse or rtn; codebooks (cb3, ...) by jlcm (a "
-            "reconstruction of arXiv 2309.17361), weighted-kmeans or kmeans  [default: gptq or "
-            "jlcm with --calibrate, else as the recipe says]. Of a module, how ranges are found: "
-            "moving-average, percentile or mse  [default: moving-average]",
+            help="How codes are chosen: gptq, mse (below 8 bits) or rtn; codebooks (cb3, ...) by "
+            "jlcm (a reconstruction of arXiv 2309.17361), weighted-kmeans or kmeans  [default: "
+            "gptq or jlcm with --calibrate, else as the recipe says]. Of a module, how ranges are "
+            "found: moving-average, percentile or mse  [default: moving-average]",
         ),
         click.option(
             "--calibrate",

@@ -85,6 +85,22 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     At most one may be given: EdgekitError names the two that exclude each other.
     """
+    return _recipe_options(function, "", "")
+
+
+def recipe_options_of_any(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Do what `recipe_options` does where modules are taken too."""
+    return _recipe_options(
+        function,
+        "; of a module w8a8",
+        " Of a module: w8a8 or w4a8, each also with -affine, -tensor or -tensor-affine, or float.",
+    )
+
+
+def _recipe_options(
+    function: Callable[..., Any], int8_of_a_module: str, scheme_of_a_module: str
+) -> Callable[..., Any]:
+    """Add the options; what they are for a module ends the help of two of them."""
 
     @functools.wraps(function)
     def with_choice(**options: Any) -> Any:  # noqa: ANN401 - click's options are of any type
@@ -104,15 +120,14 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="SCHEME",
             help="w8, w8gN, w4, w4gN, w4gNa, w6g16, w5g32, float or a codebook (cb4, cb3, "
             "cb2, each also gN and xN, or cb4nl) for all linears; below 8 bits the embedding and "
-            "the head stay int8. Of a module: w8a8 or w4a8, each also with -affine, -tensor or "
-            "-tensor-affine, or float.",
+            f"the head stay int8.{scheme_of_a_module}",
         ),
         click.option("--float", "float_", is_flag=True, help="Quantize nothing."),
         click.option("--int4", is_flag=True, help="int4 in groups of 32; embedding and head int8."),
         click.option(
             "--int8",
             is_flag=True,
-            help="int8 per channel, all matrices; of a module w8a8  [default]",
+            help=f"int8 per channel, all matrices{int8_of_a_module}  [default]",
         ),
     ):
         with_choice = option(with_choice)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from edgekit.commands._json import print_json
-from edgekit.commands._module_options import ModuleChoice, module_options
+from edgekit.commands._module_options import ModuleChoice, module_options, refuse_for_a_module
 from edgekit.commands._modules import export_module_of
 from edgekit.commands._progress import progress_line
 from edgekit.commands._quality_options import (
@@ -17,9 +17,8 @@ from edgekit.commands._quality_options import (
     quality_text,
     resumable,
 )
-from edgekit.commands._recipe_options import RecipeChoice, recipe_options
+from edgekit.commands._recipe_options import RecipeChoice, recipe_options_of_any
 from edgekit.commands._size import size_line
-from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
     from edgekit.model_export import Plan
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 @click.command("export", short_help="Export a model for an engine and verify the file.")
 @click.argument("model", metavar="MODEL|FILE.py:FUNCTION")
 @click.option("--target", required=True, metavar="TARGET", help="executorch, gguf or onnx")
-@recipe_options
+@recipe_options_of_any
 @quality_options
 @click.option(
     "--codes",
@@ -107,7 +106,7 @@ def command(
 
     factory = Factory.parse(model)
     if factory is not None:
-        _refuse_for_a_module(
+        refuse_for_a_module(
             context=context,
             abi=abi != "genai",
             portable=portable,
@@ -116,7 +115,16 @@ def command(
             random_weights=random_weights,
         )
         export_module_of(
-            factory, target, choice, module, chosen, codes, output, dry_run, force, as_json
+            factory,
+            target,
+            choice,
+            module,
+            chosen,
+            codes=codes,
+            output=output,
+            dry_run=dry_run,
+            force=force,
+            as_json=as_json,
         )
         return
     module.refuse_for_a_model()
@@ -173,13 +181,6 @@ def command(
         print_json({"artifact": str(folder), **manifest, **quality_dict(plan.mixed, made)})
     else:
         _show_result(folder, manifest)
-
-
-def _refuse_for_a_module(**given: object) -> None:
-    for name, value in given.items():
-        if value not in (None, False):
-            option = name.replace("_", "-")
-            raise EdgekitError(f"--{option} is for language models, not for a module")
 
 
 def _export(

@@ -138,7 +138,7 @@ def _predict_model(
     source = resolve_model(model, random_weights=True)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     target = find_target("executorch", Options())
-    rows = stored_rows(resolve(choice.recipe(), shapes), target.TABLES)
+    rows = stored_rows(resolve(choice.recipe(), shapes), target.HELD_AS_SUCH)
     shared = target.stored_once(rows, tied)
     positions = context or source.config.default_context
     return predict(source.config, rows, positions, depth, shared=shared), source.id

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.commands._json import print_json
-from edgekit.commands._module_options import ModuleChoice, module_options
+from edgekit.commands._module_options import ModuleChoice, module_options, refuse_for_a_module
 from edgekit.commands._modules import quantize_module_of
 from edgekit.commands._progress import progress_line
 from edgekit.commands._quality_options import QualityChoice, quality_options, resumable
-from edgekit.commands._recipe_options import RecipeChoice, recipe_options
-from edgekit.errors import EdgekitError
+from edgekit.commands._recipe_options import RecipeChoice, recipe_options_of_any
 
 if TYPE_CHECKING:
     from edgekit.mixed import Mixed
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command("quantize", short_help="Write the quantized tensors as safetensors.")
 @click.argument("model", metavar="MODEL|FILE.py:FUNCTION")
-@recipe_options
+@recipe_options_of_any
 @module_options
 @quality_options
 @click.option(
@@ -59,6 +58,7 @@ def command(
     Of a module, FILE.py:FUNCTION as for `edgekit export`, it writes the codes and, beside them, the
     ranges of the activations: FILE.safetensors and FILE.calibration.json, which --codes and
     --calibrate of `edgekit export` take.
+
     With --calibrate, GPTQ chooses the codes on a part of a text; what each step gained is measured
     on the rest. The layers that are done are kept beside the output until the end: the same
     command goes on after a kill. --bits or --target-size choose a scheme for each matrix by what
@@ -71,9 +71,17 @@ def command(
 
     factory = Factory.parse(model)
     if factory is not None:
-        if random_weights or revision is not None:
-            raise EdgekitError("--random-weights and --revision are for language models")
-        quantize_module_of(factory, choice, module, chosen, output, dry_run, force, as_json)
+        refuse_for_a_module(revision=revision, random_weights=random_weights)
+        quantize_module_of(
+            factory,
+            choice,
+            module,
+            chosen,
+            output=output,
+            dry_run=dry_run,
+            force=force,
+            as_json=as_json,
+        )
         return
     module.refuse_for_a_model()
     quality = chosen.of_a_model(choice)

@@ -62,8 +62,8 @@ class CodesFile(Mapping[str, Weight]):
         document = read_document(path, metadata)
         if document.about is None:
             raise EdgekitError(
-                f"{path}: does not say which model it was made of (an older edgekit wrote it): "
-                "quantize again"
+                f"{path}: does not say which model it was made of: give save_quantized an About, "
+                "or quantize again"
             )
         entries, places = _entries(path, document.entries)
         shapes, may_tie = tied_shapes(config.tensor_shapes())
@@ -203,7 +203,7 @@ def _check_storable(tensor: QuantizedTensor, scheme: Scheme) -> None:
     if scheme.books:
         _check_scales(tensor.scales, SCALES)
         return
-    if scheme.bits == 6:
+    if scheme.two_levels:
         return  # what QuantizedTensor holds is what the one target does
     grid = scheme.grid
     least, most = (int(end) for end in tensor.codes.aminmax())

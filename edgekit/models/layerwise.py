@@ -18,8 +18,8 @@ from edgekit.models.eager import EagerBlocks
 from edgekit.models.lfm2 import LFM2, Attention, Layer
 from edgekit.models.weights import ReadWeight, floats
 from edgekit.progress import Steps, no_steps
-from edgekit.quantize.gptq import Inputs, gptq
-from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.gptq import Inputs
+from edgekit.quantize.recipe import Resolved, in_layers
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 
@@ -31,15 +31,17 @@ _HALVES = (
     (("feed_forward.w1", "feed_forward.w3"), ("feed_forward.w2",)),
 )
 """The linears of the halves of a layer, operator and feed-forward: those that see what the half
-begins with, and then the one whose output is added to the residual."""
+enters with, and then the one whose output leaves it, added to the residual."""
 _TOKENS = 512
 """Tokens that pass through a feed-forward, and into `Inputs`, together."""
 
 Codes = dict[str, QuantizedTensor]
 Choose = Callable[[Tensor, Inputs, Scheme], QuantizedTensor]
 """From a linear's float weight and what it sees in calibration to codes of a scheme."""
-Sample = tuple[Tensor, Tensor | None, Tensor | None]
-"""Arguments of `Inputs.add`."""
+Sample = tuple[Tensor, Tensor]
+"""What a linear sees, and what it was meant to see or to give."""
+Add = Callable[[Inputs, Tensor, Tensor], None]
+"""`Inputs.add_inputs` or `Inputs.add_outputs`, which take the two of a sample."""
 States = tuple[Tensor, Tensor]
 """The hidden states `[tokens, d]` of all texts in the float and in the quantized model."""
 
@@ -77,11 +79,11 @@ def layer_codes(
     read: Callable[[str], Tensor],
     codes: ReadWeight,
     texts: Sequence[Sequence[int]],
+    choose: Choose,
     progress: Steps = no_steps,
     kept: Kept | None = None,
-    choose: Choose | None = None,
 ) -> Codes:
-    """Return the codes that GPTQ, or what is to `choose` instead, gives the linears of all layers.
+    """Return the codes that `choose`, such as GPTQ, gives the linears of all layers.
 
     `read` gives the float weights; `codes` what is outside the layers, the embedding, as it will
     be exported; `texts` are runs of token ids, each at most as long as the model's context.
@@ -94,12 +96,12 @@ def layer_codes(
     def so_far(name: str) -> Weight:
         if name in found:
             return found[name]
-        return codes(name) if ".layers." not in name else read(name)
+        return read(name) if in_layers(name) else codes(name)
 
-    def choose_all(index: int, parts: Sequence[str], samples: Iterable[Sample]) -> Codes:
+    def codes_of(index: int, parts: Sequence[str], samples: Iterable[Sample], add: Add) -> Codes:
         names = [f"model.layers.{index}.{part}.weight" for part in parts]
         some = [wanted[name] for name in names if name in wanted]
-        return _choose_all(some, samples, read, choose or gptq) if some else {}
+        return _codes_of(some, samples, add, read, choose) if some else {}
 
     exact, quantized = Stream(config, read, texts), Stream(config, so_far, texts)
     total, done = config.num_layers, 0
@@ -111,14 +113,18 @@ def layer_codes(
     for index in range(done, total):
         progress(index, total, f"layer {index + 1}")
         layer = {}
-        for half, (first, last) in enumerate(_HALVES):
-            layer |= choose_all(index, first, _of_first(exact, quantized, index, half))
+        for half, (entry, exit_) in enumerate(_HALVES):
+            # Samples are made as they are used, from states that `leave` changes in place: so the
+            # float model leaves the half when its entry is sampled, and the quantized one, which
+            # is held against the states that the float model then has, at the very end.
+            both = zip(quantized.entering(index, half), exact.entering(index, half), strict=True)
+            layer |= codes_of(index, entry, both, Inputs.add_inputs)
             found |= layer
-            exact.pass_last(index, half, exact.last(index, half))
-            seen = list(quantized.last(index, half))
-            layer |= choose_all(index, last, _of_last(exact, quantized, seen))
+            exact.leave(index, half, exact.leaving(index, half))
+            seen = list(quantized.leaving(index, half))
+            layer |= codes_of(index, exit_, _wanted(exact, quantized, seen), Inputs.add_outputs)
             found |= layer
-            quantized.pass_last(index, half, seen)
+            quantized.leave(index, half, seen)
         kept.save(index, layer, (exact.states, quantized.states) if index + 1 < total else None)
     progress(total, total, "layers")
     return found
@@ -132,17 +138,10 @@ def _go_on(exact: "Stream", quantized: "Stream", done: int, states: States | Non
     for index in range(done):
         for half in range(len(_HALVES)):
             for stream in (exact, quantized):
-                stream.pass_last(index, half, stream.last(index, half))
+                stream.leave(index, half, stream.leaving(index, half))
 
 
-def _of_first(exact: "Stream", quantized: "Stream", index: int, half: int) -> Iterator[Sample]:
-    """Yield what the first linears of a half see in both models."""
-    both = zip(quantized.first(index, half), exact.first(index, half), strict=True)
-    for seen, meant in both:
-        yield seen, meant, None
-
-
-def _of_last(exact: "Stream", quantized: "Stream", pieces: Iterable[Tensor]) -> Iterator[Sample]:
+def _wanted(exact: "Stream", quantized: "Stream", pieces: Iterable[Tensor]) -> Iterator[Sample]:
     """Yield what the last linear of a half sees, and what its output should be.
 
     With the residual it should give what the float model, which is behind the half, has.
@@ -150,20 +149,21 @@ def _of_last(exact: "Stream", quantized: "Stream", pieces: Iterable[Tensor]) -> 
     start = 0
     for seen in pieces:
         part = slice(start, start + len(seen))
-        yield seen, None, exact.states[part] - quantized.states[part]
+        yield seen, exact.states[part] - quantized.states[part]
         start = part.stop
 
 
-def _choose_all(
+def _codes_of(
     rows: Sequence[Resolved],
     samples: Iterable[Sample],
+    add: Add,
     read: Callable[[str], Tensor],
     choose: Choose,
 ) -> Codes:
-    """Return the codes of linears that see the same samples, as `Inputs.add` takes them."""
+    """Return the codes of linears that see the same samples, which `add` takes."""
     inputs = Inputs(rows[0].shape[1])
     for sample in samples:
-        inputs.add(*sample)
+        add(inputs, *sample)
     result = {}
     for row in rows:
         try:
@@ -191,7 +191,7 @@ class Stream:
         )
         self._floats.clear()
 
-    def first(self, index: int, half: int) -> Iterator[Tensor]:
+    def entering(self, index: int, half: int) -> Iterator[Tensor]:
         """Yield, piece by piece, what the first linears of a half see."""
         layer = self._layer(index)
         norm = layer.ffn_norm if half else layer.operator_norm
@@ -199,11 +199,11 @@ class Stream:
             yield norm(piece)
 
     @torch.inference_mode()
-    def last(self, index: int, half: int) -> Iterator[Tensor]:
+    def leaving(self, index: int, half: int) -> Iterator[Tensor]:
         """Yield, piece by piece, what the last linear of a half sees."""
         layer = self._layer(index)
         if half:
-            for normed in self.first(index, half):
+            for normed in self.entering(index, half):
                 yield layer.feed_forward.hidden(normed)
         else:
             for text in self.states.split(self._lengths):
@@ -211,8 +211,12 @@ class Stream:
         self._floats.clear()
 
     @torch.inference_mode()
-    def pass_last(self, index: int, half: int, pieces: Iterable[Tensor]) -> None:
-        """Pass the last linear of a half, given what it sees, and so the half."""
+    def leave(self, index: int, half: int, pieces: Iterable[Tensor]) -> None:
+        """Pass the last linear of a half, given what it sees, and so the half.
+
+        A piece changes the states that it was made of and no others, so `leaving` may make them as
+        they are used.
+        """
         layer = self._layer(index)
         linear = layer.feed_forward.w2 if half else layer.operator.out_proj
         start = 0

@@ -23,10 +23,8 @@ def weighted_kmeans(weight: Tensor, inputs: Inputs, scheme: Scheme) -> Quantized
 
     ValueError for a scheme without codebooks, shapes that do not fit, values that are not finite.
     """
-    hessian = inputs.hessian
-    if len(hessian) != weight.shape[1]:
-        raise ValueError(f"expected inputs of {weight.shape[1]} columns, got {len(hessian)}")
-    return scheme.fit_codebook(weight.detach().float(), hessian.diagonal())
+    importance = inputs.hessian_of(weight).diagonal()
+    return scheme.fit_codebook(weight.detach().float(), importance)
 
 
 def jlcm(
@@ -38,8 +36,8 @@ def jlcm(
 ) -> QuantizedTensor:
     """Learn codebooks, scales and indices that bring a layer's output nearest to what it should be.
 
-    That is the float layer's output on the float model's inputs, and what a residual owes, as in
-    `edgekit.quantize.gptq`. A fixed table stays as it is. ValueError as `weighted_kmeans`.
+    That are the outputs Z of `edgekit.quantize.gptq.Inputs`. A fixed table stays as it is.
+    ValueError as `weighted_kmeans`.
     """
     learning = learning or Learning()
     exact = weight.detach().float()

@@ -5,20 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgekit.quantize.gptq import Inputs
-
-_DAMPING = 0.01
-"""Share of the Hessian's mean diagonal that holds the weight to the float one; GPTQ's damping."""
+from edgekit.quantize.gptq import DAMPING, Inputs
 
 
 @dataclass(frozen=True, eq=False)
 class OutputError:
     """`|| W^ X - Z ||^2 / n + d || W^ - W ||^2`, up to a constant `tr(W^ H W^T) - 2 tr(W^ G^T)`.
 
-    X are the inputs that the quantized part of the model gives the layer, Z what it should give:
-    the float layer's outputs on the float model's inputs, and what a residual owes
+    X are the inputs that the quantized part of the model gives the layer, Z what it should give
     (`edgekit.quantize.gptq.Inputs`). `hessian` H is `X X^T / n + d I` `[columns, columns]`,
-    `wanted` G is `Z X^T / n + d W` `[rows, columns]`.
+    `wanted` G is `Z X^T / n + d W` `[rows, columns]`: d, GPTQ's damping, holds the weight to the
+    float one.
     """
 
     hessian: Tensor
@@ -27,10 +24,8 @@ class OutputError:
     @classmethod
     def of(cls, weight: Tensor, inputs: Inputs) -> "OutputError":
         """Return the error of a float weight's approximations; ValueError as `Inputs.hessian`."""
-        hessian = inputs.hessian
-        if len(hessian) != weight.shape[1]:
-            raise ValueError(f"expected inputs of {weight.shape[1]} columns, got {len(hessian)}")
-        damping = _DAMPING * float(hessian.diagonal().mean()) or 1.0  # 1: no input was ever seen
+        hessian = inputs.hessian_of(weight)
+        damping = DAMPING * float(hessian.diagonal().mean()) or 1.0  # 1: no input was ever seen
         damped = hessian + damping * torch.eye(len(hessian))
         return cls(damped, inputs.lacking(weight, hessian) + weight @ damped)
 

@@ -25,10 +25,7 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class LiveBatchNorm:
-    """A batch norm of the model, by the names of its tensors.
-
-    `module` is the path of the module that holds its statistics.
-    """
+    """A batch norm of the model, by the names of its tensors."""
 
     weight: str | None
     bias: str | None

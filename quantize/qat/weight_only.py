@@ -124,7 +124,7 @@ class WeightTraining(Training):
             quantizer = WeightQuantizer(
                 name, scheme.grid, scheme.axis, scheme.group_size, row.range
             )
-            if learn and scheme.grid.two_levels:
+            if learn and scheme.two_levels:
                 raise EdgekitError(
                     f"{name}: the scales of {scheme.name} have a step in common and are not "
                     "learned: leave learn_scales out"

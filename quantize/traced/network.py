@@ -43,14 +43,14 @@ class QuantizedNetwork:
     layers      by node name
     weights     codes by the weight's name
     edges       the parameters of each value that has codes, by node name
-    ranges      the calibration that those come from; None where nothing has codes
+    calibration the calibration that those come from; None where nothing has codes
     """
 
     traced: TracedModule
     layers: dict[str, QuantizedLayer]
     weights: dict[str, QuantizedTensor]
     edges: dict[str, ActivationParameters]
-    ranges: Calibration | None = None
+    calibration: Calibration | None = None
 
     def simulate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph in float32 on what the codes stand for; what engines must reproduce.

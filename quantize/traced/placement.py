@@ -15,7 +15,6 @@ from torch.fx import Node
 from edgekit.errors import EdgekitError
 from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.operators import (
-    BATCH_NORM,
     CLAMPS,
     EMBEDDING,
     FUSES_A_CLAMP,
@@ -101,14 +100,10 @@ def end_of_chain(node: Node) -> Node:
 
     XNNPACK fuses an addition with ReLU only, and would run one that another clamp follows in float.
     """
-    last = node
-    is_layer = node.target in MATRIX_LAYERS
-    for targets in ((BATCH_NORM,), CLAMPS if is_layer else (aten.relu.default,)):
-        if is_layer or targets != (BATCH_NORM,):
-            (user, *others) = list(last.users) or [last]
-            if not others and user.op == "call_function" and user.target in targets:
-                last = user
-    return last
+    clamps = CLAMPS if node.target in MATRIX_LAYERS else (aten.relu.default,)
+    (user, *others) = list(node.users) or [node]
+    fused = not others and user.op == "call_function" and user.target in clamps
+    return user if fused else node
 
 
 class _Edges:
