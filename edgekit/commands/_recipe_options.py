@@ -104,8 +104,8 @@ def recipe_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="SCHEME",
             help="w8, w8gN, w4, w4gN, w4gNa, w6g16, w5g32, float or a codebook (cb4, cb3, "
             "cb2, each also gN and xN, or cb4nl) for all linears; below 8 bits the embedding and "
-            "the head stay int8. Of a module: w8a8 or w4a8, each also with -affine, -tensor or "
-            "-tensor-affine, or float.",
+            "the head stay int8. Of a module: w8a8 or w4a8 (int8 codes in the file), each "
+            "also with -affine, -tensor or -tensor-affine, or float.",
         ),
         click.option("--float", "float_", is_flag=True, help="Quantize nothing."),
         click.option("--int4", is_flag=True, help="int4 in groups of 32; embedding and head int8."),
