@@ -162,13 +162,16 @@ def test_export_inspect_verify_and_bench(code: Path, place: Path) -> None:
     data = images(place / "x.npy", some())
     words = ("--max-batch", 4, "--calibrate", data, "--json")
     done = export(code, place / "net", *words, name="talkative")
-    assert (done.exit_code, done.stderr) == (0, "building\n")
+    assert done.exit_code == 0, done.stderr
+    first, warned = done.stderr.splitlines()  # five inputs are too few for ranges
+    assert first == "building"
+    assert warned.startswith("edgekit: warning: quantization moves the outputs by ")
     said = json.loads(done.stdout)
     assert said["recipe"] == "w8a8"
     assert said["max_batch"] == 4
     shown = run("inspect", place / "net")
     assert "layers as run: 2 on integers, none in float" in shown.stdout
-    assert re.fullmatch(r".*/model.onnx: \d,\d{3} bytes", shown.stdout.splitlines()[0])
+    assert re.fullmatch(r".*/model.onnx: [\d,]+ bytes", shown.stdout.splitlines()[0])
     again = run("verify", place / "net")
     assert again.exit_code == 0, again.stderr
     assert again.stdout.startswith("verified over 8 outputs, batches of 4\n")
@@ -183,7 +186,7 @@ def test_export_inspect_verify_and_bench(code: Path, place: Path) -> None:
 
 def test_ranges_that_do_not_fit_are_a_warning(code: Path, place: Path) -> None:
     data = images(place / "x.npy", some() / 100)
-    assert export(code, place / "narrow", "--calibrate", data).stderr == ""
+    assert export(code, place / "narrow", "--calibrate", data).exit_code == 0
     ranges = place / "narrow" / "calibration.json"
     done = export(code, place / "net", "--calibrate", ranges, "--json")  # verified on normal floats
     assert done.exit_code == 0, done.stderr
