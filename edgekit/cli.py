@@ -142,4 +142,4 @@ def _discard(stream: TextIO | None) -> None:
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="edgekit")
 def main() -> None:
-    """Export language models to edge engines, prove each file, run it and measure it."""
+    """Export language models and modules to edge engines, prove, run and measure each file."""

@@ -28,9 +28,17 @@ class Terminated(SystemExit):
     exit_status = 143  # 128 + SIGTERM, what a shell reports
 
 
+class QuantizationWarning(UserWarning):
+    """A file is what the quantized module computes, but that is far from the float module."""
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """Return what a library says, without its line breaks and stack frames; never empty."""
-    return " ".join(text_of(error).split())[:limit] or type(error).__name__
+    text = " ".join(text_of(error).split()) or type(error).__name__
+    if len(text) <= limit:
+        return text
+    kept = text[: limit + 1].rpartition(" ")[0]
+    return f"{kept if 2 * len(kept) > limit else text[:limit]} ..."  # a long word is cut
 
 
 def text_of(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """Exporting any module that `torch.export` traces: calibrate, quantize, write, verify."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from edgekit import __version__
 from edgekit.artifact import MODULE, Artifact
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, QuantizationWarning
 from edgekit.progress import Progress
 from edgekit.quality import Quality, check_exclusions
 from edgekit.quiet import quiet_imports
@@ -15,6 +16,7 @@ from edgekit.quiet import quiet_imports
 with quiet_imports():
     from torch import Tensor, nn
 
+    from edgekit.exporters import verify_module as verification
     from edgekit.exporters.artifact import check_output, new_artifact, write_manifest
     from edgekit.exporters.module_target import find_module_target, tensor_rows
     from edgekit.exporters.verify_module import REFERENCE_FILE, reference_case, verify_module
@@ -75,7 +77,7 @@ def export_module(
     """
     check_exclusions(Quality(), None if recipe is None else "recipe", codes=codes is not None)
     check_output(Path(output), force)
-    find_module_target(target)
+    writer = find_module_target(target)
     progress("tracing")
     placement = place_module(
         module,
@@ -84,6 +86,7 @@ def export_module(
         max_batch,
         codes=None if codes is None else Path(codes),
     )
+    writer.check_layers(placement.traced, placement.schemes())
     found = quantize_placement(placement, calibration, method, progress)
     return export_network(
         found.network,
@@ -132,7 +135,8 @@ def export_network(
     exercise a network less. `name` and `recipe` are what the manifest calls the module and its
     schemes. The ranges of its activations, observed in training or by a calibration, lie in the
     artifact as `calibration.json`, and some of the sample with the outputs it must give as
-    `reference.safetensors`. Raises as `export_module`.
+    `reference.safetensors`. Warns (`QuantizationWarning`) where quantization moves outputs far.
+    Raises as `export_module`.
     """
     folder = Path(output)
     check_output(folder, force)
@@ -156,7 +160,10 @@ def export_network(
             "verification": figures,
         }
         write_manifest(staging, {"kind": MODULE, **facts, **_graph_facts(network)})
-    return Artifact.open(folder)
+    artifact = Artifact.open(folder)
+    for text in verification.warnings(artifact.manifest):
+        warnings.warn(text, QuantizationWarning, stacklevel=2)
+    return artifact
 
 
 def quantize_placement(

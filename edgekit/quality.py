@@ -50,7 +50,9 @@ class Budget:
     @property
     def label(self) -> str:
         """A short name for recipes and files."""
-        return f"{self.bits:g}-bits" if self.bytes is None else f"{self.bytes / 1e6:g}MB"
+        if self.bytes is None:
+            return f"{self.bits:g}-bits"
+        return f"{self.bytes / 1e6:g}MB" if self.bytes >= 1e5 else f"{self.bytes}B"
 
     @property
     def option(self) -> str:

@@ -33,6 +33,7 @@ VERIFY_TOKENS = 128
 def verify_artifact(path: Path, model: str | None, progress: Progress) -> dict[str, Any]:
     """Verify an artifact anew and record the figures in its manifest; return the manifest.
 
+    Of a module the manifest is returned with the figures, and the file keeps those of its export.
     `model` is where the weights are, by default what the manifest names. They must be those that
     the artifact was made of. Raises EdgekitError where they are not or the engine is missing, and
     VerificationError, the manifest left as it was, where the file computes something else.

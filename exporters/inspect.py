@@ -68,6 +68,11 @@ def _bare_file(path: Path) -> Report:
 
         return inspect_calibration.report(path)
     target = TARGET_OF.get(path.suffix.lower())
+    if path.suffix == ".safetensors":
+        raise EdgekitError(
+            f"{path}: is no engine's file: of codes that `edgekit quantize` wrote, `edgekit export "
+            f"MODEL --target TARGET --codes {path} --dry-run` shows the table"
+        )
     if target is None:
         raise EdgekitError(f"{path}: is no file of those that end in {', '.join(TARGET_OF)}")
     return _inspector(target).report(path, None, None)

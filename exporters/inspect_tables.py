@@ -99,7 +99,8 @@ def is_module(manifest: Mapping[str, Any] | None) -> bool:
 
 def introduction(path: Path, file_bytes: int, manifest: Mapping[str, Any] | None) -> list[str]:
     """Return what the file is, and by what it was made where there is a manifest."""
-    size = f"{path}: {file_bytes:,} bytes ({file_bytes / 1e6:,.1f} MB)"
+    megabytes = f" ({file_bytes / 1e6:,.1f} MB)" if file_bytes >= 1e6 else ""
+    size = f"{path}: {file_bytes:,} bytes{megabytes}"
     if manifest is None:
         return [size]
     model, recipe = manifest["model"]["id"], manifest.get("recipe")

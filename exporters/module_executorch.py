@@ -7,7 +7,7 @@ XNNPACK's partitioner knows its integer kernels. Codes of activations are int8 t
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,8 @@ from edgekit.errors import EdgekitError, one_line
 from edgekit.quantize.observers import ActivationParameters
 from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.network import QuantizedLayer, QuantizedNetwork
-from edgekit.quantize.traced.operators import EMBEDDING, TRANSPOSED, operator_name
+from edgekit.quantize.traced.operators import EMBEDDING, TRANSPOSED, Layer, operator_name
+from edgekit.quantize.traced.schemes import LayerScheme
 from edgekit.quantize.traced.trace import TracedModule, at, copy_graph
 
 MODEL_FILE = "model.pte"
@@ -43,24 +44,31 @@ LARGEST_RATIO, SMALLEST_RATIO = 256.0, 2.0**-32
 """XNNPACK's bounds on input scale times weight scale over output scale."""
 
 
-def check_network(network: QuantizedNetwork) -> None:
-    """Refuse, before any work, what XNNPACK's integer kernels cannot hold."""
-    for layer in network.layers.values():
-        weight = network.weights[layer.weight]
-        if layer.layer.node.target == EMBEDDING:
+def check_layers(traced: TracedModule, layers: Mapping[str, tuple[Layer, str]]) -> None:
+    """Refuse schemes that XNNPACK's integer kernels cannot hold; it takes every traced input."""
+    for layer, name in layers.values():
+        scheme = LayerScheme.parse(name)
+        if layer.node.target == EMBEDDING:
             continue
-        if weight.zero_points is not None:
+        if not scheme.symmetric:
             raise EdgekitError(
-                f"{layer.weight}: target executorch cannot hold {layer.scheme}: XNNPACK's integer "
+                f"{layer.weight.target}: target executorch cannot hold {name}: XNNPACK's integer "
                 "kernels take symmetric weights, w8a8, w8a8-tensor, w4a8 and w4a8-tensor"
             )
-        grouped = layer.layer.node.target in TRANSPOSED and layer.layer.groups > 1
-        if grouped and weight.granularity == "channel":
+        grouped = layer.node.target in TRANSPOSED and layer.groups > 1
+        if grouped and scheme.granularity == "channel":
             raise EdgekitError(
-                f"{layer.weight}: target executorch cannot hold {layer.scheme} for a transposed "
-                f"convolution of {layer.layer.groups} groups: XNNPACK takes w8a8-tensor for it"
+                f"{layer.weight.target}: target executorch cannot hold {name} for a transposed "
+                f"convolution of {layer.groups} groups: XNNPACK takes w8a8-tensor for it"
             )
-        _check_ratio(network, layer, weight)
+
+
+def check_network(network: QuantizedNetwork) -> None:
+    """Refuse, before any work, what XNNPACK's integer kernels cannot hold."""
+    check_layers(network.traced, network.schemes())
+    for layer in network.layers.values():
+        if layer.layer.node.target != EMBEDDING:
+            _check_ratio(network, layer, network.weights[layer.weight])
 
 
 def _check_ratio(network: QuantizedNetwork, layer: QuantizedLayer, weight: QuantizedTensor) -> None:

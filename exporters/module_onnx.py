@@ -1,6 +1,6 @@
 """Target `onnx` for a quantized module: operators that onnxruntime fuses to integer kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from onnx import helper
 from edgekit.errors import EdgekitError
 from edgekit.exporters.onnx_module_graph import ELEMENT_TYPES, ModuleGraph
 from edgekit.quantize.traced.network import QuantizedNetwork
-from edgekit.quantize.traced.operators import EMBEDDING, LINEAR, rank
+from edgekit.quantize.traced.operators import EMBEDDING, LINEAR, Layer, rank
+from edgekit.quantize.traced.schemes import LayerScheme
+from edgekit.quantize.traced.trace import TracedModule
 
 MODEL_FILE = "model.onnx"
 ENGINE = "onnxruntime"
@@ -22,25 +24,30 @@ _LARGEST_FILE = 2**31 - 1
 """Protocol buffers end here."""
 
 
-def check_network(network: QuantizedNetwork) -> None:
-    """Refuse, before any work, what onnxruntime's integer kernels cannot hold."""
-    for layer in network.layers.values():
-        weight, node = network.weights[layer.weight], layer.layer.node
-        per_channel = weight.granularity == "channel" and weight.zero_points is not None
-        if per_channel and node.target != EMBEDDING:
+def check_layers(traced: TracedModule, layers: Mapping[str, tuple[Layer, str]]) -> None:
+    """Refuse schemes and types that onnxruntime's integer kernels and the file cannot hold."""
+    for layer, name in layers.values():
+        scheme = LayerScheme.parse(name)
+        per_channel = scheme.granularity == "channel" and not scheme.symmetric
+        if per_channel and layer.node.target != EMBEDDING:
             raise EdgekitError(
-                f"{layer.weight}: target onnx cannot hold {layer.scheme}: onnxruntime's "
+                f"{layer.weight.target}: target onnx cannot hold {name}: onnxruntime's "
                 "QLinearConv takes one zero point for all channels, w8a8, w8a8-tensor and "
                 "w8a8-tensor-affine"
             )
-        if node.target == LINEAR and rank(layer.layer.input) < 2:
-            raise EdgekitError(f"{layer.weight}: target onnx takes inputs with a batch axis")
-    for node in [*network.traced.inputs, *network.traced.outputs]:
+        if layer.node.target == LINEAR and rank(layer.input) < 2:
+            raise EdgekitError(f"{layer.weight.target}: target onnx takes inputs with a batch axis")
+    for node in [*traced.inputs, *traced.outputs]:
         if node.meta["val"].dtype not in ELEMENT_TYPES:
             raise EdgekitError(
                 f"target onnx takes inputs and gives outputs of float32 and int64, "
                 f"not {node.meta['val'].dtype}"
             )
+
+
+def check_network(network: QuantizedNetwork) -> None:
+    """Refuse, before any work, what onnxruntime's integer kernels cannot hold."""
+    check_layers(network.traced, network.schemes())
 
 
 def write_module(network: QuantizedNetwork, path: Path, progress: Callable[[str], None]) -> None:

@@ -3,10 +3,12 @@
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from edgekit.errors import EdgekitError
+from edgekit.quantize.table import scheme_text
 from edgekit.quantize.traced.network import QuantizedNetwork
 from edgekit.quantize.traced.operators import Layer
 from edgekit.quantize.traced.schemes import LayerScheme
@@ -28,6 +30,13 @@ class ModuleTarget(Protocol):
 
     MODEL_FILE: str
     ENGINE: str
+
+    def check_layers(self, traced: TracedModule, layers: Mapping[str, tuple[Layer, str]]) -> None:
+        """Refuse what no weights are needed to see: schemes of layers, types of inputs.
+
+        `layers` gives the quantized layers by node name, with their schemes.
+        """
+        ...
 
     def check_network(self, network: QuantizedNetwork) -> None:
         """Refuse, before any work, what the engine's integer kernels cannot hold, naming it."""
@@ -62,15 +71,18 @@ def tensor_rows(
     """Return one row for each weight, bias and other parameter, as the manifest holds them.
 
     `layers` gives the quantized ones by node name, with their schemes. Bytes are those of the
-    file: 4-bit codes take a byte each, for 8-bit kernels run them.
+    file: 4-bit codes take a byte each, for 8-bit kernels run them, and `stored_as` says so.
     """
     rows: dict[str, dict[str, Any]] = {}
     biases = {}
     for layer, scheme in layers.values():
         name, shape = str(layer.weight.target), tuple(traced.parameter(layer.weight).shape)
-        per_channel = LayerScheme.parse(scheme).granularity == "channel"
-        scales = shape[layer.channel_axis] if per_channel else 1
-        rows.setdefault(name, _row(name, scheme, shape, math.prod(shape) + 4 * scales))
+        parsed = LayerScheme.parse(scheme)
+        scales = shape[layer.channel_axis] if parsed.granularity == "channel" else 1
+        row = _row(name, scheme, shape, math.prod(shape) + 4 * scales)
+        if parsed.bits == 4:
+            row["stored_as"] = replace(parsed, bits=8).name
+        rows.setdefault(name, row)
         if layer.bias is not None:
             bias = str(layer.bias.target)
             size = traced.parameter(layer.bias).numel()
@@ -89,7 +101,7 @@ def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows as an aligned table with a last line of totals (no newline at the end)."""
     lines = [["tensor", "scheme", "shape", "bytes"]]
     lines += [
-        [row["tensor"], row["scheme"], "x".join(map(str, row["shape"])), f"{row['bytes']:,}"]
+        [row["tensor"], scheme_text(row), "x".join(map(str, row["shape"])), f"{row['bytes']:,}"]
         for row in rows
     ]
     total = sum(row["bytes"] for row in rows)

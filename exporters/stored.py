@@ -49,5 +49,9 @@ def refusal(error: EdgekitError, rows: Sequence[Resolved], held: Collection[str]
         if stored is not row and str(error).startswith(f"{row.tensor}:"):
             name, form = row.scheme.name, stored.scheme.name
             what = "its entries as int8 codes" if row.scheme.books else "its codes as int8"
-            return EdgekitError(f"{error}; {name} is stored as {form}, {what}")
+            why = str(error).removeprefix(f"{row.tensor}: ")
+            hint = "" if row.scheme.books else f"; target gguf holds {name} as such"
+            return EdgekitError(
+                f"{row.tensor}: {name} is stored as {form}, {what}, but {why}{hint}"
+            )
     return error

@@ -26,6 +26,18 @@ there a code differs by one: a layer after an average of four codes, a quarter o
 that engines leave to the noise of float sums, strays by 0.6. A scale or a zero point that is lost
 moves outputs by dozens.
 """
+MOST_STEPS = 4.0
+"""The bound where quantization itself moves outputs far, of which engines may stray a share.
+
+A lost scale would pass for roundings where the bound grew with it.
+"""
+LARGE_QUANTIZATION = 8.0
+"""From how many steps on a user is warned of what quantization itself does to the outputs."""
+_MOVED = (
+    f"quantization moves the outputs by {{:.1f}} of their {LEVELS - 1} steps rms: measure what "
+    "that costs; if the weights have 8 bits, ranges may not fit (calibrate on data like what it "
+    "will see, or train from a float checkpoint)"
+)
 LEAST_STEP = 1e-5
 """Step, relative to the largest value, of outputs that have no codes: float32 sums differ."""
 
@@ -62,7 +74,7 @@ class ModuleVerification:
     @property
     def max_rms_steps(self) -> float:
         """The bound that `rms_steps` was held to."""
-        return max(MAX_STEPS, SHARE_OF_QUANTIZATION * self.quantization_rms_steps)
+        return min(MOST_STEPS, max(MAX_STEPS, SHARE_OF_QUANTIZATION * self.quantization_rms_steps))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures and their bound, for the manifest."""
@@ -182,23 +194,32 @@ def compare(engine: ModuleEngine, cases: Iterable[Case]) -> ModuleVerification:
     return result
 
 
+def warnings(manifest: Mapping[str, Any]) -> list[str]:
+    """Return what a user should know of a module that is verified, by its manifest."""
+    steps = manifest["verification"]["quantization_rms_steps"]
+    if not manifest["activations"] or steps <= LARGE_QUANTIZATION:  # without codes no steps
+        return []
+    return [_MOVED.format(steps)]
+
+
 def figures_text(found: Mapping[str, Any]) -> str:
     """Return a verification's figures, as the manifest holds them, as a table and a heading."""
     sizes = ", ".join(map(str, found["batches"]))
     rows = [
-        ["engine against quantized module", found["rms_steps"], found["max_steps"]],
-        ["engine against float module", found["rms_steps_vs_float"], None],
-        ["quantized against float module", found["quantization_rms_steps"], None],
-    ]
-    cells = [
-        [name, f"{rms:.3f}", "-" if largest is None else f"{largest:.1f}"]
-        for name, rms, largest in rows
+        [
+            "engine against quantized module",
+            f"{found['rms_steps']:.3f}",
+            f"{found['max_rms_steps']:.3f}",
+            f"{found['max_steps']:.1f}",
+        ],
+        ["engine against float module", f"{found['rms_steps_vs_float']:.3f}", "-", "-"],
+        ["quantized against float module", f"{found['quantization_rms_steps']:.3f}", "-", "-"],
     ]
     quantized = found["quantization_rms_steps"] > 0
     unit = (
         "steps of the outputs' codes" if quantized else f"in {LEAST_STEP:g} of the largest output"
     )
-    table = markdown_table([unit, "rms", "largest"], cells, "lrr")
+    table = markdown_table([unit, "rms", "allowed", "largest"], rows, "lrrr")
     return f"verified over {found['outputs']:,} outputs, batches of {sizes}\n{table}"
 
 

@@ -259,12 +259,25 @@ def with_ranges(recipe: Recipe, method: Literal["rtn", "mse"]) -> Recipe:
     return replace(recipe, rules=tuple(map(changed, recipe.rules)))
 
 
-def warnings(rows: Iterable[Resolved]) -> list[str]:
+def warnings(rows: Iterable[Resolved], tied: Mapping[str, str]) -> list[str]:
     """Return what a user should know about a table before waiting for it."""
+    table = {row.tensor: row for row in rows}
     w4 = Scheme.parse("w4")
-    if not any(row.scheme == w4 for row in rows):
-        return []
-    return [_W4_WARNING]
+    found = [_W4_WARNING] if any(row.scheme == w4 for row in table.values()) else []
+    shared = shared_rows(table.values(), tied)
+    for name, source in tied.items():
+        if name in table and source in table and name not in shared:
+            head, other = table[name], table[source]
+            found.append(
+                f"{name} ({_form(head)}) is tied to {source} ({_form(other)}) but stored on its "
+                f"own, which takes {head.nbytes:,} bytes more: with one scheme and range for both "
+                "the table is stored once"
+            )
+    return found
+
+
+def _form(row: Resolved) -> str:
+    return row.scheme.name if row.range is None else f"{row.scheme.name}, {row.range}"
 
 
 def _first_match(recipe: Recipe, tensor: str, shape: tuple[int, ...]) -> int | None:

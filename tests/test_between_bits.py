@@ -95,7 +95,8 @@ def test_a_gguf_holds_them_in_the_bytes_that_are_stated(
     ("target", "scheme", "message"),
     [
         ("executorch", "w6g16", "cannot hold w8g16; for linear layers XNNPACK holds float, w8, w4"),
-        ("executorch", "w5g32", "w5g32 is stored as w8g32, its codes as int8"),
+        ("executorch", "w5g32", ": w5g32 is stored as w8g32, its codes as int8, but target"),
+        ("executorch", "w5g32", "; target gguf holds w5g32 as such"),
         ("gguf", "w8g16", "target gguf cannot hold w8g16: its 8-bit blocks are of 32 weights"),
     ],
 )

@@ -205,3 +205,9 @@ def test_a_file_without_forward_is_refused(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "other.pte").write_bytes(content)
     with pytest.raises(EdgekitError, match="has no method 'forward', only 'farword'"):
         inspect(tmp_path / "other.pte")
+
+
+def test_a_file_of_codes_is_answered_with_what_shows_it(tmp_path: Path) -> None:
+    path = tmp_path / "codes.safetensors"
+    path.write_bytes(b"")
+    assert_only_one_line(run(path), f"--codes {path} --dry-run")

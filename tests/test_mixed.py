@@ -125,7 +125,7 @@ def test_the_greedy_choice_is_close_to_the_best() -> None:
         ),
         (
             Budget(bytes=1000),
-            r"--target-size 0.001MB: .* at least 3,\d+,\d+ bytes, and at most 6,\d+,\d+ bytes",
+            r"--target-size 1000B: .* at least 3,\d+,\d+ bytes, and at most 6,\d+,\d+ bytes",
         ),
     ],
 )

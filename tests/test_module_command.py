@@ -166,22 +166,39 @@ def test_export_inspect_verify_and_bench(code: Path, place: Path) -> None:
     data = images(place / "x.npy", some())
     words = ("--max-batch", 4, "--calibrate", data, "--json")
     done = export(code, place / "net", *words, name="talkative")
-    assert (done.exit_code, done.stderr) == (0, "building\n")
+    assert done.exit_code == 0, done.stderr
+    first, warned = done.stderr.splitlines()  # five inputs are too few for ranges
+    assert first == "building"
+    assert warned.startswith("edgekit: warning: quantization moves the outputs by ")
     said = json.loads(done.stdout)
     assert said["recipe"] == "w8a8"
     assert said["max_batch"] == 4
     shown = run("inspect", place / "net")
     assert "layers as run: 2 on integers, none in float" in shown.stdout
+    assert re.fullmatch(r".*/model.onnx: [\d,]+ bytes", shown.stdout.splitlines()[0])
     again = run("verify", place / "net")
     assert again.exit_code == 0, again.stderr
     assert again.stdout.startswith("verified over 8 outputs, batches of 4\n")
-    assert Artifact.open(place / "net").manifest["verification"]["batches"] == [4]
+    assert Artifact.open(place / "net").manifest["verification"]["batches"] == [1, 4]
     timed = run("bench", place / "net", "-r", 2, "--batch", 3, "--json")
     assert timed.exit_code == 0, timed.stderr
     (result,) = json.loads(timed.stdout)["artifacts"]
     assert result["batch"] == 3
     assert len(result["samples"]) == 2
     assert result["summary"]["ms"]["min"] <= result["summary"]["ms"]["median"]
+
+
+def test_ranges_that_do_not_fit_are_a_warning(code: Path, place: Path) -> None:
+    data = images(place / "x.npy", some() / 100)
+    assert export(code, place / "narrow", "--calibrate", data).exit_code == 0
+    ranges = place / "narrow" / "calibration.json"
+    done = export(code, place / "net", "--calibrate", ranges, "--json")  # verified on normal floats
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)["verification"]
+    assert found["quantization_rms_steps"] > 8
+    assert found["max_rms_steps"] == 4
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("edgekit: warning: quantization moves the outputs by ")
 
 
 def test_two_artifacts_are_timed_in_turn(code: Path, place: Path) -> None:
@@ -278,7 +295,7 @@ def test_export_packs_the_codes_that_quantize_wrote(code: Path, place: Path) -> 
     data = ("--max-batch", 4, "--calibrate", place / "net.calibration.json")
     done = export(code, place / "out", *data, "--codes", codes)
     assert done.exit_code == 0, done.stderr
-    assert re.search(r"conv\.weight +w4a8 +4x3x3x3 +124\n", done.stdout)
+    assert re.search(r"conv\.weight +w4a8, stored as w8a8 +4x3x3x3 +124\n", done.stdout)
     artifact = Artifact.open(place / "out")
     assert artifact.manifest["recipe"] == "w4a8"
     stored = [
@@ -425,8 +442,24 @@ def test_a_folder_of_files_and_weights_of_its_own(code: Path, place: Path) -> No
 def test_a_dry_run_needs_no_data_and_writes_nothing(code: Path, place: Path) -> None:
     done = export(code, place / "net", "--scheme", "w4a8", "--dry-run")
     assert done.exit_code == 0, done.stderr
-    assert re.search(r"conv\.weight +w4a8 +4x3x3x3 +124", done.stdout)
+    assert re.search(r"conv\.weight +w4a8, stored as w8a8 +4x3x3x3 +124", done.stdout)
+    done = export(code, place / "net", "--scheme", "w4a8-tensor", "--dry-run", "--json")
+    stored = {row["tensor"]: row.get("stored_as") for row in json.loads(done.stdout)["tensors"]}
+    assert stored["conv.weight"] == "w8a8-tensor"
+    assert stored["conv.bias"] is None
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme"),
+    [("executorch", "w8a8-affine"), ("executorch", "w8a8-tensor-affine"), ("onnx", "w8a8-affine")],
+)
+def test_a_dry_run_refuses_what_the_export_would(
+    code: Path, place: Path, target: str, scheme: str
+) -> None:
+    words = ["--scheme", scheme, "--dry-run", "--target", target]
+    said = f"conv.weight: target {target} cannot hold {scheme}"
+    assert_only_one_line(export(code, place / "net", *words), said)
 
 
 def _lacking(net: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,9 +13,9 @@ from traced_nets import batch_for, make_net, quantized, steps_apart
 
 import edgekit
 from edgekit.artifact import Artifact
-from edgekit.errors import EdgekitError, VerificationError
+from edgekit.errors import EdgekitError, QuantizationWarning, VerificationError
 from edgekit.exporters.inspect import inspect
-from edgekit.exporters.verify_module import verify_module
+from edgekit.exporters.verify_module import ModuleVerification, verify_module
 from edgekit.quantize.calibration import Calibration
 from edgekit.verification import verify_artifact
 
@@ -184,3 +184,15 @@ def test_verification_sees_a_lost_scale_and_a_lost_row() -> None:
             verify_module(_Engine(factor), network, x)
     with pytest.raises(VerificationError, match="outputs of shapes"):
         verify_module(_Engine(1, rows=1), network, x)
+
+
+def test_the_bound_grows_with_quantization_up_to_a_limit() -> None:
+    found = [ModuleVerification(1, 0.0, 0.0, 0.0, steps, [1]) for steps in (0.0, 1.5, 6.0, 500.0)]
+    assert [item.max_rms_steps for item in found] == [1, 1, 3, 4]
+
+
+def test_a_network_that_strays_far_from_its_float_self_warns(tmp_path: Path) -> None:
+    narrow = [batch_for("residual", 4) / 100]
+    ranges = _export(tmp_path / "narrow", calibration=narrow).folder / "calibration.json"
+    with pytest.warns(QuantizationWarning, match="quantization moves the outputs by"):
+        _export(tmp_path / "net", calibration=ranges)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -134,10 +135,25 @@ def test_a_group_that_does_not_divide_names_the_tensor() -> None:
 
 def test_only_per_channel_int4_warns() -> None:
     for recipe in map(preset, PRESETS):
-        assert warnings(resolve(recipe, SHAPES)) == []
-    (warning,) = warnings(resolve(uniform(Scheme.parse("w4")), SHAPES))
+        assert warnings(resolve(recipe, SHAPES), {}) == []
+    (warning,) = warnings(resolve(uniform(Scheme.parse("w4")), SHAPES), {})
     assert "31.5" in warning
     assert "--int4" in warning
+
+
+def test_a_tied_head_of_another_scheme_warns_of_what_it_costs() -> None:
+    shapes, tied = tied_shapes({name: shape for name, shape in SHAPES.items() if name != HEAD})
+    for recipe in map(preset, PRESETS):
+        assert warnings(resolve(recipe, shapes), tied) == []
+    rules = (Rule(re.escape(HEAD), Scheme.parse("w4g32")), Rule(".*", Scheme.parse("w8")))
+    rows = resolve(Recipe(rules), shapes)
+    (warning,) = warnings(rows, tied)
+    (head,) = (row for row in rows if row.tensor == HEAD)
+    assert f"{HEAD} (w4g32, mse) is tied to {EMBEDDING} (w8, minmax)" in warning
+    assert f"takes {head.nbytes:,} bytes more" in warning
+    assert total_bytes(rows, tied) - total_bytes(resolve(preset("int8"), shapes), tied) == (
+        head.nbytes
+    )
 
 
 def test_toml_and_json_say_the_same(tmp_path: Path) -> None:

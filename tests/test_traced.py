@@ -307,6 +307,7 @@ def test_what_cannot_be_traced_is_named_in_one_line(case: str) -> None:
     assert said.startswith("Untraceable cannot be traced: ")
     assert re.search(rf"test_traced\.py:{number}: ", said), said
     assert wanted in said
+    assert ("with torch.where" in said) == (case == "data-dependent")
     assert "\n" not in said
 
 

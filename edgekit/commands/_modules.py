@@ -1,5 +1,6 @@
 """What `export` and `quantize` do for a module of the user's."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from edgekit.commands._module_options import ModuleChoice, calibration_data
 from edgekit.commands._quality_options import QualityChoice
 from edgekit.commands._recipe_options import RecipeChoice
 from edgekit.commands._size import size_line
+from edgekit.errors import QuantizationWarning
 
 if TYPE_CHECKING:
     from edgekit.module_export import Quantized
@@ -36,9 +38,9 @@ def export_module_of(
     from edgekit.quiet import quiet_imports
 
     with interrupts_end_the_process(), quiet_imports():
+        from edgekit.exporters import verify_module
         from edgekit.exporters.artifact import check_output
         from edgekit.exporters.module_target import find_module_target, rows_text
-        from edgekit.exporters.verify_module import figures_text
         from edgekit.module_export import export_network
         from edgekit.progress import stage_printer
         from edgekit.quality import Quality, check_exclusions
@@ -47,30 +49,35 @@ def export_module_of(
     check_exclusions(Quality(), choice.option if choice.given else None, codes=codes is not None)
     label = choice.label if codes is None else codes.stem
     folder = output or Path(f"{_last(factory)}-{target}-{label}")
-    find_module_target(target)
+    writer = find_module_target(target)
     if not dry_run:
         check_output(folder, force)
     progress = stage_printer()
     name, placement, rows = _plan(factory, choice, module, progress, codes)
+    writer.check_layers(placement.traced, placement.schemes())
     if dry_run:
         _show_plan(name, rows, as_json)
         return
     found = _quantize(placement, chosen, progress)
-    artifact = export_network(
-        found.network,
-        found.sample,
-        folder,
-        target=target,
-        name=name,
-        recipe=placement.recipe,
-        force=force,
-        progress=progress,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QuantizationWarning)  # said below, in a line
+        artifact = export_network(
+            found.network,
+            found.sample,
+            folder,
+            target=target,
+            name=name,
+            recipe=placement.recipe,
+            force=force,
+            progress=progress,
+        )
+    for warning in verify_module.warnings(artifact.manifest):
+        click.echo(f"edgekit: warning: {warning}", err=True)
     if as_json:
         print_json({"artifact": str(folder), **artifact.manifest})
         return
     click.echo(rows_text(rows))
-    click.echo(f"\n{figures_text(artifact.manifest['verification'])}")
+    click.echo(f"\n{verify_module.figures_text(artifact.manifest['verification'])}")
     click.echo(f"\n{size_line(folder, artifact.manifest['file'])}")
 
 

@@ -93,7 +93,8 @@ def recipe_options_of_any(function: Callable[..., Any]) -> Callable[..., Any]:
     return _recipe_options(
         function,
         "; of a module w8a8",
-        " Of a module: w8a8 or w4a8, each also with -affine, -tensor or -tensor-affine, or float.",
+        " Of a module: w8a8 or w4a8 (int8 codes in the file), each also with -affine, -tensor or "
+        "-tensor-affine, or float.",
     )
 
 

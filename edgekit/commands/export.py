@@ -162,7 +162,7 @@ def command(
     folder = output or Path(f"{plan.source.short_name}-{target}-{label}")
     if not dry_run:
         check_output(folder, force)
-    for warning in warnings(plan.rows):
+    for warning in warnings(plan.rows, plan.tied):
         click.echo(f"edgekit: warning: {warning}", err=True)
     if dry_run or not as_json:
         _show_plan(plan, as_json)

@@ -103,7 +103,7 @@ def command(
     with resumable(quality):
         recipe, mixed = _choose(source, recipe, quality)
         report = _Report(source, recipe, mixed)
-        for warning in warnings(report.rows):
+        for warning in warnings(report.rows, report.tied):
             click.echo(f"edgekit: warning: {warning}", err=True)
         made = None if path is None else _write(source, recipe, quality, path)
     if as_json:

@@ -17,8 +17,9 @@ def command(artifact: Path, model: str | None, as_json: bool) -> None:
     """Compare ARTIFACT, run in its engine, with the model it was made of.
 
     For an artifact that was exported where its engine was not installed, or on another machine.
-    An artifact of a module keeps inputs and outputs to compare with, and needs no MODEL. The
-    figures go into its manifest. A file that computes something else ends in exit status 1.
+    The figures go into its manifest. An artifact of a module keeps some inputs and outputs to
+    compare with, and needs no MODEL; its manifest keeps what its export verified. A file that
+    computes something else ends in exit status 1.
     """
     from edgekit.interrupts import interrupts_end_the_process
     from edgekit.quiet import quiet_imports

@@ -48,7 +48,11 @@ class Milestones:
 
     @classmethod
     def over(cls, steps: int) -> "Milestones":
-        """Return the milestones of a training of so many steps from a float checkpoint."""
+        """Return the milestones of a training of so many steps from a trained float model.
+
+        Some hundreds at least: ranges are averages over batches up to their freeze, too narrow or
+        too wide for weights that moved far meanwhile, as random ones do.
+        """
         if type(steps) is not int or steps < 1:
             raise EdgekitError(f"steps must be a positive integer, got {steps!r}")
         frozen = max(1, round(_OBSERVERS * steps))

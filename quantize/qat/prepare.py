@@ -64,6 +64,8 @@ def prepare(
     After each step of the optimizer, and before its `zero_grad()`, `step()` is called on what is
     returned: by the gradients it finds weights that training does not round. At the end comes
     `finalize()`. `steps`, the length of the training, gives static ranges their usual `milestones`.
+    Start from a trained float model and train some hundreds of steps at least: ranges are averages
+    over batches, which do not fit weights that still move far.
     With `learn_scales` the optimizer must also get `parameters()` of what is returned. Raises
     EdgekitError for a module that cannot be traced and a recipe that matches nothing.
     """

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import map_arg
 
 from edgekit.errors import EdgekitError, one_line, text_of
@@ -277,6 +278,11 @@ def _why(module: nn.Module, error: Exception) -> str:
         if _TORCH not in Path(frame.filename).parents and Path(frame.filename) != Path(__file__)
     ]
     said = one_line(error, 300)
+    if isinstance(error, GuardOnDataDependentSymNode):
+        said = (
+            "a branch or size depends on the values of a tensor: compute both and choose with "
+            "torch.where, which target executorch takes"
+        )
     named = _OPERATOR.search(text_of(error))
     parts = [f"{type(module).__name__} cannot be traced"]
     if frames:
