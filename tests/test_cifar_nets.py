@@ -155,7 +155,7 @@ def test_a_killed_training_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         train.train("mobilenet", training, tiny, halved)
     monkeypatch.undo()
-    with pytest.raises(EdgekitError, match="belongs to other settings"):
+    with pytest.raises(EdgekitError, match="is of other settings"):
         train.train("mobilenet", train.Training(epochs=3, width=WIDTH), tiny, halved)
     resumed = train.train("mobilenet", training, tiny, halved)
     for (name, value), other in zip(

@@ -179,8 +179,13 @@ def test_a_text_that_cannot_be_scored(tmp_path: Path, content: bytes, words: lis
     assert_only_one_line(run("lfm2-tiny", "--text", path), *words)
 
 
-def test_a_text_without_end_is_refused() -> None:
+def test_a_text_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    with path.open("wb") as file:
+        file.truncate(LONGEST_TEXT_BYTES + 1)
     with pytest.raises(EdgekitError, match=f"longer than {LONGEST_TEXT_BYTES >> 20} MiB"):
+        read_text(path)
+    with pytest.raises(EdgekitError, match="/dev/zero: is no regular file"):
         read_text(Path("/dev/zero"))
 
 
