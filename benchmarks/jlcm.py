@@ -71,13 +71,13 @@ ROWS = (
 """What is run without --rows."""
 
 
-def chunks(source: ModelSource, path: Path, count: int) -> list[list[int]]:
-    """Return the first chunks of a text."""
+def chunks(source: ModelSource, path: Path, count: int, size: int = CHUNK) -> list[list[int]]:
+    """Return the first chunks of a text, of `size` tokens each."""
     assert source.folder is not None
     tokenizer = Tokenizer.load(source.folder)
-    text = path.read_text()[: 8 * count * CHUNK]
+    text = path.read_text()[: 8 * count * size]
     bos = tokenizer.bos_id if tokenizer.adds_bos else None
-    return cut(tokenize(tokenizer, text), CHUNK, count, bos)
+    return cut(tokenize(tokenizer, text), size, count, bos)
 
 
 def recipe_of(method: str, scheme: Scheme) -> Recipe:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.jlcm import chunks as first_chunks
 from edgekit.models.activations import per_block, per_token
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import EagerBlocks, float_reader
 from edgekit.models.lfm2 import LFM2
 from edgekit.models.source import ModelSource, resolve_model
-from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import ReadWeight, floats
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.observers import Observer, activation_parameters, observer
@@ -24,7 +23,6 @@ from edgekit.quantize.recipe import Recipe, resolve, tied_shapes
 from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.schemes import LayerScheme
 from edgekit.runtime.divergence import divergence, join, perplexity, score_rows
-from edgekit.runtime.evaluate import cut, tokenize
 
 MODEL = "lfm2-tiny"
 CHUNK = 512
@@ -146,13 +144,6 @@ def _logits(model: LFM2, chunks: Sequence[Sequence[int]]) -> list[np.ndarray]:
     return found
 
 
-def _chunks(source: ModelSource, path: Path, count: int) -> list[list[int]]:
-    tokenizer = Tokenizer.load(source.folder)
-    bos = tokenizer.bos_id if tokenizer.adds_bos else None
-    text = path.read_text()[: 8 * count * CHUNK]
-    return cut(tokenize(tokenizer, text), CHUNK, count, bos)
-
-
 def _int8_weights(source: ModelSource) -> dict[str, Tensor]:
     """Return what the codes of `--int8` stand for."""
     table, tied = tied_shapes(source.config.tensor_shapes())
@@ -194,15 +185,15 @@ def measure(
     """Score every row against the float model on valid.txt, with ranges from train.txt."""
     source = resolve_model(MODEL)
     config = source.config
-    held_out = _chunks(source, stories / "valid.txt", chunks)
-    texts = _chunks(source, stories / "train.txt", calibration_chunks)
+    held_out = first_chunks(source, stories / "valid.txt", chunks, CHUNK)
+    texts = first_chunks(source, stories / "train.txt", calibration_chunks, CHUNK)
     weights = _int8_weights(source)
     observed = _Observed(sorted({row.method for row in ROWS}))
     progress("calibrating")
     # Ranges are those that the quantized weights give, activations as they are.
     _logits(LFM2(_Blocks(weights.__getitem__, observed.around), config, CHUNK).eval(), texts)
     progress("float model")
-    read = partial(_float, float_reader(config, source.checkpoint))
+    read = float_reader(config, source.checkpoint)
     exact = _logits(LFM2(EagerBlocks(read), config, CHUNK).eval(), held_out)
     rows = []
     for row in ROWS:
@@ -231,7 +222,3 @@ def measure(
         "reference_perplexity": result.reference_perplexity.to_dict(),
         "rows": rows,
     }
-
-
-def _float(read: ReadWeight, name: str) -> Tensor:
-    return read(name).float()

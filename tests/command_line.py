@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
@@ -47,6 +48,16 @@ def assert_only_one_line(done: Result, *words: str, status: int = 2) -> None:
     """The same of a command run in this process, with nothing on stdout."""
     assert (done.exit_code, done.stdout) == (status, "")
     _assert_says(done.stderr, words)
+
+
+def assert_codes_refused(model: Path, codes: Path) -> None:
+    """An export of damaged codes: status 2, one line that names the file, and no artifact."""
+    out = codes.with_name("out")
+    refused = run("export", model, "--target", "gguf", "--codes", codes, "-o", out)
+    assert refused.exit_code == 2, refused.output
+    assert refused.stderr.count("\n") == 1
+    assert str(codes) in refused.stderr
+    assert not out.exists()
 
 
 def _assert_says(errors: str, words: Sequence[str]) -> None:
