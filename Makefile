@@ -7,7 +7,7 @@ ARTIFACT := out/lfm2-tiny-int8
 STORY := Tell me a story about a dog and a ball.
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test test-all lint format types package clean
+.PHONY: help demo test test-all lint format types package clean FORCE
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -57,8 +57,26 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m pip install -qq --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.llama-build | $(BIN)/python
 	@echo "Installing edgekit, every engine and the development tools into $(VENV): llama.cpp is"
 	@echo "compiled, which takes some minutes, once."
-	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" $(BIN)/python -m pip install -qq --editable ".[all,dev]"
+	@flags="$$(sed -n 's/^flags=//p' $(VENV)/.llama-build)"; \
+	export CFLAGS="$$flags $$CFLAGS" CXXFLAGS="$$flags $$CXXFLAGS"; \
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" $(BIN)/python -m pip install -qq --editable ".[all,dev]"
 	@touch $@ $(VENV)/.installed
+
+# What llama.cpp is compiled for and by which flags (runtime/llama_build.py). Where that is not what
+# this environment's was compiled by, and where AMX makes it matter, it is compiled anew: pip would
+# keep what is installed, and in its cache has wheels that it made by other flags.
+$(VENV)/.llama-build: FORCE | $(BIN)/python
+	@$(BIN)/python -m edgekit.runtime.llama_build >$@.new
+	@if ! cmp -s $@.new $@; then \
+		if test -e $@ || grep -q '^amx=yes' $@.new; then \
+			$(BIN)/python -m pip uninstall -qq --yes llama-cpp-python; \
+			$(BIN)/python -m pip cache remove -qq llama_cpp_python || true; \
+		fi; \
+		cp $@.new $@; \
+	fi
+	@rm -f $@.new
+
+FORCE:
