@@ -1,15 +1,25 @@
 """`python -m edgekit`, and the `edgekit` script: the process around the command line."""
 
+import faulthandler
 import os
 import sys
 from io import TextIOWrapper
 from pathlib import Path
 
 from edgekit.interrupts import clean_up_on_sigterm, interrupts_end_the_process
+from edgekit.supervisor import is_work, supervise
 
 
 def main() -> None:
-    """Run the command; Ctrl-C while its modules are still being imported leaves no traceback."""
+    """Run the command, in a process that may crash without a traceback or anything half-written.
+
+    Ctrl-C while its modules are still being imported leaves no traceback, either.
+    """
+    if os.environ.get("EDGEKIT_TRACEBACK"):  # the crash itself is to be seen
+        if sys.stderr is not None:
+            faulthandler.enable()
+    elif is_work(sys.argv[1:]):
+        supervise()
     clean_up_on_sigterm()
     with interrupts_end_the_process():
         from edgekit.cli import main as command

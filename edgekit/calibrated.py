@@ -19,6 +19,7 @@ from torch import Tensor
 from edgekit.errors import EdgekitError
 from edgekit.files import make_folder, read_text, sha256_of
 from edgekit.gains import Gains, measure
+from edgekit.last_words import half_written
 from edgekit.models.eager import float_reader
 from edgekit.models.layerwise import Choose, Codes, States, layer_codes
 from edgekit.models.reorder import grouped_orders, reordered
@@ -170,7 +171,8 @@ def workspace_of(output: Path) -> Iterator[Path]:
     """
     folder = output.absolute().with_name(f".{output.name}.calibration")
     try:
-        yield folder
+        with half_written(folder, keep_if_filled=True):
+            yield folder
     except BaseException:
         with suppress(OSError):  # there is none, or something is kept in it
             folder.rmdir()

@@ -4,9 +4,10 @@ Command files import click alone, so `edgekit --help` answers at once; each impo
 (torch, executorch, ...) inside the function that needs it.
 
 No traceback reaches a user: every error is one printable line on stderr, whatever stands in the
-names that it repeats. Exit status: 0 success, 1 a failed verification, 2 a mistake or a machine
-that cannot do it (full disk, no memory), 70 a defect of edgekit, 130 Ctrl-C, 141 a reader that
-closed the pipe, 143 SIGTERM. EDGEKIT_TRACEBACK=1 gives the tracebacks.
+names that it repeats. Exit status: 0 success, 1 a failed verification or a crash of a native
+library, 2 a mistake or a machine that cannot do it (full disk, no memory), 70 a defect of edgekit,
+130 Ctrl-C, 141 a reader that closed the pipe, 143 SIGTERM. EDGEKIT_TRACEBACK=1 gives the
+tracebacks.
 """
 
 import importlib
@@ -19,7 +20,7 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from edgekit import __version__
-from edgekit.errors import EdgekitError, Terminated, text_of
+from edgekit.errors import EdgekitError, Terminated, line_for_user, text_of
 
 COMMANDS = (
     "export",
@@ -40,8 +41,6 @@ MISTAKE = 2
 DEFECT = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 READER_GONE = 141  # 128 + SIGPIPE
-
-_LONGEST_LINE = 1000
 
 
 class Commands(click.Group):
@@ -110,19 +109,11 @@ def describe(error: Exception) -> tuple[str, int]:
 
 def _end(message: str, status: int) -> NoReturn:
     """Print the one line; what cannot be written is let go, for there is no other place for it."""
-    if len(message) > _LONGEST_LINE:  # a name of a hundred thousand letters hides what is wrong
-        message = f"{message[: _LONGEST_LINE // 2]} ... {message[-_LONGEST_LINE // 2 :]}"
-    line = "".join(map(_printable, message))
     with suppress(OSError):
-        click.echo(f"edgekit: {line}", err=True)
+        click.echo(line_for_user(message), err=True)
     for stream in (sys.stdout, sys.stderr):
         _flush_or_discard(stream)
     sys.exit(status)
-
-
-def _printable(char: str) -> str:
-    """Escape what would break the line or steer the terminal."""
-    return char if char.isprintable() else char.encode("unicode_escape").decode()
 
 
 def _flush_or_discard(stream: TextIO | None) -> None:

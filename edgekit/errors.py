@@ -1,5 +1,7 @@
 """The ways an edgekit command can fail; all reach the user as one line on stderr."""
 
+_LONGEST_LINE = 1000
+
 
 class EdgekitError(Exception):
     """A user's mistake: the message names the thing, what was given and what to do (exit 2)."""
@@ -9,6 +11,12 @@ class EdgekitError(Exception):
 
 class VerificationError(EdgekitError):
     """An exported file does not compute what the model computes (exit 1, no artifact left)."""
+
+    exit_status = 1
+
+
+class EngineCrash(EdgekitError):
+    """A native library ended its process; the message says which and what to do (exit 1)."""
 
     exit_status = 1
 
@@ -47,3 +55,15 @@ def text_of(error: BaseException) -> str:
         return str(error)
     except Exception:  # noqa: BLE001  (whatever a user's code does)
         return ""
+
+
+def line_for_user(message: str) -> str:
+    """Return the one line that a command ends with, printable whatever stands in the message."""
+    if len(message) > _LONGEST_LINE:  # a name of a hundred thousand letters hides what is wrong
+        message = f"{message[: _LONGEST_LINE // 2]} ... {message[-_LONGEST_LINE // 2 :]}"
+    return f"edgekit: {''.join(map(_printable, message))}"
+
+
+def _printable(char: str) -> str:
+    """Escape what would break the line or steer the terminal."""
+    return char if char.isprintable() else char.encode("unicode_escape").decode()

@@ -1,6 +1,7 @@
 """Files that a user names: what is written is whole or absent, what is read is bounded."""
 
 import errno
+import glob
 import hashlib
 import os
 import stat
@@ -10,6 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgekit.errors import EdgekitError
+from edgekit.last_words import half_written
+
+_PARTIAL = ".partial"
 
 
 def os_reason(error: OSError) -> str:
@@ -125,16 +129,51 @@ def make_folder(folder: Path, hint: str = "") -> None:
         raise EdgekitError(f"{folder}: cannot be made: {os_reason(error)}{hint}") from error
 
 
+def cache_folder() -> Path:
+    """Return edgekit's folder in the user's cache (XDG Base Directory Specification).
+
+    RuntimeError for a user without a home.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
+    return home / "edgekit"
+
+
+def partial_name(path: Path) -> Path:
+    """Return the hidden name under which this process makes a file or folder beside `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
+
+
+def abandoned(path: Path) -> list[Path]:
+    """Return what processes that are no more left under such names, and names that begin so."""
+    begin = f".{path.name}."
+    try:
+        found = sorted(path.parent.glob(f"{glob.escape(begin)}*{_PARTIAL}*"))
+    except OSError:
+        return []
+    pids = [name.name.removeprefix(begin).partition(".")[0] for name in found]
+    return [
+        each
+        for each, pid in zip(found, pids, strict=True)
+        if pid.isdigit() and not Path("/proc", pid).exists()
+    ]
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Give a hidden name to write; it becomes `path` in one rename, or nothing is left.
 
-    An existing file is replaced. EdgekitError where the system refuses.
+    An existing file is replaced, and what killed processes left of the same file is removed.
+    EdgekitError where the system refuses.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    for leftover in abandoned(path):
+        with suppress(OSError):  # a folder, which is none of ours
+            leftover.unlink()
+    scratch = partial_name(path)
     try:
-        yield scratch
-        scratch.replace(path)
+        with half_written(scratch):
+            yield scratch
+            scratch.replace(path)
     except OSError as error:
         raise EdgekitError(f"{path}: cannot be written: {os_reason(error)}") from error
     finally:

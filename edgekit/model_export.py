@@ -18,6 +18,7 @@ from edgekit.exporters.model_weights import Weights
 from edgekit.exporters.stored import refusal, stored_rows, stored_table
 from edgekit.exporters.target import Job, Options, Target, find_target
 from edgekit.files import sha256_of
+from edgekit.last_words import half_written
 from edgekit.mixed import CANDIDATES, CountBytes, Mixed
 from edgekit.models.codes import CodesFile
 from edgekit.models.source import ModelSource, resolve_model
@@ -157,7 +158,8 @@ def with_codes(
         try:
             made = write_codes(plan.source, plan.recipe, plan.quality, path, workspace, steps)
             codes = CodesFile.open(path, plan.source.config)
-            yield replace(plan, codes=codes, rows=codes.rows, tied=codes.tied), made
+            with half_written(path):
+                yield replace(plan, codes=codes, rows=codes.rows, tied=codes.tied), made
         finally:
             path.unlink(missing_ok=True)
 

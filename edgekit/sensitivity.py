@@ -9,7 +9,6 @@ they are computed, so that an interrupted run goes on where it stopped.
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from edgekit.artifact import MANIFEST, Artifact
 from edgekit.artifact_model import model_of
 from edgekit.errors import EdgekitError
 from edgekit.exporters.reference_text import TEXT
-from edgekit.files import make_folder, new_file
+from edgekit.files import cache_folder, make_folder, new_file
 from edgekit.models.activations import unrounded
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.lfm2 import LFM2
@@ -307,13 +306,6 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def cache_folder() -> Path:
-    """Return edgekit's folder in the user's cache (XDG Base Directory Specification)."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
-    return home / "edgekit"
 
 
 def _read_figures(path: Path, key: dict[str, Any]) -> dict[str, tuple[float, float]]:

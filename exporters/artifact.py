@@ -1,8 +1,6 @@
 """Writing an artifact folder: a model file, its tokenizer, `edgekit.json`; complete or absent."""
 
-import glob
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +9,8 @@ from typing import Any
 
 from edgekit.artifact import FORMAT_VERSION, MANIFEST, Artifact
 from edgekit.errors import EdgekitError
-from edgekit.files import check_parent, new_file, os_reason, sha256_of
+from edgekit.files import abandoned, check_parent, new_file, os_reason, partial_name, sha256_of
+from edgekit.last_words import half_written
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -81,12 +80,13 @@ def new_artifact(output: Path, force: bool) -> Iterator[Path]:
     output = output.absolute()
     if _remove_abandoned(output):
         check_output(output, force)
-    staging = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    staging = partial_name(output)
     try:
-        staging.mkdir()
-        yield staging
-        check_output(output, force)
-        _move_into_place(staging, output)
+        with half_written(staging):
+            staging.mkdir()
+            yield staging
+            check_output(output, force)
+            _move_into_place(staging, output)
     except OSError as error:
         raise EdgekitError(f"{output}: cannot be written: {os_reason(error)}") from error
     finally:
@@ -112,10 +112,7 @@ def _remove_abandoned(output: Path) -> bool:
     Returns whether `output` is there again.
     """
     restored = False
-    for folder in output.parent.glob(f".{glob.escape(output.name)}.*.partial*"):
-        pid = folder.name.removeprefix(f".{output.name}.").split(".")[0]
-        if not pid.isdigit() or Path("/proc", pid).exists():
-            continue
+    for folder in abandoned(output):
         if folder.name.endswith(_REPLACED) and not output.exists():
             folder.rename(output)  # killed between its two renames
             restored = True

@@ -12,6 +12,7 @@ from typing import Any
 
 from edgekit.errors import EdgekitError, VerificationError
 from edgekit.exporters.tokenizer_corpus import TEXTS, texts_with
+from edgekit.last_words import engine_on
 from edgekit.llama_vocabulary import llama_token_ids
 from edgekit.models.tokenizer import Tokenizer
 
@@ -67,13 +68,14 @@ def _vocabulary(path: Path) -> Iterator[Any]:  # a pointer of llama.cpp's
     llama_cpp.llama_log_set(_hear_nothing(), ctypes.c_void_p(0))
     parameters = llama_cpp.llama_model_default_params()
     parameters.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-    if model is None:
-        raise EdgekitError(f"{path}: llama.cpp cannot read its tokenizer")
-    try:
-        yield llama_cpp.llama_model_get_vocab(model)
-    finally:
-        llama_cpp.llama_model_free(model)
+    with engine_on("gguf", path):
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        if model is None:
+            raise EdgekitError(f"{path}: llama.cpp cannot read its tokenizer")
+        try:
+            yield llama_cpp.llama_model_get_vocab(model)
+        finally:
+            llama_cpp.llama_model_free(model)
 
 
 _callbacks: list[Any] = []  # llama.cpp keeps the pointer, so the function must live as long

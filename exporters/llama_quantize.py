@@ -15,7 +15,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from edgekit.errors import EdgekitError
+from edgekit.crash import how_it_ended, last_line, quoted
+from edgekit.errors import EdgekitError, EngineCrash
 from edgekit.exporters.gguf_writer import PlannedTensor
 from edgekit.exporters.llama_formats import LlamaFormat
 from edgekit.files import new_file
@@ -141,12 +142,18 @@ def _failure(status: int, log: str, form: LlamaFormat, output: Path) -> EdgekitE
     reason = log.rpartition("failed to quantize: ")[2] if status > 0 else ""
     if "iostream" in reason or "basic_ios" in reason:  # what std::ofstream says of any failed write
         return EdgekitError(f"{output.parent}: cannot be written to: its device is full or refuses")
+    kind = EngineCrash if status < 0 else EdgekitError
     if status < 0:
-        reason = f"its process was ended by {signal.Signals(-status).name}"
+        reason = f"its process was ended by {how_it_ended(status)}{quoted(_assertion(log) or last_line(log))}"
         if status == -signal.SIGKILL:
             reason += ", as the system does when memory runs out"
     last = (reason or log).strip().rpartition("\n")[2][-300:]
-    return EdgekitError(f"llama.cpp cannot make {form.name}: {last or 'it gave no reason'}")
+    return kind(f"llama.cpp cannot make {form.name}: {last or 'it gave no reason'}")
+
+
+def _assertion(log: str) -> str:
+    """Return what ggml says before it ends the process, and before the backtrace that follows."""
+    return next((line.strip() for line in log.splitlines() if "GGML_ASSERT" in line), "")
 
 
 _COUNTER = re.compile(r"\[ *(\d+)/ *(\d+)\] ")

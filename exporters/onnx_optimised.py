@@ -15,6 +15,7 @@ import onnxruntime as ort
 
 from edgekit.errors import EdgekitError, VerificationError, one_line
 from edgekit.genai_config import GenaiConfig, is_genai_folder
+from edgekit.last_words import engine_on, half_written
 from edgekit.onnx_file import OnnxFile
 
 _FATAL = 4
@@ -42,7 +43,11 @@ def kernels_run(path: Path) -> list[tuple[str, bool]]:
 
     EdgekitError where ONNX Runtime refuses the model or does not run it with one token.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        half_written(Path(folder)),
+        engine_on("onnx", path),
+    ):
         options = ort.SessionOptions()
         options.log_severity_level = _FATAL
         options.intra_op_num_threads = 1

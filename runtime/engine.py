@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import EdgekitError
+from edgekit.last_words import NO_ENGINE, engine_at_work, engine_on, engine_works
 from edgekit.logits import Logits
+from edgekit.runtime.first_load import check_first_load
 from edgekit.words import counted
 
 TokenIds = NDArray[np.int64]
@@ -41,8 +43,9 @@ class Engine(AbstractContextManager["Engine", None], Protocol):
     `name` and `version` are the engine's, `context` is the number of positions its state holds,
     `position` the number of tokens processed since the last reset; one forward pass can take
     `longest_chunk` tokens and is fastest with `default_chunk`. `eos_ids` are the tokens that end a
-    text by what the file itself says, none where it does not say. The logits returned are the
-    caller's own: no later call changes them.
+    text by what the file itself says, none where it does not say. `built` is what an engine that was
+    compiled for this machine says of that. The logits returned are the caller's own: no later call
+    changes them.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Engine(AbstractContextManager["Engine", None], Protocol):
     longest_chunk: int
     default_chunk: int
     eos_ids: tuple[int, ...]
+    built: str | None
 
     @property
     def position(self) -> int:
@@ -95,11 +99,13 @@ class OneSequenceEngine(ABC):
     longest_chunk: int
     default_chunk: int
     eos_ids: tuple[int, ...] = ()
+    built: str | None = None
 
     def __init__(self) -> None:
         """Start an open engine at position 0; the subclass sets the attributes above."""
         self._position = 0
         self._open = True
+        self._number = engine_at_work()
 
     @abstractmethod
     def _forward(self, tokens: TokenIds, position: int) -> Logits:
@@ -146,6 +152,7 @@ class OneSequenceEngine(ABC):
         """Return the ids of tokens that can be processed now."""
         if not self._open:
             raise EdgekitError(f"the {self.name} engine is closed")
+        engine_works(self._number)
         return check_tokens(tokens, self._position, self.context, self.vocab_size)
 
     def reset(self) -> None:
@@ -155,6 +162,7 @@ class OneSequenceEngine(ABC):
     def close(self) -> None:
         """Release the model; the engine cannot be used afterwards."""
         self._open = False
+        engine_works(NO_ENGINE)
 
     def __enter__(self) -> Self:
         """Return the engine, which the `with` block closes."""
@@ -175,9 +183,13 @@ class EngineMissing(EdgekitError):
 
 
 def import_engine(name: str) -> ModuleType:
-    """Import the engine of that name; EngineMissing where its run time is not installed."""
+    """Import the engine of that name; EngineMissing where its run time is not installed.
+
+    EngineCrash where its library does not survive a first load, which is tried elsewhere.
+    """
     if name not in ENGINES:
         raise EdgekitError(f"unknown engine {name!r}; the engines are {', '.join(sorted(ENGINES))}")
+    check_first_load(name)
     try:
         return importlib.import_module(ENGINES[name])
     except ModuleNotFoundError as error:
@@ -202,7 +214,8 @@ def load_engine(
     """
     check_threads(threads)
     module = import_engine(name)
-    return cast(Engine, module.open_engine(Path(model_path), threads, context))
+    with engine_on(name, Path(model_path)):
+        return cast(Engine, module.open_engine(Path(model_path), threads, context))
 
 
 def check_threads(threads: int | None) -> None:

@@ -55,6 +55,7 @@ class GgufEngine(OneSequenceEngine):
 
     name = "gguf"
     version = llama_library.VERSION
+    built = llama_library.BUILT
 
     def __init__(self, path: Path, threads: int | None = None, context: int | None = None) -> None:
         """Check and load a file.

@@ -10,6 +10,7 @@ import llama_cpp.llama_cpp as llama
 
 from edgekit.errors import EdgekitError
 from edgekit.gguf_file import GgufFile
+from edgekit.last_words import engine_on
 from edgekit.llama_vocabulary import llama_token_ids
 from edgekit.models.chat_template import ChatTemplate
 from edgekit.models.tokenizer import TextStream, render_chat, utf8
@@ -31,7 +32,8 @@ class GgufTokenizer:
         """Load a file's vocabulary; EdgekitError where it has none."""
         file = open_checked(path)
         llama_library.start()
-        model = load_model(path, vocab_only=True)
+        with engine_on("gguf", path):
+            model = load_model(path, vocab_only=True)
         self._release = weakref.finalize(self, llama.llama_model_free, model)
         self._vocab = llama.llama_model_get_vocab(model)
         if llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_NONE:

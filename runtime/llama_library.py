@@ -11,12 +11,14 @@ from collections import deque
 import llama_cpp
 import llama_cpp.llama_cpp as llama
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, EngineCrash
+from edgekit.last_words import heard, library_said
 
 VERSION = f"{llama_cpp.__version__} (llama.cpp {llama.llama_version().decode()})"
+BUILT = " ".join(llama.llama_print_system_info().decode().split()).rstrip("| ")
+"""The instructions that it was compiled for, as in `CPU : SSE3 = 1 | AVX = 1`."""
 
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
-_ABORTED = 2  # the exit status of a mistake, as edgekit.cli has it
 _errors: deque[str] = deque(maxlen=16)
 
 
@@ -31,14 +33,17 @@ def _aborted(message: bytes | None) -> None:
     """End the process with one line where ggml would end it with a backtrace and a core dump.
 
     ggml checks itself by assertions, some of which a strange file can break, and there is no way
-    back from one: abort() follows this call.
+    back from one: abort() follows this call. A supervisor has the line of that.
     """
     text = " ".join((message or b"").decode(errors="replace").split())
     text = "".join(char if char.isprintable() else "?" for char in text)
     place, colon, reason = text[:400].partition(": ")  # the place on the machine that compiled it
     said = f"{place.rpartition('/')[2]}{colon}{reason}"
+    if heard():
+        library_said(said)
+        return
     os.write(2, f"edgekit: llama.cpp gave up: {said}\n".encode())
-    os._exit(_ABORTED)
+    os._exit(EngineCrash.exit_status)
 
 
 def start() -> None:

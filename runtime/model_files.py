@@ -10,7 +10,7 @@ from edgekit.errors import EdgekitError
 from edgekit.genai_config import GenaiConfig, is_genai_folder
 from edgekit.models.tokenizer import TOKENIZER_FILE, TextTokenizer, Tokenizer
 from edgekit.onnx_file import OnnxFile
-from edgekit.runtime.engine import DEFAULT_CONTEXT, Engine, load_engine
+from edgekit.runtime.engine import DEFAULT_CONTEXT, Engine, import_engine, load_engine
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class ModelFile:
         if given is not None:
             return Tokenizer.load(_tokenizer_file(given))
         if self.manifest is None and self.engine == "gguf":
+            import_engine(self.engine)  # which says what is wrong with llama.cpp, if anything is
             from edgekit.runtime.gguf_tokenizer import GgufTokenizer
 
             return GgufTokenizer(self.path)

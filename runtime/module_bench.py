@@ -105,6 +105,7 @@ class ModuleResult(InProcess):
     load_ns: int
     memory: Memory
     samples: tuple[ModuleSample, ...]
+    engine_built: str | None = None
 
     @property
     def disturbed(self) -> int:

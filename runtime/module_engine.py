@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.errors import EdgekitError
+from edgekit.last_words import NO_ENGINE, engine_opens, engine_works
 from edgekit.runtime.engine import EngineMissing
+from edgekit.runtime.first_load import check_first_load
 
 Array = NDArray[Any]
 
@@ -58,6 +60,7 @@ class ClosesItself:
     ) -> None:
         """Release the module."""
         self.close()
+        engine_works(NO_ENGINE)
 
 
 def load_module(target: str, path: Path | str, threads: int | None = None) -> ModuleEngine:
@@ -68,7 +71,9 @@ def load_module(target: str, path: Path | str, threads: int | None = None) -> Mo
     path = Path(path)
     if path.is_dir():
         raise EdgekitError(f"{path}: is a folder: give Artifact.open(folder).model_path")
-    return cast(ModuleEngine, import_module_engine(target).open_module(path, threads))
+    module = import_module_engine(target)
+    engine_opens(target, path)
+    return cast(ModuleEngine, module.open_module(path, threads))
 
 
 def import_module_engine(target: str) -> ModuleType:
@@ -78,6 +83,7 @@ def import_module_engine(target: str) -> ModuleType:
             f"no engine runs modules of target {target!r:.60}: allowed are "
             f"{', '.join(MODULE_ENGINES)}"
         )
+    check_first_load(target)
     try:
         return importlib.import_module(MODULE_ENGINES[target])
     except ModuleNotFoundError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.runtime.accounting import Clocks, interference, peak_bytes
+from edgekit.runtime.first_load import check_first_load
 from edgekit.runtime.module_engine import Array, ModuleEngine, import_module_engine, load_module
 
 _FEWEST_WARM_UPS = 3
@@ -16,6 +17,7 @@ _FEWEST_WARM_UPS = 3
 
 def load(target: str, model: str, threads: int) -> tuple[ModuleEngine, dict[str, Any]]:
     """Open a module's file; return the engine and the worker's reply."""
+    check_first_load(target)
     started = time.perf_counter_ns()
     import_module_engine(target)  # so that the engine's libraries are not in the time to load
     imported = time.perf_counter_ns()

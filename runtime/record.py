@@ -269,10 +269,14 @@ class ShapeResult:
 
 
 class InProcess:
-    """What the results of an artifact share: the process in which its engine ran."""
+    """What the results of an artifact share: the process in which its engine ran.
+
+    `engine_built`: the instructions that the engine was compiled for, where it says so.
+    """
 
     engine: str
     engine_version: str
+    engine_built: str | None
     affinity: tuple[int, ...]
     import_ns: int
     load_ns: int
@@ -281,7 +285,11 @@ class InProcess:
     def process(self) -> dict[str, Any]:
         """Return the engine and what loading took, as JSON data."""
         return {
-            "engine": {"name": self.engine, "version": self.engine_version},
+            "engine": {
+                "name": self.engine,
+                "version": self.engine_version,
+                "built": self.engine_built,
+            },
             "affinity": list(self.affinity),
             "import_ns": self.import_ns,
             "load_ns": self.load_ns,
@@ -294,6 +302,7 @@ def process_facts(load: Mapping[str, Any], peak: int | None) -> dict[str, Any]:
     return {
         "engine": load["engine"],
         "engine_version": load["version"],
+        "engine_built": load.get("built"),
         "affinity": tuple(load["affinity"]),
         "import_ns": load["import_ns"],
         "load_ns": load["load_ns"],
@@ -323,6 +332,7 @@ class ArtifactResult(InProcess):
     memory: Memory
     traffic: Traffic | None
     tests: tuple[ShapeResult, ...]
+    engine_built: str | None = None
 
     def to_dict(self, bandwidth: Bandwidth) -> dict[str, Any]:
         """Return everything known of the artifact as JSON data."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.errors import EdgekitError
+from edgekit.last_words import engine_on, engine_works
 from edgekit.logits import Logits
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
@@ -30,10 +31,16 @@ class TorchEngine(OneSequenceEngine):
     version = str(torch.__version__)
 
     def __init__(
-        self, module: nn.Module, context: int, vocab_size: int, threads: int | None = None
+        self,
+        module: nn.Module,
+        context: int,
+        vocab_size: int,
+        threads: int | None = None,
+        name: str = "a module",
     ) -> None:
-        """Run `module`, whose state holds `context` positions."""
-        super().__init__()
+        """Run `module`, whose state holds `context` positions; `name` is what errors call it."""
+        with engine_on(self.name, Path(name)):
+            super().__init__()
         torch.set_num_threads(threads or physical_cores())
         self.context = self.longest_chunk = self.default_chunk = context
         self.vocab_size = vocab_size
@@ -49,7 +56,7 @@ class TorchEngine(OneSequenceEngine):
         context = context or source.config.default_context
         read = float_reader(source.config, source.checkpoint)
         module = build_eager(source.config, read, context)
-        return cls(module, context, source.config.vocab_size, threads)
+        return cls(module, context, source.config.vocab_size, threads, name)
 
     def _forward(self, tokens: TokenIds, position: int) -> Logits:
         module = cast(nn.Module, self._module)
@@ -64,6 +71,7 @@ class TorchEngine(OneSequenceEngine):
         if whole is None:
             return super().score(tokens, first)
         check_first(first, len(tokens))
+        engine_works(self._number)
         ids = check_tokens(tokens, 0, self.context, self.vocab_size)
         with torch.inference_mode():
             logits: Tensor = whole(torch.from_numpy(ids).view(1, -1), torch.zeros(1).long())

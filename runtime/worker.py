@@ -24,6 +24,7 @@ from typing import Any, TextIO
 from edgekit.errors import EdgekitError
 from edgekit.runtime.accounting import Clocks, interference, peak_bytes
 from edgekit.runtime.engine import Engine, import_engine, load_engine
+from edgekit.runtime.first_load import check_first_load
 from edgekit.runtime.module_engine import ModuleEngine
 from edgekit.runtime.record import Shape
 
@@ -77,6 +78,7 @@ class Worker:
 
     def _load(self, name: str, model: str, threads: int, context: int | None) -> dict[str, Any]:
         self._threads = threads
+        check_first_load(name)
         started = time.perf_counter_ns()
         import_engine(name)  # so that the engine's libraries are not in the time to load
         imported = time.perf_counter_ns()
@@ -89,6 +91,7 @@ class Worker:
             "before_load_bytes": before,
             "engine": self._engine.name,
             "version": self._engine.version,
+            "built": self._engine.built,
             "context": self._engine.context,
             "affinity": sorted(os.sched_getaffinity(0)),
         }

@@ -2,7 +2,6 @@
 
 import json
 import select
-import signal
 import subprocess
 import sys
 import tempfile
@@ -10,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from edgekit.errors import EdgekitError
+from edgekit.crash import how_it_ended, last_line, library, quoted
+from edgekit.errors import EdgekitError, EngineCrash
 from edgekit.runtime.accounting import peak_bytes
 from edgekit.runtime.record import Shape
 
@@ -24,6 +24,7 @@ class WorkerProcess:
         """Start the process; `label` names its artifact in errors."""
         self.label = label
         self.peak_bytes: int | None = None
+        self._engine: str | None = None
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "edgekit.runtime.worker"],
@@ -40,6 +41,7 @@ class WorkerProcess:
 
     def load(self, engine: str, model: str, threads: int, context: int | None) -> dict[str, Any]:
         """Load a model file; returns the worker's reply."""
+        self._engine = engine
         request = {
             "op": "load",
             "engine": engine,
@@ -62,6 +64,7 @@ class WorkerProcess:
 
     def load_module(self, target: str, model: str, threads: int) -> dict[str, Any]:
         """Load a module's file; returns the worker's reply."""
+        self._engine = target
         request = {"op": "load_module", "target": target, "model": model, "threads": threads}
         return self._ask(request, "loading the module")
 
@@ -114,21 +117,22 @@ class WorkerProcess:
         """Say how the process ended: by which signal, or with what last words."""
         status = self._process.wait()
         if status >= 0:
-            return EdgekitError(
+            return EngineCrash(
                 f"{self.label}: {doing}: the engine's process ended with status {status}: "
-                f"{self._last_words()}"
+                f"{self._last_words() or 'no message'}"
             )
-        name = signal.Signals(-status).name
+        name = how_it_ended(status)
         hint = _SIGNAL_HINTS.get(name, "the model file may be damaged: export it again")
         seen = f" (it held {self.peak_bytes / 1e6:.0f} MB)" if self.peak_bytes else ""
-        return EdgekitError(
-            f"{self.label}: {doing}: the engine's process was ended by {name}{seen}; {hint}"
+        who = "the engine's process" if self._engine is None else library(self._engine)
+        return EngineCrash(
+            f"{self.label}: {doing}: {who} was ended by {name}{seen}{quoted(self._last_words())}; "
+            f"{hint}"
         )
 
     def _last_words(self) -> str:
         self._stderr.seek(0)
-        lines = self._stderr.read().decode("utf-8", "replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+        return last_line(self._stderr.read().decode("utf-8", "replace"))
 
 
 _SIGNAL_HINTS = {

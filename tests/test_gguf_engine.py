@@ -247,7 +247,7 @@ def test_an_assertion_of_ggml_ends_the_process_with_one_line() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     said = "edgekit: llama.cpp gave up: ggml.c:12: GGML_ASSERT(a / b: c) failed\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 def test_a_missing_run_time_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,14 +23,14 @@ ROOMS = {
         r"|huggingface_hub"
     ),
     "exporters": (
-        r"edgekit|edgekit\.(artifact|errors|files|genai_config|gguf_file|llama_vocabulary|logits|models|onnx_(file|model)"
-        r"|progress|pte_header|quantize|quiet|tables|words)"
+        r"edgekit|edgekit\.(artifact|crash|errors|files|genai_config|gguf_file|last_words|llama_vocabulary"
+        r"|logits|models|onnx_(file|model)|progress|pte_header|quantize|quiet|tables|words)"
         r"|torch|torchao|numpy|safetensors|executorch|gguf|onnx|onnxruntime|llama_cpp"
     ),
     "devices": r"edgekit\.(errors|tables|words)|numpy",
     "runtime": (
-        r"edgekit|edgekit\.(artifact|devices|errors|files|genai_config|gguf_file|llama_vocabulary|logits|models"
-        r"|onnx_(file|model)|progress|pte_header|quantize|tables|words)"
+        r"edgekit|edgekit\.(artifact|crash|devices|errors|files|genai_config|gguf_file|last_words"
+        r"|llama_vocabulary|logits|models|onnx_(file|model)|progress|pte_header|quantize|tables|words)"
         r"|torch|numpy|executorch|onnxruntime|llama_cpp"
     ),
     "edgekit/commands": r"edgekit\..+|click",

@@ -1,0 +1,160 @@
+"""The process around a command that may die: a crash of a native library is one line, status 1.
+
+`supervise` forks before anything is imported. The child does the work; the parent, which holds
+nothing but Python, waits, passes signals on and ends as the child did. Where the child crashed, it
+removes what is half-written and says which engine was at work on which file
+(edgekit/last_words.py).
+
+What C and C++ write to descriptor 2 is held back for a moment: of what a library says while it
+crashes, the one line quotes the last. Python's own stderr stays what it was.
+"""
+
+import os
+import signal
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from edgekit.last_words import SharedWords, Words, leave_words_in
+
+_PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+_WAITED_FOR = _PASSED_ON | {signal.SIGCHLD}
+_NO_CRASH = _PASSED_ON | {signal.SIGPIPE}
+_HELD_BACK_S = 0.5
+_LONGEST_END = 4096  # bytes, of which the last line is looked for
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def supervise() -> None:
+    """Return in a child process, which the caller goes on as; the parent never returns.
+
+    Does nothing where a fork would lose threads of the program around.
+    """
+    if threading.active_count() > 1:
+        return
+    _open_standard_streams()
+    words, chatter = SharedWords(), os.memfd_create("stderr")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
+    parent, child = os.getpid(), os.fork()
+    if child:
+        _watch(child, words, chatter)
+    _end_with(parent)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    _divert_native_stderr(chatter)
+    leave_words_in(words)
+
+
+def _open_standard_streams() -> None:
+    """Give descriptors that the caller closed to no file: the next one opened would be `stderr`."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _end_with(parent: int) -> None:
+    """Let the system kill this process with its parent, as if there were but one."""
+    import ctypes  # here: it takes longer than the fork
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        os._exit(1)
+
+
+def _divert_native_stderr(chatter: int) -> None:
+    """Let descriptor 2 be `chatter`, and Python's stderr a copy of what it was."""
+    if sys.stderr is None:  # closed by the caller
+        return
+    sys.stderr.flush()
+    own = os.dup(2)
+    os.dup2(chatter, 2)
+    encoding, errors = sys.stderr.encoding, sys.stderr.errors
+    sys.stderr = open(own, "w", 1, encoding, errors)  # noqa: SIM115, PTH123
+
+
+def _watch(child: int, words: SharedWords, chatter: int) -> NoReturn:
+    """Wait for the child, passing signals on; end as it did."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a caller that ignores it would hide the end
+    shown = _Shown(chatter)
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            _end_as(os.waitstatus_to_exitcode(status), words.read(), shown)
+        came = signal.sigtimedwait(_WAITED_FOR, _HELD_BACK_S)
+        shown.go_on()
+        # A key on the terminal reaches the child by itself.
+        if came and came.si_signo in _PASSED_ON and came.si_code <= 0:
+            with suppress(ProcessLookupError):
+                os.kill(child, came.si_signo)
+
+
+class _Shown:
+    """What the child's libraries wrote, and how much of it the user has been shown."""
+
+    def __init__(self, chatter: int) -> None:
+        self._chatter, self._shown, self._seen = chatter, 0, 0
+
+    def go_on(self) -> None:
+        """Show what was there at the last call already."""
+        self._show(self._seen)
+        self._seen = os.fstat(self._chatter).st_size
+
+    def rest(self) -> None:
+        """Show everything."""
+        self._show(os.fstat(self._chatter).st_size)
+
+    def not_shown(self) -> str:
+        """Return the end of what has not been shown."""
+        size = os.fstat(self._chatter).st_size
+        begin = max(self._shown, size - _LONGEST_END)
+        return os.pread(self._chatter, size - begin, begin).decode(errors="replace")
+
+    def _show(self, end: int) -> None:
+        while self._shown < end:
+            data = os.pread(self._chatter, min(1 << 16, end - self._shown), self._shown)
+            self._shown += len(data)
+            with suppress(OSError):  # nobody reads it
+                os.write(2, data)
+
+
+def _end_as(code: int, words: Words, shown: _Shown) -> NoReturn:
+    """End with the child's exit status or by its signal; after a crash, with one line."""
+    if words.partial or words.folders:
+        _remove(words)
+    if code < 0 and -code not in _NO_CRASH:
+        from edgekit.crash import crash_line
+
+        line = crash_line(-code, words, shown.not_shown())
+        start = "\n" if os.isatty(2) else ""  # whatever stands on the terminal's line
+        with suppress(OSError):
+            os.write(2, f"{start}{line}\n".encode(errors="backslashreplace"))
+        os._exit(1)
+    shown.rest()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITED_FOR)
+    os._exit(code if code >= 0 else 128 - code)  # of a signal: the first process cannot be killed
+
+
+def _remove(words: Words) -> None:
+    """Remove what is half-written, and folders in which nothing is kept."""
+    import shutil
+
+    for name in words.partial:
+        path = Path(name)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    for name in words.folders:
+        with suppress(OSError):
+            Path(name).rmdir()
+
+
+def is_work(arguments: list[str]) -> bool:
+    """Whether a command line names a command to be carried out, rather than asking for help."""
+    return bool(arguments) and arguments[0][:1] != "-" and not {"-h", "--help"} & {*arguments}
