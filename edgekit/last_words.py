@@ -7,10 +7,13 @@ is at work and what is half-written stand in memory shared with the supervisor
 
 import json
 import mmap
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 _BYTES = 1 << 16  # for a few paths; the system gives a page only where one is written
 _LENGTH = 4  # bytes of the length before the text
@@ -33,10 +36,14 @@ class Words:
 
 
 class SharedWords:
-    """Memory in which a process writes its `Words` for the one that it was forked from."""
+    """Memory in which a process writes its `Words` for the one that it was forked from.
+
+    `hidden` is a descriptor of what libraries say that the user is not to see, if all goes well.
+    """
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _BYTES)
+        self.hidden = os.memfd_create("hidden")
 
     def write(self, words: Words) -> None:
         """Replace what stands there; too much for it is left out, not cut."""
@@ -55,6 +62,7 @@ class SharedWords:
 
 _words = Words()
 _shared: SharedWords | None = None
+_hiding = False
 
 
 def leave_words_in(shared: SharedWords) -> None:
@@ -105,6 +113,25 @@ def library_said(reason: str) -> None:
     """Note what a library gives as its reason to end the process."""
     _words.said = reason
     _write()
+
+
+@contextmanager
+def hidden_output() -> Iterator[IO[str]]:
+    """Give an empty file for what libraries print; should the process die, it is quoted from it."""
+    global _hiding
+    if _shared is None or _hiding:
+        with tempfile.TemporaryFile("w+", errors="replace") as file:
+            yield file
+        return
+    _hiding = True
+    try:
+        with os.fdopen(os.dup(_shared.hidden), "w+", errors="replace") as file:
+            file.truncate(0)
+            yield file
+            file.seek(0)
+            file.truncate()
+    finally:
+        _hiding = False
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from edgekit.last_words import hidden_output
 
 _CHATTY = ("torchao", "torch.utils._pytree", "root")
 
@@ -25,14 +26,14 @@ def quiet_imports() -> Iterator[None]:
         return
     sys.stderr.flush()
     saved = os.dup(2)
-    with tempfile.TemporaryFile() as said:
+    with hidden_output() as said:
         os.dup2(said.fileno(), 2)
         try:
             yield
         except BaseException:
             sys.stderr.flush()
             said.seek(0)
-            os.write(saved, said.read())
+            os.write(saved, said.read().encode())
             raise
         finally:
             sys.stderr.flush()

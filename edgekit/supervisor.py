@@ -82,7 +82,7 @@ def _watch(child: int, words: SharedWords, chatter: int) -> NoReturn:
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            _end_as(os.waitstatus_to_exitcode(status), words.read(), shown)
+            _end_as(os.waitstatus_to_exitcode(status), words.read(), shown, words.hidden)
         came = signal.sigtimedwait(_WAITED_FOR, _HELD_BACK_S)
         shown.go_on()
         # A key on the terminal reaches the child by itself.
@@ -108,9 +108,7 @@ class _Shown:
 
     def not_shown(self) -> str:
         """Return the end of what has not been shown."""
-        size = os.fstat(self._chatter).st_size
-        begin = max(self._shown, size - _LONGEST_END)
-        return os.pread(self._chatter, size - begin, begin).decode(errors="replace")
+        return _end_of(self._chatter, self._shown)
 
     def _show(self, end: int) -> None:
         while self._shown < end:
@@ -120,14 +118,20 @@ class _Shown:
                 os.write(2, data)
 
 
-def _end_as(code: int, words: Words, shown: _Shown) -> NoReturn:
+def _end_of(file: int, begin: int = 0) -> str:
+    size = os.fstat(file).st_size
+    begin = max(begin, size - _LONGEST_END)
+    return os.pread(file, size - begin, begin).decode(errors="replace")
+
+
+def _end_as(code: int, words: Words, shown: _Shown, hidden: int) -> NoReturn:
     """End with the child's exit status or by its signal; after a crash, with one line."""
     if words.partial or words.folders:
         _remove(words)
     if code < 0 and -code not in _NO_CRASH:
         from edgekit.crash import crash_line
 
-        line = crash_line(-code, words, shown.not_shown())
+        line = crash_line(-code, words, shown.not_shown() + _end_of(hidden))
         start = "\n" if os.isatty(2) else ""  # whatever stands on the terminal's line
         with suppress(OSError):
             os.write(2, f"{start}{line}\n".encode(errors="backslashreplace"))

@@ -144,7 +144,8 @@ def _failure(status: int, log: str, form: LlamaFormat, output: Path) -> EdgekitE
         return EdgekitError(f"{output.parent}: cannot be written to: its device is full or refuses")
     kind = EngineCrash if status < 0 else EdgekitError
     if status < 0:
-        reason = f"its process was ended by {how_it_ended(status)}{quoted(_assertion(log) or last_line(log))}"
+        said = _assertion(log) or last_line(log)
+        reason = f"its process was ended by {how_it_ended(status)}{quoted(said)}"
         if status == -signal.SIGKILL:
             reason += ", as the system does when memory runs out"
     last = (reason or log).strip().rpartition("\n")[2][-300:]

@@ -43,9 +43,9 @@ class Engine(AbstractContextManager["Engine", None], Protocol):
     `name` and `version` are the engine's, `context` is the number of positions its state holds,
     `position` the number of tokens processed since the last reset; one forward pass can take
     `longest_chunk` tokens and is fastest with `default_chunk`. `eos_ids` are the tokens that end a
-    text by what the file itself says, none where it does not say. `built` is what an engine that was
-    compiled for this machine says of that. The logits returned are the caller's own: no later call
-    changes them.
+    text by what the file itself says, none where it does not say. `built` is what an engine that
+    was compiled for this machine says of that. The logits returned are the caller's own: no later
+    call changes them.
     """
 
     name: str

@@ -6,7 +6,6 @@ warnings to a process that only wants to run a file.
 """
 
 import os
-import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -20,6 +19,7 @@ import torch
 from executorch.extension.pybindings import _C as binding
 
 from edgekit.errors import EdgekitError
+from edgekit.last_words import hidden_output
 from edgekit.pte_header import PteHeader
 
 FORWARD = "forward"
@@ -79,7 +79,7 @@ def chatter() -> Iterator[IO[str]]:
     The binding hands ExecuTorch's log to Python's `sys.stderr`; the libraries below it write to
     the process's descriptor 2.
     """
-    with tempfile.TemporaryFile("w+", errors="replace") as log, redirect_stderr(log):
+    with hidden_output() as log, redirect_stderr(log):
         try:
             kept = os.dup(2)
         except OSError:  # the process was started without a stderr

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gguf_models import small_model_file
 
+from edgekit.files import new_file
 from edgekit.runtime.first_load import check_first_load
-from gguf_models import small_model
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
@@ -72,6 +73,7 @@ COMPUTES = {
     "executorch": "edgekit.runtime.executorch_engine:ExecutorchEngine._forward",
     "onnx": "edgekit.runtime.onnx_engine:_Runner.__call__",
 }
+LAST = "what():  a vector of terror"
 NAMES = {"gguf": "llama.cpp (llama-cpp-python ", "executorch": "ExecuTorch 1", "onnx": "ONNX Runti"}
 
 
@@ -85,7 +87,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(command, check=True)
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(_SITE)
-    small_model(folder / "model")
+    small_model_file(folder)
+    check_first_load("gguf")  # before it crashes
     return folder
 
 
@@ -95,7 +98,7 @@ def artifacts(place: Path) -> dict[str, Path]:
     made = {}
     for target in COMPUTES:
         made[target] = place / f"artifact-{target}"
-        words = ["export", str(place / "model"), "--int8", "--context", "64", "--target", target]
+        words = ["export", str(place / "small"), "--int8", "--context", "64", "--target", target]
         done = _edgekit([*words, "-o", str(made[target])])
         assert done.returncode == 0, done.stderr
     return made
@@ -127,6 +130,16 @@ def _assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> Non
         assert word in done.stderr
 
 
+@pytest.mark.parametrize(
+    "crash", [f"{COMPUTES['gguf']}:abort_loudly", LOADS["gguf"] + ":abort_loudly"]
+)
+def test_of_what_a_library_says_the_last_line_is_quoted(crash: str, place: Path) -> None:
+    done = _edgekit(["run", str(place / "model.gguf"), "hello", "--raw", "--json"], crash, place)
+    _assert_one_line(done, f"{place}/model.gguf: ", NAMES["gguf"], f"SIGABRT: {LAST}; ")
+    assert done.stdout == ""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", COMPUTES)
 def test_a_crash_while_an_engine_computes_is_one_line(
     target: str, place: Path, artifacts: dict[str, Path]
@@ -138,7 +151,7 @@ def test_a_crash_while_an_engine_computes_is_one_line(
     words = {
         "run": ["run", str(artifact), "hello", "--raw"],
         "eval": ["eval", str(artifact), "--text", str(text), "--context", "32", "--chunks", "1"],
-        "verify": ["verify", str(artifact), "--model", str(place / "model")],
+        "verify": ["verify", str(artifact), "--model", str(place / "small")],
     }
     for command in words.values():
         done = _edgekit(command, f"{COMPUTES[target]}:read_nowhere", place)
@@ -147,20 +160,22 @@ def test_a_crash_while_an_engine_computes_is_one_line(
     assert (artifact / "edgekit.json").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", LOADS)
-def test_of_what_a_library_says_the_last_line_is_quoted(
+def test_a_crash_while_an_engine_loads_is_one_line(
     target: str, place: Path, artifacts: dict[str, Path]
 ) -> None:
     crash = f"{LOADS[target]}:abort_loudly"
     done = _edgekit(["run", str(artifacts[target]), "hello", "--raw", "--json"], crash, place)
-    _assert_one_line(done, "SIGABRT: what():  a vector of terror; ", NAMES[target])
+    _assert_one_line(done, f"SIGABRT: {LAST}; ", NAMES[target])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", COMPUTES)
 def test_an_export_whose_engine_crashes_leaves_nothing(
     target: str, place: Path, artifacts: dict[str, Path], tmp_path: Path
 ) -> None:
-    words = ["export", str(place / "model"), "--int8", "--context", "64", "--target", target]
+    words = ["export", str(place / "small"), "--int8", "--context", "64", "--target", target]
     crash = f"{COMPUTES[target]}:abort_loudly"
     done = _edgekit([*words, "-o", str(tmp_path / "out"), "--json"], crash, place)
     _assert_one_line(done, NAMES[target], "SIGABRT")
@@ -168,22 +183,20 @@ def test_an_export_whose_engine_crashes_leaves_nothing(
 
 
 def test_bench_and_compare_name_the_artifact_whose_engine_crashed(
-    place: Path, artifacts: dict[str, Path], tmp_path: Path
+    place: Path, tmp_path: Path
 ) -> None:
     crash, sizes = f"{COMPUTES['gguf']}:read_nowhere", ["-p", "4", "-n", "2", "-r", "1", "-t", "1"]
     for words in (
-        ["bench", str(artifacts["gguf"]), *sizes, "-o", str(tmp_path / "record.json")],
-        ["compare", str(artifacts["gguf"]), *sizes, "-o", str(tmp_path / "page.html")],
+        ["bench", str(place / "model.gguf"), *sizes, "-o", str(tmp_path / "record.json")],
+        ["compare", str(place / "model.gguf"), *sizes, "-o", str(tmp_path / "page.html")],
     ):
         done = _edgekit(words, crash, place)
-        _assert_one_line(done, "artifact-gguf: pp4: llama.cpp (llama-cpp-python ", "SIGSEGV")
+        _assert_one_line(done, "model.gguf: pp4: llama.cpp (llama-cpp-python ", "SIGSEGV")
         assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_assertion_of_ggml_is_quoted_and_not_traced(
-    place: Path, artifacts: dict[str, Path], tmp_path: Path
-) -> None:
+def test_an_assertion_of_ggml_is_quoted_and_not_traced(place: Path, tmp_path: Path) -> None:
     """ggml's own abort, reached through the library that is loaded."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
@@ -194,15 +207,15 @@ def test_an_assertion_of_ggml_is_quoted_and_not_traced(
     )
     shutil.copy(place / "crash.so", tmp_path)
     crash = f"{COMPUTES['gguf']}:abort"
-    done = _edgekit(["run", str(artifacts["gguf"]), "hello", "--raw"], crash, tmp_path)
+    done = _edgekit(["run", str(place / "model.gguf"), "hello", "--raw"], crash, tmp_path)
     _assert_one_line(done, "SIGABRT: ggml.c:12: GGML_ASSERT(a: b) failed; ")
 
 
 def test_a_library_that_does_not_survive_its_first_load_is_named_with_the_remedy(
-    place: Path, artifacts: dict[str, Path], tmp_path: Path
+    place: Path, tmp_path: Path
 ) -> None:
     crash = f"{COMPUTES['gguf']}:read_nowhere"
-    words = ["run", str(artifacts["gguf"]), "hello", "--raw"]
+    words = ["run", str(place / "model.gguf"), "hello", "--raw"]
     cache = str(tmp_path / "cache")
     for _ in range(2):  # what died is tried again
         done = _edgekit(words, crash, place, XDG_CACHE_HOME=cache)
@@ -322,17 +335,15 @@ def test_closed_standard_streams_do_no_harm(closed: int) -> None:
 
 
 def test_what_killed_commands_left_of_a_file_is_removed_by_the_next(tmp_path: Path) -> None:
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True)
+    program = [sys.executable, "-c", "import os; print(os.getpid())"]
+    dead = subprocess.run(program, capture_output=True, check=True)
     left = tmp_path / f".out.json.{int(dead.stdout)}.partial"
-    alive = tmp_path / f".out.json.{os.getpid() if os.getpid() != 1 else 2}1.partial"
+    others = tmp_path / f".out.json.{os.getppid()}.partial"  # who is at work on it
     left.touch()
-    from edgekit.files import new_file
-
+    others.touch()
     with new_file(tmp_path / "out.json") as scratch:
         scratch.touch()
-    assert not left.exists()
-    assert not alive.exists()
-    assert (tmp_path / "out.json").exists()
+    assert sorted(tmp_path.iterdir()) == sorted([others, tmp_path / "out.json"])
 
 
 @pytest.fixture(autouse=True)
