@@ -146,6 +146,10 @@ class OnnxGraph:
         inputs = [value, count, self.integers(self.LAST), self.integers(axis)]
         return self.node("Slice", inputs, name)
 
+    def rows(self, value: str, places: str, name: str) -> str:
+        """Take rows `[batch, n, 1]` of `[batch, rows, width]`, others of each entry of the batch."""
+        return self.node("GatherND", [value, places], name, batch_dims=1)
+
     def model(self) -> onnx.ModelProto:
         """Return the whole model."""
         graph = helper.make_graph(
