@@ -11,8 +11,8 @@ from torch import Tensor
 from edgekit.exporters.onnx_constants import store_floats, store_packed
 from edgekit.exporters.onnx_graph import OnnxGraph
 from edgekit.exporters.onnx_names import joined
-from edgekit.exporters.onnx_padding import Places
 from edgekit.exporters.onnx_packing import Packed, pack_matrix, stack
+from edgekit.exporters.onnx_padding import Places
 from edgekit.exporters.onnx_plain import causal_state, causal_taps
 from edgekit.models.config import ModelConfig
 from edgekit.models.rope import rope_tables

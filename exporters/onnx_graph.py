@@ -147,7 +147,7 @@ class OnnxGraph:
         return self.node("Slice", inputs, name)
 
     def rows(self, value: str, places: str, name: str) -> str:
-        """Take rows `[batch, n, 1]` of `[batch, rows, width]`, others of each entry of the batch."""
+        """Take rows of `[batch, rows, width]`; `places` is `[batch, n, 1]`."""
         return self.node("GatherND", [value, places], name, batch_dims=1)
 
     def model(self) -> onnx.ModelProto:

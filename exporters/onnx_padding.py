@@ -61,7 +61,9 @@ class Places:
         Where fewer positions come before that, of the first: so all are in the order given.
         """
         graph = self._graph
-        count = graph.node("Reshape", [graph.node("Neg", [rows], "rows.neg"), graph.integers(1)], "rows.start")
+        count = graph.node(
+            "Reshape", [graph.node("Neg", [rows], "rows.neg"), graph.integers(1)], "rows.start"
+        )
         positions = graph.last(self.index, count, 0, "rows.positions")
         before = graph.node("ReduceMin", [positions], "rows.before", keepdims=1)
         last = graph.node("ArgMax", [ranks], "rows.last_token", axis=1, keepdims=1)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from edgekit.exporters.onnx_constants import store_floats, store_packed, store_turned
 from edgekit.exporters.onnx_graph import OnnxGraph
-from edgekit.exporters.onnx_padding import Places
 from edgekit.exporters.onnx_packing import pack_matrix
+from edgekit.exporters.onnx_padding import Places
 from edgekit.models.config import ModelConfig
 from edgekit.models.rope import rope_tables
 from edgekit.models.weights import floats
