@@ -161,6 +161,7 @@ class _Finder:
     def __init__(self, model: OnnxFile) -> None:
         self._constants = {tensor.name: tensor for tensor in model.graph.initializers}
         self._made: dict[str, _Matrix] = {}
+        self._tokens = {_TOKENS}
         logits = (value for value in model.graph.outputs if value.name == "logits" and value.shape)
         self._vocabulary = next((value.shape[-1] for value in logits if value.shape), None)
 
@@ -178,7 +179,9 @@ class _Finder:
                 self._made[node.outputs[0]] = self._dequantized(node, matrices)
             case "Reshape" | "Transpose" if first:
                 self._made[node.outputs[0]] = first
-            case "Gather" if first and node.inputs[1:2] == (_TOKENS,):
+            case "ScatterElements" if node.inputs[0] in self._tokens:
+                self._tokens.add(node.outputs[0])  # ids in another order
+            case "Gather" if first and self._tokens.issuperset(node.inputs[1:2]):
                 return self._looked_up(first)
             case "GatherBlockQuantized" if first:
                 storage = _blocks(node)

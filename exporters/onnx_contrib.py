@@ -12,7 +12,8 @@ from edgekit.exporters.onnx_constants import store_floats, store_packed
 from edgekit.exporters.onnx_graph import OnnxGraph
 from edgekit.exporters.onnx_names import joined
 from edgekit.exporters.onnx_packing import Packed, pack_matrix, stack
-from edgekit.exporters.onnx_plain import causal_taps
+from edgekit.exporters.onnx_padding import Places
+from edgekit.exporters.onnx_plain import causal_state, causal_taps
 from edgekit.models.config import ModelConfig
 from edgekit.models.rope import rope_tables
 from edgekit.models.weights import floats
@@ -45,19 +46,24 @@ class ContribBlocks:
         self._config, self._context, self._fused_conv = config, context, fused_conv
         self._lengths: list[str] = []
 
-    def begin(self, tokens: str, mask: str) -> None:
-        """Compute how many positions there are, and the tables of the rotation."""
+    def begin(self, mask: str, places: Places) -> None:
+        """Compute how many positions there are, and the tables of the rotation.
+
+        Padding is behind a row's new tokens, as the operator has it; the next ones overwrite it.
+        """
+        self._places = places
         graph, half = self._graph, self._config.head_dim // 2
-        count = graph.node("ReduceSum", [mask, graph.integers(1)], "mask.count", keepdims=0)
-        before = graph.node("Sub", [count, graph.integers(1)], "mask.last")
+        end = graph.node("Add", [places.held, places.size], "positions.end")
+        last = graph.node("Sub", [end, graph.integers(1)], "positions.last")
+        last = graph.node("Squeeze", [last, graph.integers(1)], "positions.last_flat")
         total = graph.node("Shape", [mask], "mask.shape", start=1)
-        total = graph.node("Squeeze", [total], "mask.total")
+        total = graph.node("Squeeze", [total], "mask.size")
         tables = zip(
             ("cos_cache", "sin_cache"), rope_tables(self._config, self._context), strict=True
         )
         self._lengths = [
-            graph.node("Cast", [before], "mask.last_int32", to=TensorProto.INT32),
-            graph.node("Cast", [total], "mask.total_int32", to=TensorProto.INT32),
+            graph.node("Cast", [last], "positions.last_int32", to=TensorProto.INT32),
+            graph.node("Cast", [total], "mask.size_int32", to=TensorProto.INT32),
             *(store_floats(graph, name, table[:, 0, :half]) for name, table in tables),
         ]
 
@@ -147,17 +153,21 @@ class ContribBlocks:
         return normed, total
 
     def short_conv(self, x: str, name: str, past: str, present: str) -> str:
-        """CausalConvWithState, whose tokens are the last axis, or its parts."""
+        """CausalConvWithState, whose tokens are the last axis, or its parts.
+
+        The new state that it computes would hold a row's padding, so that is made apart.
+        """
         graph, taps = self._graph, floats(self._weights[f"{name}.weight"])
+        padded = causal_state(graph, x, name, past, present, self._places)
         if not self._fused_conv:
-            return causal_taps(graph, x, name, taps, past, present)
+            return causal_taps(graph, padded, name, taps, graph.input_dims(past)[-1])
         weight = store_floats(graph, f"{name}.weight", taps)
         turned = graph.node("Transpose", [x], f"{name}.turned", perm=[0, 2, 1])
         y = graph.contrib(
             "CausalConvWithState",
             [turned, weight, "", past],
             name,
-            present,
+            f"{name}.unused",
             ndim=1,
             activation="none",
         )

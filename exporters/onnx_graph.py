@@ -146,6 +146,10 @@ class OnnxGraph:
         inputs = [value, count, self.integers(self.LAST), self.integers(axis)]
         return self.node("Slice", inputs, name)
 
+    def rows(self, value: str, places: str, name: str) -> str:
+        """Take rows of `[batch, rows, width]`; `places` is `[batch, n, 1]`."""
+        return self.node("GatherND", [value, places], name, batch_dims=1)
+
     def model(self) -> onnx.ModelProto:
         """Return the whole model."""
         graph = helper.make_graph(

@@ -12,6 +12,7 @@ import numpy as np
 from onnx import TensorProto
 
 from edgekit.exporters.onnx_graph import OnnxGraph
+from edgekit.exporters.onnx_padding import Places
 from edgekit.exporters.onnx_states import Names
 from edgekit.models.config import ModelConfig
 
@@ -21,11 +22,8 @@ ROWS = "num_logits_to_keep"
 class Blocks(Protocol):
     """The operators that an LFM2 is built from; `name` is a layer's, as in the checkpoint."""
 
-    def begin(self, tokens: str, mask: str) -> None:
-        """Compute what all layers share from the inputs.
-
-        `tokens` is `[batch, new]`, `mask` `[batch, so far and new]`.
-        """
+    def begin(self, mask: str, places: Places) -> None:
+        """Compute what all layers share; `mask` is `[batch, so far and new]`."""
         ...
 
     def embedding(self, tokens: str, name: str) -> str:
@@ -67,30 +65,29 @@ def build(graph: OnnxGraph, blocks: Blocks, config: ModelConfig, names: Names) -
     if names.default_rows is not None:
         graph.small(ROWS, np.array(names.default_rows, np.int64))
     graph.output("logits", TensorProto.FLOAT, ["batch_size", names.logits_rows, config.vocab_size])
-    blocks.begin(tokens, mask)
-    _Model(graph, blocks, config, names, rows).write(tokens)
+    places = Places(graph, tokens, mask, rows)
+    blocks.begin(mask, places)
+    _Model(graph, blocks, config, names, places).write()
 
 
 class _Model:
     def __init__(
-        self, graph: OnnxGraph, blocks: Blocks, config: ModelConfig, names: Names, rows: str
+        self, graph: OnnxGraph, blocks: Blocks, config: ModelConfig, names: Names, places: Places
     ) -> None:
         self._graph, self._blocks, self._config, self._names = graph, blocks, config, names
-        self._rows = graph.node(
-            "Reshape", [graph.node("Neg", [rows], "rows.neg"), graph.integers(1)], "rows.start"
-        )
+        self._places = places
 
-    def write(self, tokens: str) -> None:
+    def write(self) -> None:
         config, blocks = self._config, self._blocks
         layers = [f"model.layers.{i}" for i in range(config.num_layers)]
         norms = [*(f"{layer}.operator_norm" for layer in layers[1:]), "model.embedding_norm"]
-        x = blocks.embedding(tokens, "model.embed_tokens")
+        x = blocks.embedding(self._places.tokens, "model.embed_tokens")
         h = blocks.norm(x, f"{layers[0]}.operator_norm")
         for index, (layer, kind) in enumerate(zip(layers, config.layer_types, strict=True)):
             final = index == config.num_layers - 1
             mix = self._attention if kind == "full_attention" else self._convolution
             mixed = mix(h, layer, index, final)
-            x = self._last(x, f"{layer}.residual") if final else x
+            x = self._places.wanted(x, f"{layer}.residual") if final else x
             h, x = blocks.add_norm(x, mixed, f"{layer}.ffn_norm")
             h, x = blocks.add_norm(x, self._feed_forward(h, f"{layer}.feed_forward"), norms[index])
         (logits,) = blocks.linears(h, ["lm_head"])
@@ -104,7 +101,10 @@ class _Model:
         past, present = self._names.conv(graph, self._config, index)
         y = self._blocks.short_conv(gated, f"{name}.conv", past, present)
         if final:
-            y, c = self._last(y, f"{name}.last"), self._last(c, f"{name}.last_gate")
+            y, c = (
+                self._places.wanted(y, f"{name}.last"),
+                self._places.wanted(c, f"{name}.last_gate"),
+            )
         (out,) = self._blocks.linears(
             graph.node("Mul", [c, y], f"{name}.gate_out"), [f"{name}.out_proj"]
         )
@@ -117,7 +117,7 @@ class _Model:
         k = self._head_norm(k, f"{name}.k_layernorm", self._config.num_kv_heads)
         past, present = self._names.cache(self._graph, self._config, index)
         mixed = self._blocks.attention([q, k, v], name, past, present)
-        mixed = self._last(mixed, f"{name}.last") if final else mixed
+        mixed = self._places.wanted(mixed, f"{name}.last") if final else mixed
         (out,) = self._blocks.linears(mixed, [f"{name}.out_proj"])
         return out
 
@@ -136,6 +136,3 @@ class _Model:
         inner = graph.node("Mul", [silu, up], f"{name}.gated")
         (out,) = self._blocks.linears(inner, [f"{name}.w2"])
         return out
-
-    def _last(self, x: str, name: str) -> str:
-        return self._graph.last(x, self._rows, 1, name)

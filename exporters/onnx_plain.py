@@ -13,6 +13,7 @@ from torch import Tensor
 from edgekit.exporters.onnx_constants import store_floats, store_packed, store_turned
 from edgekit.exporters.onnx_graph import OnnxGraph
 from edgekit.exporters.onnx_packing import pack_matrix
+from edgekit.exporters.onnx_padding import Places
 from edgekit.models.config import ModelConfig
 from edgekit.models.rope import rope_tables
 from edgekit.models.weights import floats
@@ -29,32 +30,41 @@ class PlainBlocks:
     ) -> None:
         self._graph, self._weights, self._config = graph, weights, config
         self._context = context
-        self._rotation: list[str] = []
+        self._rotations: dict[str, list[str]] = {}
         self._bias = ""
 
-    def begin(self, tokens: str, mask: str) -> None:
-        """Compute the rotation of the new positions and what each may see."""
+    def begin(self, mask: str, places: Places) -> None:
+        """Compute the rotation of the new positions and what each may see.
+
+        A token's position is the number of tokens before it; it sees those up to its own. Keys and
+        values are stored in the order of the mask.
+        """
+        self._places = places
         graph, one = self._graph, self._graph.integers(1)
-        total = graph.node("Shape", [mask], "positions.end", start=1)
-        new = graph.node("Shape", [tokens], "positions.new", start=1)
-        start = graph.node("Sub", [total, new], "positions.start")
-        start, end = (graph.node("Squeeze", [value], f"{value}.scalar") for value in (start, total))
-        step = graph.small("step", np.array(1, np.int64))
-        positions = graph.node("Range", [start, end, step], "positions")
-        zero = graph.small("zero", np.array(0, np.int64))
-        keys = graph.node("Range", [zero, end, step], "positions.keys")
-        rows = graph.node("Unsqueeze", [positions, one], "positions.rows")
-        causal = graph.node("LessOrEqual", [keys, rows], "mask.causal")
-        given = graph.node("Cast", [mask], "mask.given", to=TensorProto.BOOL)
-        given = graph.node("Unsqueeze", [given, graph.integers(1, 2, 3)], "mask.given_rows")
-        seen = graph.node("And", [causal, given], "mask.seen")
+        queries = graph.node("Add", [places.held, places.index], "positions.queries")
+        keys = graph.node("Add", [places.held, places.order], "positions.keys")
+        self._rotations = {"q": self._rotation(queries), "k": self._rotation(keys)}
+        stored = graph.node("CumSum", [mask, graph.small("one", np.int64(1))], "mask.all_ranks")
+        stored = graph.node("Sub", [stored, one], "positions.stored")
+        given = graph.node("Cast", [mask], "mask.all_given", to=TensorProto.BOOL)
+        stored = graph.node("Where", [given, stored, graph.integers(graph.LAST)], "mask.stored")
+        stored = graph.node("Unsqueeze", [stored, one], "mask.columns")
+        queries = graph.node("Unsqueeze", [queries, graph.integers(2)], "mask.rows")
+        seen = graph.node("LessOrEqual", [stored, queries], "mask.seen")
         choice = [graph.small("mask.zero", np.float32(0)), graph.small("mask.unseen", _UNSEEN)]
-        self._bias = graph.node("Where", [seen, *choice], "mask.bias")
+        bias = graph.node("Where", [seen, *choice], "mask.bias")
+        self._bias = graph.node("Unsqueeze", [bias, graph.integers(1, 2)], "mask.bias_heads")
+
+    def _rotation(self, positions: str) -> list[str]:
+        """Return cosines and sines of positions `[batch, n]` as `[batch, 1, n, head_dim]`."""
+        graph, found = self._graph, []
         for name, table in zip(
             ("cos_cache", "sin_cache"), rope_tables(self._config, self._context), strict=True
         ):
             constant = store_floats(graph, name, table[:, 0])
-            self._rotation.append(graph.node("Gather", [constant, positions], f"{name}.rows"))
+            rows = graph.node("Gather", [constant, positions], f"{positions}.{name}")
+            found.append(graph.node("Unsqueeze", [rows, graph.integers(1)], f"{rows}.heads"))
+        return found
 
     def embedding(self, tokens: str, name: str) -> str:
         """Gather rows of numbers, zero points and scales, and compute the row."""
@@ -133,8 +143,9 @@ class PlainBlocks:
 
     def short_conv(self, x: str, name: str, past: str, present: str) -> str:
         """Sum the taps."""
-        weight = floats(self._weights[f"{name}.weight"])
-        return causal_taps(self._graph, x, name, weight, past, present)
+        graph, weight = self._graph, floats(self._weights[f"{name}.weight"])
+        padded = causal_state(graph, x, name, past, present, self._places)
+        return causal_taps(graph, padded, name, weight, graph.input_dims(past)[-1])
 
     def attention(
         self, qkv: Sequence[str], name: str, past: Sequence[str], present: Sequence[str]
@@ -142,9 +153,11 @@ class PlainBlocks:
         """Softmax of scaled products, the query heads of one KV head in a batch."""
         graph, config = self._graph, self._config
         size, kv = config.head_dim, config.num_kv_heads
-        q = self._rotated(self._heads(qkv[0], config.num_heads, f"{name}.q"), f"{name}.q")
-        k = self._rotated(self._heads(qkv[1], kv, f"{name}.k"), f"{name}.k")
-        v = self._heads(qkv[2], kv, f"{name}.v")
+        k, v = (self._places.back(x, f"{x}.given") for x in qkv[1:])
+        q = self._heads(qkv[0], config.num_heads, f"{name}.q")
+        q = self._rotated(q, f"{name}.q", *self._rotations["q"])
+        k = self._rotated(self._heads(k, kv, f"{name}.k"), f"{name}.k", *self._rotations["k"])
+        v = self._heads(v, kv, f"{name}.v")
         keys = graph.node("Concat", [past[0], k], present[0], axis=2)
         values = graph.node("Concat", [past[1], v], present[1], axis=2)
         grouped = graph.integers(0, kv, config.num_heads // kv, -1, size)
@@ -173,10 +186,9 @@ class PlainBlocks:
         x = graph.node("Reshape", [x, shape], f"{name}.cut")
         return graph.node("Transpose", [x], f"{name}.heads", perm=[0, 2, 1, 3])
 
-    def _rotated(self, x: str, name: str) -> str:
+    def _rotated(self, x: str, name: str, cos: str, sin: str) -> str:
         """Return `x cos + (-x2, x1) sin`, where x1 and x2 are the halves of a head."""
         graph, half = self._graph, self._config.head_dim // 2
-        cos, sin = self._rotation
         first, second = graph.split(x, [half, half], f"{name}.halves")
         turned = [graph.node("Neg", [second], f"{name}.negative"), first]
         turned = [graph.node("Concat", turned, f"{name}.swapped", axis=-1)]
@@ -187,24 +199,29 @@ class PlainBlocks:
         return graph.node("Add", parts, f"{name}.rotated")
 
 
-def causal_taps(
-    graph: OnnxGraph, x: str, name: str, weight: Tensor, past: str, present: str
+def causal_state(
+    graph: OnnxGraph, x: str, name: str, past: str, present: str, places: Places
 ) -> str:
-    """Convolve `x [batch, n, width]`: `y[t] = sum_j weight[:, 0, j] padded[t + j]`.
+    """Return the inputs `x [batch, n, width]` after those of the old state; make the new state.
 
-    The states are `[batch, width, m]`; of `past` the last `kernel - 1` columns count. A few
-    products of whole rows are faster than Conv, which takes channel by channel.
+    States are `[batch, width, m]`: the new one is the last inputs that are none of padding.
     """
-    kernel = weight.shape[-1]
     columns = graph.input_dims(past)[-1]
     before = graph.node("Transpose", [past], f"{name}.past", perm=[0, 2, 1])
     padded = graph.node("Concat", [before, x], f"{name}.padded", axis=1)
-    state = graph.node(
-        "Slice",
-        [padded, graph.integers(-columns), graph.integers(graph.LAST), graph.integers(1)],
-        f"{name}.state",
-    )
+    state = graph.rows(padded, places.window(columns), f"{name}.state")
     graph.node("Transpose", [state], present, perm=[0, 2, 1])
+    return padded
+
+
+def causal_taps(graph: OnnxGraph, padded: str, name: str, weight: Tensor, columns: int) -> str:
+    """Convolve `padded [batch, columns + n, width]` to the last `n` rows.
+
+    `y[t] = sum_j weight[:, 0, j] padded[columns + 1 - kernel + t + j]`: of the old state the last
+    `kernel - 1` columns count. A few products of whole rows are faster than Conv, which takes
+    channel by channel.
+    """
+    kernel = weight.shape[-1]
     stored = store_floats(graph, f"{name}.weight", weight)
     turned = graph.node("Transpose", [stored], f"{name}.turned", perm=[2, 1, 0])
     taps = [f"{name}.tap{j}" for j in range(kernel)]
@@ -212,8 +229,8 @@ def causal_taps(
     total = ""
     for j, tap in enumerate(taps):
         start, end = columns + 1 - kernel + j, j + 1 - kernel or graph.LAST
-        places = [graph.integers(start), graph.integers(end), graph.integers(1)]
-        rows = graph.node("Slice", [padded, *places], f"{name}.rows{j}")
+        bounds = [graph.integers(start), graph.integers(end), graph.integers(1)]
+        rows = graph.node("Slice", [padded, *bounds], f"{name}.rows{j}")
         part = graph.node("Mul", [rows, tap], f"{name}.part{j}")
         total = part if j == 0 else graph.node("Add", [total, part], f"{name}.sum{j}")
     return total

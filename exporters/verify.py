@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ Such a file is held against its own weights, so nothing else would tell a quanti
 them. Q4_0 moves a model of random weights by 0.5 nats, an unrelated one strays by 8 and more.
 """
 
+LONGEST_ROW = 16
+"""Tokens of the longest row of a padded batch: enough for any padding to show."""
+
 
 class Engine(Protocol):
     """What verification needs of an engine."""
@@ -55,6 +58,20 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class TakesBatches(Protocol):
+    """An engine whose file takes several rows of unequal length at once."""
+
+    def padded_logits(
+        self, rows: Sequence[Sequence[int]], following: Sequence[int], in_front: bool
+    ) -> Logits:
+        """Run rows, then single tokens after each; logits `[1 + following, rows, vocab]`.
+
+        Padding is before a row's tokens or behind them.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Reference:
     """Logits `[tokens, vocab]` of every position: of the float model and of the eager codes."""
@@ -66,7 +83,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared. KLD are means in nats over the positions, top-1 are shares of them."""
+    """What was compared. KLD are means in nats over the positions, top-1 are shares of them.
+
+    That of a padded batch is the largest, None where the engine takes no batches.
+    """
 
     tokens: int
     positions: int
@@ -79,6 +99,7 @@ class Verification:
     kld_chunked_vs_whole_prefill: float
     kld_decode_vs_prefill_at_end: float
     second_prompt_identical: bool
+    kld_padded_batch_vs_alone: float | None
     lengths: list[int]
 
     @property
@@ -141,6 +162,7 @@ def verify(engine: Engine, expected: Reference, longest: int) -> Verification:
         kld_chunked_vs_whole_prefill=chunked,
         kld_decode_vs_prefill_at_end=at_end,
         second_prompt_identical=identical,
+        kld_padded_batch_vs_alone=_padded_batch(engine, tokens),
         lengths=lengths,
     )
     _check_bounds(result)
@@ -219,6 +241,29 @@ def _check_lengths(engine: Engine, tokens: list[int], longest: int) -> tuple[lis
     return sorted({1, longest - 1 or 1, longest}), difference
 
 
+def _padded_batch(engine: Engine, tokens: list[int]) -> float | None:
+    """Run rows of unequal length at once, padded in front and behind, and each of them alone.
+
+    Returns the largest divergence of a position from what it is alone: a wrong state shows in the
+    first tokens after it.
+    """
+    longest = min(LONGEST_ROW, len(tokens), engine.context - len(tokens[:2]))
+    if not isinstance(engine, TakesBatches) or longest < 2:
+        return None
+    rows = [tokens[:longest], tokens[longest // 2 : longest], tokens[:1]]
+    following = tokens[:2]
+    batches = [engine.padded_logits(rows, following, in_front) for in_front in (True, False)]
+    found = []
+    for index, row in enumerate(rows):
+        engine.reset()
+        for alone, *both in zip(
+            [engine.prefill(row), *map(engine.decode, following)], *batches, strict=True
+        ):
+            found += [kld(alone, batch[index]) for batch in both]
+    engine.reset()
+    return float(np.max(found))  # NaN where one is
+
+
 def _must_refuse(engine: Engine, tokens: list[int]) -> None:
     try:
         engine.prefill(tokens)
@@ -232,6 +277,7 @@ def _check_bounds(result: Verification) -> None:
         ("the file against the quantized model", result.kld_engine_vs_quantized),
         ("prefill in chunks against prefill in one piece", result.kld_chunked_vs_whole_prefill),
         ("decode against prefill at the context's end", result.kld_decode_vs_prefill_at_end),
+        ("rows in a padded batch against each alone", result.kld_padded_batch_vs_alone or 0.0),
     ):
         if not found <= result.max_kld:  # also true for NaN
             raise VerificationError(

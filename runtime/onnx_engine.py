@@ -30,6 +30,7 @@ from edgekit.runtime.engine import (
     check_first,
     physical_cores,
 )
+from edgekit.runtime.onnx_batch import padded_logits
 from edgekit.runtime.onnx_decoder import Decoder, State, read_decoder
 
 MOST_CONTEXT = 1 << 20
@@ -59,7 +60,7 @@ class OnnxEngine(OneSequenceEngine):
         self.vocab_size = decoder.vocab_size
         self.longest_chunk = min(self.context, LONGEST_CHUNK)
         self.default_chunk = min(self.longest_chunk, _default_chunk(decoder))
-        self._last_row_only = decoder.last_row_only
+        self._decoder = decoder
         _check_memory(path, decoder, self.context)
         self._run: _Runner | None = _Runner(
             open_session(path, threads or physical_cores()), decoder, self.context
@@ -88,7 +89,7 @@ class OnnxEngine(OneSequenceEngine):
 
     def score(self, tokens: Sequence[int], first: int) -> Logits:
         """Process tokens in chunks where the graph gives logits for every token."""
-        if self._last_row_only:
+        if self._decoder.last_row_only:
             return super().score(tokens, first)
         check_first(first, len(tokens))
         self.reset()
@@ -102,6 +103,19 @@ class OnnxEngine(OneSequenceEngine):
                 found[end - first - wanted : end - first] = rows
             self._position = end
         return found
+
+    def padded_logits(
+        self, rows: Sequence[Sequence[int]], following: Sequence[int], in_front: bool
+    ) -> Logits:
+        """Run a batch beside the engine's own sequence, as `edgekit.runtime.onnx_batch` says."""
+        if self._run is None:
+            raise EdgekitError("the onnx engine is closed")
+        try:
+            return padded_logits(self._run.session, self._decoder, rows, following, in_front)
+        except Exception as error:  # the exceptions of onnxruntime share no other base
+            raise EdgekitError(
+                f"onnxruntime failed on a padded batch of {len(rows)} rows: {_reason(error)}"
+            ) from error
 
     def close(self) -> None:
         """Release the model and its states."""
@@ -122,7 +136,7 @@ class _Runner:
     """
 
     def __init__(self, session: ort.InferenceSession, decoder: Decoder, context: int) -> None:
-        self._session, self._decoder = session, decoder
+        self.session, self._decoder = session, decoder
         self._options = ort.RunOptions()
         self._options.log_severity_level = _SILENT
         self._growing = [s for s in decoder.states if s.counts_positions and not s.in_place]
@@ -138,7 +152,7 @@ class _Runner:
 
     def _binding(self, turn: int) -> ort.IOBinding:
         """Bind what stays where it is; the outputs keep this order: logits, growing, the rest."""
-        binding = self._session.io_binding()
+        binding = self.session.io_binding()
         binding.bind_output(self._decoder.logits, "cpu")
         for state in self._growing:
             binding.bind_output(state.present, "cpu")
@@ -171,7 +185,7 @@ class _Runner:
         for state, value in zip(self._growing, self._grown, strict=True):
             binding.bind_ortvalue_input(state.past, value)
             binding.bind_output(state.present, "cpu")
-        self._session.run_with_iobinding(binding, self._options)
+        self.session.run_with_iobinding(binding, self._options)
         self._turn = 1 - self._turn
         if self._growing:
             self._grown = binding.get_outputs()[1 : 1 + len(self._growing)]

@@ -138,7 +138,7 @@ class Loop:
             feeds["num_logits_to_keep"] = np.array(1 if rows is None else rows)
         found = dict(zip(self._outputs, self._model.run(None, feeds), strict=True))
         logits: Logits = found.pop("logits")[0]
-        self._states = {_past(name): value for name, value in found.items()}
+        self._states = {past_of(name): value for name, value in found.items()}
         return logits
 
 
@@ -148,7 +148,7 @@ def loop(path: Path) -> Loop:
     return Loop(model, shapes, [value.name for value in model.get_outputs()])
 
 
-def _past(name: str) -> str:
+def past_of(name: str) -> str:
     if name.startswith("present_conv."):
         return name.replace("present", "past")
     return name.replace("present", "past" if name.endswith("conv") else "past_key_values")
