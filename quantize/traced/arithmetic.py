@@ -186,7 +186,7 @@ def of_product(
 ) -> Unrounded:
     """Multiply steps."""
     factor = torch.tensor(entering[0].scale) * entering[1].scale / leaving.scale
-    return Unrounded(a * b * factor.to(a.device) + leaving.zero_point, 0)
+    return Unrounded(a * b * factor + leaving.zero_point, 0)
 
 
 def of_average(node: Node, steps: Tensor, parameters: ActivationParameters) -> Unrounded:
@@ -221,7 +221,7 @@ def of_average(node: Node, steps: Tensor, parameters: ActivationParameters) -> U
 def _of_total(sums: Tensor, count: int, parameters: ActivationParameters) -> Unrounded:
     scale = torch.tensor(parameters.scale)
     factor = scale / (scale * float(count))
-    return Unrounded(sums.float() * factor.to(sums.device), parameters.zero_point)
+    return Unrounded(sums.float() * factor, parameters.zero_point)
 
 
 def _of_windows(
