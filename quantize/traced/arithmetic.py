@@ -234,9 +234,7 @@ def _of_windows(
     parameters: ActivationParameters,
 ) -> Unrounded:
     """Sum what the codes stand for in float32, row by row, which decides ties."""
-    reach = [
-        (count - 1) * by + taps for count, by, taps in zip(sizes, stride, kernel, strict=True)
-    ]
+    reach = [(count - 1) * by + taps for count, by, taps in zip(sizes, stride, kernel, strict=True)]
     padded = [size + 2 * pad for size, pad in zip(steps.shape[-2:], padding, strict=True)]
     inner = [padding[1], padding[1], padding[0], padding[0]]
     outer = [0, max(reach[1] - padded[1], 0), 0, max(reach[0] - padded[0], 0)]

@@ -16,6 +16,12 @@ from edgekit.quantize.traced.placement import Placement, end_of_chain
 from edgekit.quantize.traced.trace import TracedModule
 
 LARGEST_BIAS = 2**31 - 1
+TIE = 2.0**-8
+"""How near to a tie, in steps, a value's code may be either neighbour's.
+
+What engines' kernels part by: float32 sums in another order, factors of 20 bits (XNNPACK's and
+NEON's additions) and their own sigmoids, each below 2**-10 on codes of 8 bits.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,23 @@ class QuantizedNetwork:
         with torch.inference_mode():
             found = _Simulation(self).run(*inputs)
         return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    def simulate_otherwise(self, seed: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph as another engine may: what lies within `TIE` of a tie goes either way."""
+        with torch.inference_mode():
+            found = _Otherwise(self, seed).run(*inputs)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    def distances(self, codes: dict[str, Tensor], *inputs: Tensor) -> dict[str, float]:
+        """Return how far codes of an engine lie from what is to be rounded, at most, in steps.
+
+        `codes` by node name, uint8. Each node runs on the engine's codes of its operands, so that
+        nothing adds up: up to a half is right, `TIE` more is honest.
+        """
+        with torch.inference_mode():
+            run = _OnCodes(self, codes)
+            run.run(*inputs)
+        return run.distances
 
     def schemes(self) -> dict[str, tuple[Layer, str]]:
         """Return each quantized layer with its scheme's name, by node name."""
@@ -193,3 +216,31 @@ class _Simulation(Interpreter):
         units = bias_scales(layer.layer, weight.scales, entering, per_channel)
         steps = replace(weight, scales=torch.ones_like(weight.scales)).dequantize()
         return LayerCodes(steps, layer.bias, units)
+
+
+class _Otherwise(_Simulation):
+    """Moves what is rounded by up to `TIE`, at random."""
+
+    def __init__(self, network: QuantizedNetwork, seed: int) -> None:
+        super().__init__(network)
+        self._random = torch.Generator().manual_seed(seed)
+
+    def settle(self, node: Node, found: Unrounded) -> Tensor:
+        noise = torch.rand(found.values.shape, generator=self._random)
+        return found.moved(noise.mul_(2 * TIE).sub_(TIE)).codes()
+
+
+class _OnCodes(_Simulation):
+    """Goes on from an engine's codes."""
+
+    def __init__(self, network: QuantizedNetwork, codes: dict[str, Tensor]) -> None:
+        super().__init__(network)
+        self._codes = codes
+        self.distances: dict[str, float] = {}
+
+    def settle(self, node: Node, found: Unrounded) -> Tensor:
+        if node.name not in self._codes:
+            return found.codes()
+        codes = self._codes[node.name].float()
+        self.distances[node.name] = float(found.distance(codes).max())
+        return codes
