@@ -55,7 +55,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = functional.hardswish(self.filter(functional.hardswish(self.expand(x))))
         gate = self.squeeze(functional.adaptive_avg_pool2d(wide, 1))
-        gate = functional.hardsigmoid(self.excite(torch.relu(gate)))
+        gate = functional.hardsigmoid(self.excite(functional.hardswish(gate)))
         result: Tensor = torch.relu(x + self.project(wide * gate))
         return result
 
@@ -65,7 +65,7 @@ def _deep() -> nn.Module:
         nn.Conv2d(3, 16, 3, stride=2, padding=1),
         nn.BatchNorm2d(16),
         nn.ReLU6(),
-        *(_Block(16) for _ in range(8)),
+        *(_Block(16) for _ in range(6)),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(16, 20),
@@ -86,13 +86,13 @@ def _network(name: str) -> tuple[QuantizedNetwork, Tensor]:
     with torch.no_grad():
         for seed in range(4):
             net(_images(seed, 8))
-    placement = place_module(net.eval(), (_images(0),), "w8a8", 4)
-    found = quantize_placement(placement, [_images(seed, 8) for seed in range(4)])
+    placement = place_module(net.eval(), (_images(0),), "w8a8", 8)
+    found = quantize_placement(placement, [_images(seed) for seed in range(4)])
     return found.network, _images(50)
 
 
 class _Session:
-    """ONNX Runtime as nobody should open it: without optimisation, or with kernels that saturate."""
+    """ONNX Runtime without optimisation, or with kernels that may saturate."""
 
     def __init__(self, path: Path, *, optimise: bool) -> None:
         options = ort.SessionOptions()
@@ -127,7 +127,7 @@ def written(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[st
 def test_an_honest_file_is_verified_kernel_by_kernel(written: tuple[str, Path]) -> None:
     name, path = written
     found = _verified(name, path)
-    assert found.codes_checked > {"small": 10_000, "deep": 500_000}[name]
+    assert found.codes_checked > {"small": 10_000, "deep": 300_000}[name]
     assert 0.49 < found.max_from_rounding <= 0.5 + TIE
     assert found.rms_steps <= found.max_rms_steps
     if platform.machine() in ("x86_64", "AMD64"):
@@ -258,12 +258,10 @@ def test_a_broken_file_is_refused(
 def test_a_file_without_its_tensors_is_refused(written: tuple[str, Path]) -> None:
     name, path = written
     model = onnx.load(path)
-    (node,) = (item for item in model.graph.node if "output_0" in item.output)
-    renamed = model.graph.node[3].output[0]
+    renamed = next(node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear")
     for item in model.graph.node:
         item.input[:] = ["other" if each == renamed else each for each in item.input]
         item.output[:] = ["other" if each == renamed else each for each in item.output]
-    assert node.op_type == "Identity"
     onnx.save(model, path)
     with pytest.raises(VerificationError, match="the file has no tensor"):
         _verified(name, path)
