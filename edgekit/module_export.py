@@ -2,8 +2,10 @@
 
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgekit import __version__
@@ -18,8 +20,13 @@ with quiet_imports():
 
     from edgekit.exporters import verify_module as verification
     from edgekit.exporters.artifact import check_output, new_artifact, write_manifest
-    from edgekit.exporters.module_target import find_module_target, tensor_rows
-    from edgekit.exporters.verify_module import REFERENCE_FILE, reference_case, verify_module
+    from edgekit.exporters.module_target import ModuleTarget, find_module_target, tensor_rows
+    from edgekit.exporters.verify_module import (
+        REFERENCE_FILE,
+        Probe,
+        reference_case,
+        verify_module,
+    )
     from edgekit.module_codes import place_codes
     from edgekit.module_data import open_data
     from edgekit.quantize.calibration import Calibration
@@ -146,9 +153,9 @@ def export_network(
         path = staging / writer.MODEL_FILE
         writer.write_module(network, path, progress)
         progress(f"verifying in {writer.ENGINE}")
-        with load_module(target, path) as engine:
-            figures = verify_module(engine, network, sample).to_dict()
-        reference_case(network, sample).save(staging / REFERENCE_FILE)
+        figures = _verify(writer, target, network, path, sample)
+        kept = reference_case(network, sample, figures["otherwise_rms_steps"])
+        kept.save(staging / REFERENCE_FILE)
         if network.calibration is not None:
             network.calibration.save(staging / CALIBRATION_FILE)
         facts = {
@@ -164,6 +171,22 @@ def export_network(
     for text in verification.warnings(artifact.manifest):
         warnings.warn(text, QuantizationWarning, stacklevel=2)
     return artifact
+
+
+def _verify(
+    writer: ModuleTarget,
+    target: str,
+    network: QuantizedNetwork,
+    path: Path,
+    sample: tuple[Tensor, ...],
+) -> dict[str, Any]:
+    """Run the file, and what shows the codes inside it where the engine can; return the figures."""
+    with ExitStack() as stack:
+        engine = stack.enter_context(load_module(target, path))
+        extra = Path(stack.enter_context(TemporaryDirectory()), path.name)
+        nodes = writer.write_probe(network, path, extra)
+        probe = Probe(stack.enter_context(load_module(target, extra)), nodes) if nodes else None
+        return verify_module(engine, network, sample, probe).to_dict()
 
 
 def quantize_placement(

@@ -5,9 +5,9 @@ from importlib import metadata
 from pathlib import Path
 
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, VerificationError
 from edgekit.exporters.onnx_module_graph import ELEMENT_TYPES, ModuleGraph
 from edgekit.quantize.traced.network import QuantizedNetwork
 from edgekit.quantize.traced.operators import EMBEDDING, LINEAR, Layer, rank
@@ -64,6 +64,24 @@ def write_module(network: QuantizedNetwork, path: Path, progress: Callable[[str]
         raise EdgekitError(f"the module has {model.ByteSize() / 1e9:.1f} GB, .onnx holds 2.1 GB")
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
+
+
+def write_probe(network: QuantizedNetwork, path: Path, probe: Path) -> list[str]:
+    """Write the file again with the codes of every value that has some as outputs behind its own.
+
+    onnxruntime runs the same kernels: what it fuses ends in codes, which others may read.
+    """
+    graph = ModuleGraph(network)
+    graph.build()
+    model = onnx.load(str(path))
+    held = {name for node in model.graph.node for name in node.output}
+    tensors = graph.codes()
+    for name in tensors:
+        if name not in held:
+            raise VerificationError(f"verification: the file has no tensor {name}")
+        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, None))
+    onnx.save(model, str(probe))
+    return list(tensors.values())
 
 
 def versions() -> dict[str, str]:

@@ -48,6 +48,14 @@ class ModuleTarget(Protocol):
         """Write the file; codes and scales verbatim."""
         ...
 
+    def write_probe(self, network: QuantizedNetwork, path: Path, probe: Path) -> list[str]:
+        """Write a file again with the codes of values as further outputs, to verify it by.
+
+        Returns the nodes of those codes, in order; nothing is written and it is empty where the
+        engine shows nothing of what it computes inside.
+        """
+        ...
+
     def versions(self) -> dict[str, str]:
         """Return the versions that decided the file's bytes."""
         ...

@@ -8,7 +8,6 @@ clamps codes, and maximum pooling, works on the codes themselves. Codes of activ
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -27,6 +26,7 @@ from edgekit.exporters.onnx_module_operators import (
 from edgekit.exporters.onnx_transposed import SubPixel, sub_pixel
 from edgekit.quantize.observers import LEVELS, ActivationParameters
 from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.traced.arithmetic import clamp_ends
 from edgekit.quantize.traced.network import QuantizedLayer, QuantizedNetwork
 from edgekit.quantize.traced.operators import (
     AVERAGES,
@@ -77,6 +77,13 @@ class ModuleGraph:
             self._nodes.append(helper.make_node("Identity", [self.float_of(node)], [name]))
             outputs.append(_declared(node, name))
         return helper.make_graph(self._nodes, "module", inputs, outputs, self._initializers)
+
+    def codes(self) -> dict[str, str]:
+        """Return the names of the graph's codes, each with the node that they are first of."""
+        found: dict[str, str] = {}
+        for node, name in self._codes.items():
+            found.setdefault(name, node.name)
+        return found
 
     def emit(self, operator: str, inputs: list[str], **attributes: Attribute) -> str:
         """Add a node with one output; return the output's name."""
@@ -267,14 +274,6 @@ class ModuleGraph:
         if table.ndim == 0:
             return self.constant(table, torch.float32)
         return self.emit("Gather", [self.constant(table[:, None], torch.float32), indices])
-
-
-def clamp_ends(node: Node) -> list[float]:
-    """Return where a clamp ends; a ReLU has no upper end."""
-    if node.target == aten.hardtanh.default:
-        found = arguments(node)
-        return [float(found["min_val"]), float(found["max_val"])]
-    return [0.0, float(np.finfo(np.float32).max)]
 
 
 def _declared(node: Node, name: str) -> onnx.ValueInfoProto:

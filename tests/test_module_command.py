@@ -196,7 +196,7 @@ def test_ranges_that_do_not_fit_are_a_warning(code: Path, place: Path) -> None:
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)["verification"]
     assert found["quantization_rms_steps"] > 8
-    assert found["max_rms_steps"] == 4
+    assert found["max_rms_steps"] == max(0.5, 2 * found["otherwise_rms_steps"])
     (line,) = done.stderr.splitlines()
     assert line.startswith("edgekit: warning: quantization moves the outputs by ")
 

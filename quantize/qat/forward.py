@@ -12,13 +12,9 @@ from edgekit.errors import EdgekitError
 from edgekit.quantize.observers import ActivationParameters
 from edgekit.quantize.qat.layers import LiveBatchNorm, LiveLayer
 from edgekit.quantize.qat.straight_through import fake_quantize_activation, rounded
+from edgekit.quantize.traced.arithmetic import Kernels, LayerCodes, Unrounded
 from edgekit.quantize.traced.fold import layer_before
-from edgekit.quantize.traced.network import (
-    average_of_codes,
-    bias_codes,
-    bias_of_codes,
-    bias_scales,
-)
+from edgekit.quantize.traced.network import bias_codes, bias_of_codes, bias_scales
 from edgekit.quantize.traced.operators import AVERAGES, BATCH_NORM, EMBEDDING, Layer, layer_of
 from edgekit.quantize.traced.placement import Placement
 from edgekit.quantize.traced.trace import DROPOUTS, TracedModule
@@ -30,6 +26,11 @@ class State(Protocol):
     @property
     def rounding(self) -> bool:
         """Whether weights and values are rounded."""
+        ...
+
+    @property
+    def exact(self) -> bool:
+        """Whether layers and additions are computed as integer kernels do, to the last bit."""
         ...
 
     @property
@@ -135,6 +136,10 @@ class Forward(Interpreter):
         self.extra_traceback = False  # torch's addition to messages, which are of one line
         self._graph, self._state = graph, state
         self._device = device
+        edges = graph.placement.edges
+        self._kernels = Kernels(
+            lambda node: state.parameters_of(node.name) if node.name in edges else None
+        )
 
     def run_node(self, n: Node) -> object:
         """Run a node on the module's tensors, and round its value where it has codes."""
@@ -142,16 +147,18 @@ class Forward(Interpreter):
             return self._attribute(str(n.target))
         if n.name in self._graph.skipped:
             return self.env[n.args[0]]  # type: ignore[index]
-        on_codes = n.name in self._graph.placement.edges
-        if on_codes and n.target in AVERAGES and self._state.rounding:
-            return self._average(n)
+        codes = None
         if n.name in self._graph.norms:
-            result = self._norm(n, self._graph.norms[n.name])
+            result: object = self._norm(n, self._graph.norms[n.name])
         elif n.name in self._graph.layers:
-            result = self._layer(n, self._graph.layers[n.name])
+            result, codes = self._layer(n, self._graph.layers[n.name])
         else:
             result = super().run_node(n)
-        return self._value(n.name, result) if on_codes else result
+        found = self._unrounded(n, codes)
+        if n.name not in self._graph.placement.edges:
+            return result
+        assert isinstance(result, Tensor)
+        return self._value(n.name, result, found)
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a node's arguments, those that pass a dropout module behind it."""
@@ -178,24 +185,25 @@ class Forward(Interpreter):
         assert isinstance(found, Tensor)
         return found.to(self._device)
 
-    def _value(self, node: str, values: Tensor) -> Tensor:
+    def _value(self, node: str, values: Tensor, found: Unrounded | None) -> Tensor:
         values = values.float()  # autocast gives fewer bits than codes need
         if self._state.observing:
             self._state.observe(node, values)
         if not self._state.rounding:
             return values
-        return fake_quantize_activation(values, self._state.parameters_of(node))
+        parameters = self._state.parameters_of(node)
+        result = fake_quantize_activation(values, parameters)
+        if found is None:
+            return result
+        exact = found.codes().sub_(parameters.zero_point).mul_(parameters.scale)
+        return rounded(result, lambda _: exact)
 
-    def _average(self, n: Node) -> Tensor:
-        """Average codes as the simulation does, with the gradient of averaging floats."""
-        (values, *args), kwargs = self.fetch_args_kwargs_from_env(n)
-        exact = n.target(values, *args, **kwargs)  # type: ignore[operator]
-        if self._state.observing:
-            self._state.observe(n.name, exact)
+    def _unrounded(self, n: Node, codes: LayerCodes | None) -> Unrounded | None:
+        """Return what kernels round; of the gradient's values, only averages differ visibly."""
+        if not self._state.rounding or not (self._state.exact or n.target in AVERAGES):
+            return None
         with torch.no_grad():
-            parameters = self._state.parameters_of(n.name)
-            found = average_of_codes(n, values, tuple(args), kwargs, parameters)
-        return rounded(exact, lambda _: found)
+            return self._kernels.run(n, self.fetch_args_kwargs_from_env(n)[0], codes)
 
     def _norm(self, n: Node, norm: LiveBatchNorm) -> Tensor:
         args, _ = self.fetch_args_kwargs_from_env(n)
@@ -207,7 +215,8 @@ class Forward(Interpreter):
         shape = [-1, *[1] * (values.ndim - 2)]
         return values * factor.float().view(shape) + offset.float().view(shape)
 
-    def _layer(self, n: Node, live: LiveLayer) -> Tensor:
+    def _layer(self, n: Node, live: LiveLayer) -> tuple[Tensor, LayerCodes | None]:
+        """Return a layer's values, and its parameters on codes where it has those."""
         args, _ = self.fetch_args_kwargs_from_env(n)
         read, norm = self._graph.read, live.batch_norm
         name = str(live.layer.weight.target)
@@ -215,23 +224,25 @@ class Forward(Interpreter):
         owner = None if norm is None else self._graph.model.get_submodule(norm.path)
         if norm is not None and owner is not None and owner.training and not self._state.frozen:
             if not rounds:
-                return norm.normalise(read, owner, live.before_norm(args, read))
+                return norm.normalise(read, owner, live.before_norm(args, read)), None
             return live.with_batch_statistics(
                 args, read, owner, lambda weight: self._state.fake_weight(name, weight)[0]
-            )
+            ), None
         weight, bias = live.folded(read)
-        if rounds:
-            weight, scales = self._state.fake_weight(name, weight)
-            if bias is not None and n.target != EMBEDDING:
-                bias = self._integer_bias(live, bias, scales)
-        return live.call(args, weight, bias)
-
-    def _integer_bias(self, live: LiveLayer, bias: Tensor, scales: Tensor) -> Tensor:
-        """Round a bias to int32 in units of the input's scale times the weight's."""
-        layer = live.layer
-        given = self._state.parameters_of(layer.input.name)
-        units = bias_scales(layer, scales, given, per_channel=len(scales) > 1)
-        return rounded(bias, lambda values: bias_of_codes(bias_codes(values, units), units))
+        if not rounds:
+            return live.call(args, weight, bias), None
+        weight, scales = self._state.fake_weight(name, weight)
+        if n.target == EMBEDDING:
+            return live.call(args, weight, bias), None
+        given = self._state.parameters_of(live.layer.input.name)
+        units = bias_scales(live.layer, scales, given, per_channel=len(scales) > 1)
+        whole = None if bias is None else bias_codes(bias.detach(), units)
+        if bias is not None:
+            bias = rounded(bias, lambda _: bias_of_codes(whole, units))
+        shape = [1] * weight.ndim
+        shape[live.layer.channel_axis] = -1
+        steps = (weight.detach() / scales.detach().view(shape)).round_()
+        return live.call(args, weight, bias), LayerCodes(steps, whole, units.detach())
 
 
 def _live_layer(layer: Layer, original: Node, norm: LiveBatchNorm | None) -> LiveLayer:

@@ -159,6 +159,11 @@ class TracedTraining(Training, Prepared):
         return not self.model.training or self.milestones.fake_quantizing(self.steps)
 
     @property
+    def exact(self) -> bool:
+        """Whether sums are those of integer kernels now, which takes twice the products."""
+        return not self.model.training
+
+    @property
     def observing(self) -> bool:
         """Whether the forward pass observes ranges now."""
         return self.model.training and self.milestones.observing(self.steps)

@@ -1,7 +1,6 @@
 """A quantized module: its float graph, the codes of its weights, the parameters of its edges."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,11 +10,18 @@ from edgekit.errors import EdgekitError
 from edgekit.quantize.calibration import Calibration
 from edgekit.quantize.observers import ActivationParameters, activation_parameters
 from edgekit.quantize.tensor import QuantizedTensor
-from edgekit.quantize.traced.operators import AVERAGES, EMBEDDING, Layer
+from edgekit.quantize.traced.arithmetic import Kernels, LayerCodes, Unrounded, of_floats
+from edgekit.quantize.traced.operators import EMBEDDING, Layer
 from edgekit.quantize.traced.placement import Placement, end_of_chain
 from edgekit.quantize.traced.trace import TracedModule
 
 LARGEST_BIAS = 2**31 - 1
+TIE = 2.0**-8
+"""How near to a tie, in steps, a value's code may be either neighbour's.
+
+What engines' kernels part by: float32 sums in another order, factors of 20 bits (XNNPACK's and
+NEON's additions) and their own sigmoids, each below 2**-10 on codes of 8 bits.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,23 @@ class QuantizedNetwork:
         with torch.inference_mode():
             found = _Simulation(self).run(*inputs)
         return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    def simulate_otherwise(self, seed: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph as another engine may: what lies within `TIE` of a tie goes either way."""
+        with torch.inference_mode():
+            found = _Otherwise(self, seed).run(*inputs)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    def distances(self, codes: dict[str, Tensor], *inputs: Tensor) -> dict[str, float]:
+        """Return how far codes of an engine lie from what is to be rounded, at most, in steps.
+
+        `codes` by node name, uint8. Each node runs on the engine's codes of its operands, so that
+        nothing adds up: up to a half is right, `TIE` more is honest.
+        """
+        with torch.inference_mode():
+            run = _OnCodes(self, codes)
+            run.run(*inputs)
+        return run.distances
 
     def schemes(self) -> dict[str, tuple[Layer, str]]:
         """Return each quantized layer with its scheme's name, by node name."""
@@ -154,24 +177,6 @@ def bias_of_codes(codes: Tensor, scales: Tensor) -> Tensor:
     return (codes.double() * scales.double()).float()
 
 
-def average_of_codes(
-    node: Node,
-    values: Tensor,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    parameters: ActivationParameters,
-) -> Tensor:
-    """Run an operator of `AVERAGES` on codes, as what they stand for.
-
-    Integers are averaged: of means of floats, the noise would decide the many ties.
-    """
-    codes = (values / parameters.scale).round_().double()
-    mean = node.target(codes, *args, **kwargs)  # type: ignore[operator]
-    # No code leaves the range: an average lies between its operands, padding is 0.
-    rounded: Tensor = (mean + parameters.zero_point).round_() - parameters.zero_point
-    return rounded.float() * parameters.scale
-
-
 class _Simulation(Interpreter):
     """Runs the graph with every quantized value replaced by what its code stands for."""
 
@@ -180,28 +185,62 @@ class _Simulation(Interpreter):
         self.extra_traceback = False  # torch's addition to messages, which are of one line
         self._network = network
         self._weights = {name: codes.dequantize() for name, codes in network.weights.items()}
+        self._kernels = Kernels(lambda node: network.edges.get(node.name))
 
     def run_node(self, n: Node) -> object:
         if n.op == "get_attr" and str(n.target) in self._weights:
             return self._weights[str(n.target)]
-        if n.target in AVERAGES and n.name in self._network.edges:
-            return self._average_of_codes(n)
-        layer = self._network.layers.get(n.name)
-        if layer is not None and layer.bias is not None:
-            result = self._with_integer_bias(n, layer)
-        else:
-            result = super().run_node(n)
         parameters = self._network.edges.get(n.name)
-        return result if parameters is None else parameters.fake_quantize(result)
+        found = self._kernels.run(n, self.fetch_args_kwargs_from_env(n)[0], self._layer(n))
+        if found is None:
+            result = super().run_node(n)
+            if parameters is None:
+                return result
+            assert isinstance(result, Tensor)
+            found = of_floats(result, parameters)
+        if parameters is None:
+            return found.values  # its clamp has the codes
+        return self.settle(n, found).sub_(parameters.zero_point).mul_(parameters.scale)
 
-    def _average_of_codes(self, node: Node) -> Tensor:
-        (values, *args), kwargs = self.fetch_args_kwargs_from_env(node)
-        return average_of_codes(node, values, tuple(args), kwargs, self._network.parameters(node))
+    def settle(self, node: Node, found: Unrounded) -> Tensor:
+        """Return the codes of a value, float32."""
+        return found.codes()
 
-    def _with_integer_bias(self, node: Node, layer: QuantizedLayer) -> Tensor:
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        assert layer.bias is not None and layer.bias_scales is not None
-        bias = bias_of_codes(layer.bias, layer.bias_scales)
-        result = self.call_function(node.target, (*args[:2], bias, *args[3:]), kwargs)
-        assert isinstance(result, Tensor)
-        return result
+    def _layer(self, node: Node) -> LayerCodes | None:
+        layer = self._network.layers.get(node.name)
+        if layer is None or layer.output is None:
+            return None
+        weight = self._network.weights[layer.weight]
+        entering = self._network.parameters(layer.layer.input)
+        per_channel = weight.granularity == "channel"
+        units = bias_scales(layer.layer, weight.scales, entering, per_channel)
+        steps = replace(weight, scales=torch.ones_like(weight.scales)).dequantize()
+        return LayerCodes(steps, layer.bias, units)
+
+
+class _Otherwise(_Simulation):
+    """Moves what is rounded by up to `TIE`, at random."""
+
+    def __init__(self, network: QuantizedNetwork, seed: int) -> None:
+        super().__init__(network)
+        self._random = torch.Generator().manual_seed(seed)
+
+    def settle(self, node: Node, found: Unrounded) -> Tensor:
+        noise = torch.rand(found.values.shape, generator=self._random)
+        return found.moved(noise.mul_(2 * TIE).sub_(TIE)).codes()
+
+
+class _OnCodes(_Simulation):
+    """Goes on from an engine's codes."""
+
+    def __init__(self, network: QuantizedNetwork, codes: dict[str, Tensor]) -> None:
+        super().__init__(network)
+        self._codes = codes
+        self.distances: dict[str, float] = {}
+
+    def settle(self, node: Node, found: Unrounded) -> Tensor:
+        if node.name not in self._codes:
+            return found.codes()
+        codes = self._codes[node.name].float()
+        self.distances[node.name] = float(found.distance(codes).max())
+        return codes
