@@ -1,5 +1,6 @@
 """Files that a user names: what is written is whole or absent, what is read is bounded."""
 
+import codecs
 import errno
 import hashlib
 import os
@@ -62,6 +63,8 @@ LONGEST_TEXT_BYTES = 16 << 20
 def read_text(path: Path) -> str:
     """Return a UTF-8 text as it is, line ends included; EdgekitError names what is wrong.
 
+    A byte order mark at its begin is no part of it.
+
     A text may come through a pipe that somebody writes to, such as `<(command)` of a shell; one
     without a writer is not waited for.
     """
@@ -78,10 +81,23 @@ def read_text(path: Path) -> str:
     if not data:
         raise EdgekitError(f"{path}: {'is a pipe that nobody writes to' if pipe else 'is empty'}")
     try:
-        return data.decode()
+        return decode_text(data)
+    except ValueError as error:
+        raise EdgekitError(f"{path}: {error}") from error
+
+
+def decode_text(data: bytes) -> str:
+    """Return UTF-8 without the byte order mark that some editors begin it with.
+
+    ValueError says what it is instead, to go on from the name of a file.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        raise ValueError("is not UTF-8 but UTF-16 or UTF-32: save it as UTF-8")
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        at = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise EdgekitError(f"{path}: is not UTF-8: {at}") from error
+        at = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise ValueError(f"is not UTF-8: {at}") from error
 
 
 def _without_waiting(path: str, flags: int) -> int:
