@@ -4,6 +4,7 @@ import codecs
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -147,12 +148,39 @@ def new_file(path: Path) -> Iterator[Path]:
 
     An existing file is replaced. EdgekitError where the system refuses.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with unfinished(path) as scratch:
+        try:
+            yield scratch
+            scratch.replace(path)
+        except OSError as error:
+            raise EdgekitError(f"{path}: cannot be written: {os_reason(error)}") from error
+
+
+_unfinished: set[Path] = set()
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Give a hidden name beside `path` for a file or a folder; what has it at the end is removed.
+
+    So it is where a library ends the process, by `remove_unfinished`.
+    """
+    scratch = path.absolute().with_name(f".{path.name}.{os.getpid()}.partial")
+    _unfinished.add(scratch)
     try:
         yield scratch
-        scratch.replace(path)
-    except OSError as error:
-        raise EdgekitError(f"{path}: cannot be written: {os_reason(error)}") from error
     finally:
-        with suppress(OSError):  # there is none after the rename
-            scratch.unlink()
+        _remove(scratch)
+        _unfinished.discard(scratch)
+
+
+def remove_unfinished() -> None:
+    """Remove what is being written, before the process ends without its `finally` clauses."""
+    for scratch in list(_unfinished):
+        _remove(scratch)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # there is none after the rename, or it was a folder
+        path.unlink()

@@ -2,7 +2,6 @@
 
 import glob
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 
 from edgekit.artifact import FORMAT_VERSION, MANIFEST, Artifact
 from edgekit.errors import EdgekitError
-from edgekit.files import check_parent, new_file, os_reason, sha256_of
+from edgekit.files import check_parent, new_file, os_reason, sha256_of, unfinished
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -82,16 +81,14 @@ def new_artifact(output: Path, force: bool) -> Iterator[Path]:
     output = output.absolute()
     if _remove_abandoned(output):
         check_output(output, force)
-    staging = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        staging.mkdir()
-        yield staging
-        check_output(output, force)
-        _move_into_place(staging, output)
-    except OSError as error:
-        raise EdgekitError(f"{output}: cannot be written: {os_reason(error)}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with unfinished(output) as staging:
+        try:
+            staging.mkdir()
+            yield staging
+            check_output(output, force)
+            _move_into_place(staging, output)
+        except OSError as error:
+            raise EdgekitError(f"{output}: cannot be written: {os_reason(error)}") from error
 
 
 def _move_into_place(staging: Path, output: Path) -> None:

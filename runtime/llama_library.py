@@ -12,6 +12,7 @@ import llama_cpp
 import llama_cpp.llama_cpp as llama
 
 from edgekit.errors import EdgekitError
+from edgekit.files import remove_unfinished
 
 VERSION = f"{llama_cpp.__version__} (llama.cpp {llama.llama_version().decode()})"
 
@@ -38,6 +39,7 @@ def _aborted(message: bytes | None) -> None:
     place, colon, reason = text[:400].partition(": ")  # the place on the machine that compiled it
     said = f"{place.rpartition('/')[2]}{colon}{reason}"
     os.write(2, f"edgekit: llama.cpp gave up: {said}\n".encode())
+    remove_unfinished()
     os._exit(_ABORTED)
 
 
