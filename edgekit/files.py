@@ -18,6 +18,10 @@ def os_reason(error: OSError) -> str:
     """Return what the system says, in words for a user."""
     if error.errno == errno.ENOSPC:
         return "no space left on the device"
+    if error.errno == errno.EDQUOT:
+        return "the quota is used up"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many files are open (`ulimit -n` says how many may be)"
     return error.strerror or str(error)
 
 
@@ -153,7 +157,30 @@ def new_file(path: Path) -> Iterator[Path]:
             yield scratch
             scratch.replace(path)
         except OSError as error:
-            raise EdgekitError(f"{path}: cannot be written: {os_reason(error)}") from error
+            raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: OSError) -> EdgekitError:
+    """Say why nothing was made at `path`; of a full disk, whether it is that of temporary files."""
+    reason = os_reason(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) and _was_temporary(path, error):
+        return EdgekitError(
+            f"{tempfile.gettempdir()}: {reason}, and temporary files are kept there: free some or "
+            f"set TMPDIR to another folder; {path} was not written"
+        )
+    return EdgekitError(f"{path}: cannot be written: {reason}")
+
+
+def _was_temporary(path: Path, error: OSError) -> bool:
+    """Whether it was a temporary file that had no room; where nothing says it, the fuller disk."""
+    try:
+        temporary, parent = Path(tempfile.gettempdir()), path.absolute().parent
+        if error.filename is not None:
+            file = Path(os.fsdecode(error.filename)).absolute()
+            return file.is_relative_to(temporary) and not file.is_relative_to(parent)
+        return shutil.disk_usage(temporary).free < shutil.disk_usage(parent).free
+    except (OSError, TypeError):  # a folder that is gone, a file that is a number
+        return False
 
 
 _unfinished: set[Path] = set()

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgekit.artifact import FORMAT_VERSION, MANIFEST, Artifact
 from edgekit.errors import EdgekitError
-from edgekit.files import check_parent, new_file, os_reason, sha256_of, unfinished
+from edgekit.files import check_parent, new_file, not_written, sha256_of, unfinished
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -88,7 +88,7 @@ def new_artifact(output: Path, force: bool) -> Iterator[Path]:
             check_output(output, force)
             _move_into_place(staging, output)
         except OSError as error:
-            raise EdgekitError(f"{output}: cannot be written: {os_reason(error)}") from error
+            raise not_written(output, error) from error
 
 
 def _move_into_place(staging: Path, output: Path) -> None:

@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -44,7 +45,7 @@ class Answer(NamedTuple):
     """What is said to every request whose path holds `to`, in the model's place."""
 
     status: int
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] = MappingProxyType({})
     body: bytes = b"{}"
     to: str = "/"
     method: str = ""
@@ -146,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         status: int,
         body: bytes,
         kind: str,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
         cut: bool = False,
     ) -> None:
         self.send_response(status)
@@ -417,9 +418,9 @@ NO_HUB = "what answers is not the hub: its answer describes no model."
             "",
             "the hub has disabled it, for everybody",
         ),
-        (Answer(403, {"X-Error-Message": "Not for you."}), "hf_a", "the hub forbids it (403: Not f"),
+        (Answer(403, {"X-Error-Message": "Not for you."}), "hf_a", "the hub forbids it (403: Not"),
         (Answer(401), "", "the hub has no such model (or it is private: `hf auth login` or set"),
-        (Answer(401), "hf_a", "the hub has no such model (or it is private: the token of HF_TOKEN"),
+        (Answer(401), "hf_a", "no such model (or it is private: the token of HF_TOKEN"),
         (
             Answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
             "hf_a",

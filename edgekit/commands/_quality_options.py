@@ -116,7 +116,7 @@ def quality_text(mixed: "Mixed | None", made: "Made | None") -> list[str]:
     if mixed is not None:
         parts.append(f"\n{mixed.text()}")
         if made is not None and made.measured is not None:
-            parts.append(f"measured KLD {made.measured.value:.5f} ± {made.measured.error:.5f}")
+            parts.append(f"measured KLD {made.measured.text(5)}")
     if made is not None and made.gains is not None:
         parts.append(f"\n{made.gains.text()}")
     return parts

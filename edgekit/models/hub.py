@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import cast
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import DryRunFileInfo, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -106,10 +107,10 @@ def _snapshot(hub_id: str, revision: str | None, offline: bool, weights: bool) -
     if offline:
         return Path(find(local_files_only=True))
     try:
-        files = find(dry_run=True)
+        files = cast("list[DryRunFileInfo]", find(dry_run=True))
     except (RevisionNotFoundError, HFValidationError):
         raise
-    except Exception as answer:
+    except Exception as answer:  # noqa: BLE001  (one of the HTTP library underneath, too)
         try:
             return Path(find(local_files_only=True))
         except LocalEntryNotFoundError:

@@ -129,7 +129,7 @@ def _wrong_token() -> str | None:
         token = "\0"
     except PermissionError as error:
         return f"the token cannot be read: {constants.HF_TOKEN_PATH}: {os_reason(error)}"
-    except Exception:  # a login that cannot be renewed, which the request itself says
+    except Exception:  # noqa: BLE001  (a login that cannot be renewed: the request says so)
         return None
     if token.isascii() and token.isprintable():
         return None
@@ -151,7 +151,9 @@ def _of_connection(error: BaseException, hub_id: str, revision: str | None) -> s
     if "ProxyError" in kinds:
         return f"the proxy does not let it through ({said}): check HTTPS_PROXY and NO_PROXY"
     if "TooManyRedirects" in kinds:
-        return f"what answers sends the request in circles: check HF_ENDPOINT ({constants.ENDPOINT})"
+        return (
+            f"what answers sends the request in circles: check HF_ENDPOINT ({constants.ENDPOINT})"
+        )
     if "UnsupportedProtocol" in kinds or "InvalidURL" in kinds:
         return f"HF_ENDPOINT {constants.ENDPOINT!r} is no address such as https://HOST"
     if not kinds & {"TransportError", "ConnectionError", "TimeoutError"}:
