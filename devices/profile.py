@@ -128,7 +128,7 @@ def load_profile(path: Path) -> DeviceProfile:
     Raises `EdgekitError` that begins with the path for a file that is missing, no TOML or wrong.
     """
     try:
-        profile = parse_profile(tomllib.loads(path.read_text(encoding="utf-8")))
+        profile = parse_profile(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise EdgekitError(f"{path}: {error.strerror}") from error
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError

@@ -146,9 +146,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         refuse_irregular(path)
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise EdgekitError(f"{path}: is too large to be a manifest")
-        manifest = json.loads(
-            path.read_bytes().decode(), parse_constant=_finite, parse_float=_finite
-        )
+        manifest = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
         _check_depth(manifest, _MAX_DEPTH)
     except OSError as error:
         raise EdgekitError(

@@ -34,6 +34,10 @@ from edgekit.runtime.record import ArtifactResult, Record, ShapeResult, spread
 from edgekit.runtime.table import disturbances
 from edgekit.tables import markdown_table
 
+OTHER_TOKENS = (
+    "* perplexities of different tokens, for vocabularies differ: they do not compare; bits per "
+    "byte of the text do"
+)
 _NOTHING = "-"
 
 
@@ -64,6 +68,16 @@ class Compared:
     def peak_bytes(self) -> int | None:
         """Memory while the tests ran; None where none ran."""
         return self.result.memory.peak if self.result.tests else None
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of the text's tokens, which are those of the model's own vocabulary."""
+        return None if self.evaluation is None else self.evaluation.perplexity.value
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits in which the model says a byte of the text."""
+        return None if self.evaluation is None else self.evaluation.bits_per_byte
 
     @property
     def kld(self) -> float | None:
@@ -111,6 +125,18 @@ class Comparison:
     read: tuple[str, ...]
     tensors: tuple[TensorComparison, ...]
 
+    @property
+    def same_tokens(self) -> bool:
+        """Whether all that were scored read the text as the same tokens: perplexities compare."""
+        scored = [one.evaluation for one in self.artifacts if one.evaluation is not None]
+        return len({found.text_ids_sha256 for found in scored}) < 2
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be known to read the figures, and what disturbed them."""
+        found = [] if self.same_tokens else [OTHER_TOKENS]
+        return [*found, *disturbances(self.record)]
+
     def weights_verdict(self, name: str) -> str | None:
         """Say whose weights an artifact's are, or in how many tensors they differ from the first's.
 
@@ -135,6 +161,7 @@ class Comparison:
                 for one in self.artifacts
             ],
             "reference": self.reference,
+            "same_tokens": self.same_tokens,
             "weights_of": list(self.read),
             "tensors": [tensor.to_dict() for tensor in self.tensors],
             "bench": self.record.to_dict(),
@@ -142,28 +169,32 @@ class Comparison:
 
     def text(self) -> str:
         """Return the table, and a line for what could not be known or disturbed a speed."""
-        table = markdown_table(*self.table(), align="llrrrrrrrl")
+        headers, rows = self.table()
+        table = markdown_table(headers, rows, align="ll" + "r" * (len(headers) - 3) + "l")
         notes = [f"{one.name}: {one.unread}" for one in self.artifacts if one.unread]
-        notes += disturbances(self.record)
+        notes += self.notes
         return "\n\n".join([table, "\n".join(notes)] if notes else [table])
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return headers and rows, one row per artifact."""
         tests = {test.shape.kind: test.shape.name for test in self.artifacts[0].result.tests}
-        headers = ["artifact", "engine", "MB", "bits/weight", "perplexity", "KLD"]
+        quality = ["perplexity"] if self.same_tokens else ["perplexity*", "bits/byte"]
+        headers = ["artifact", "engine", "MB", "bits/weight", *quality, "KLD"]
         headers += [f"{tests.get(kind, kind)} tok/s" for kind in ("pp", "tg")]
         headers += ["peak MB", "weights"]
         return headers, [self._row(one) for one in self.artifacts]
 
     def _row(self, one: Compared) -> list[str]:
         bits, peak = one.bits_per_weight, one.peak_bytes
-        evaluation = one.evaluation
+        quality = [_NOTHING if one.perplexity is None else f"{one.perplexity:.4f}"]
+        if not self.same_tokens:
+            quality.append(_NOTHING if one.bits_per_byte is None else f"{one.bits_per_byte:.4f}")
         return [
             one.name,
             f"{one.result.engine} {one.result.engine_version}",
             f"{one.result.file_bytes / 1e6:,.1f}",
             _NOTHING if bits is None else f"{bits:.2f}",
-            _NOTHING if evaluation is None else f"{evaluation.perplexity.value:.4f}",
+            *quality,
             _NOTHING if one.kld is None else f"{one.kld:.6f}",
             _speed(one.test("pp")),
             _speed(one.test("tg")),

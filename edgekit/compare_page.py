@@ -8,7 +8,6 @@ from edgekit.exporters.weights import TensorComparison, known_ratio_db
 from edgekit.plots import Axis, Point, bars, lines, marker, scatter
 from edgekit.quantize.recipe import EMBEDDING, HEAD
 from edgekit.runtime.record import spread
-from edgekit.runtime.table import disturbances
 from edgekit.words import counted
 
 # Okabe and Ito's colours, which the colour-blind tell apart, a little deeper in light and lighter
@@ -101,7 +100,7 @@ def _introduction(comparison: Comparison) -> Iterator[str]:
         f"read bandwidth {record.bandwidth.limit:.1f} GB/s; edgekit {record.edgekit_version}, "
         f"{record.timestamp_utc}"
     )
-    yield from disturbances(record)
+    yield from comparison.notes
     found = comparison.artifacts[0].evaluation
     if found is not None:
         against = "" if found.reference is None else f", against {found.reference} in float"
@@ -147,8 +146,10 @@ def _figures(comparison: Comparison) -> Iterator[str]:
     ones = comparison.artifacts
     size = Axis.over("model files (MB)", [one.result.file_bytes / 1e6 for one in ones])
     quality = [point for i, one in enumerate(ones) if (point := _quality(i, one)) is not None]
-    if quality:
+    if quality and comparison.same_tokens:
         yield _quality_figure(ones, quality, size)
+    elif quality:
+        yield _bits_figure(ones, size)
     decode = list(_speeds(ones, "tg"))
     if decode:
         axis = Axis.over("decode (tokens/s)", [point.y + point.error for point in decode])
@@ -175,7 +176,7 @@ def _quality(index: int, one: Compared) -> Point | None:
     found = one.evaluation.divergence
     estimate = one.evaluation.perplexity if found is None else found.kld
     x = one.result.file_bytes / 1e6
-    return Point(_series(index), one.name, x, estimate.value, estimate.error)
+    return Point(_series(index), one.name, x, estimate.value, estimate.error or 0.0)
 
 
 def _quality_figure(ones: Sequence[Compared], points: Sequence[Point], size: Axis) -> str:
@@ -200,6 +201,18 @@ def _quality_figure(ones: Sequence[Compared], points: Sequence[Point], size: Axi
         axis = Axis.over("mean KLD (nats)", [point.y + point.error for point in points])
     plot = scatter("divergence against bytes", points, size, axis)
     return _figure("Divergence against bytes", note, plot)
+
+
+def _bits_figure(ones: Sequence[Compared], size: Axis) -> str:
+    """Plot what compares between vocabularies, instead of perplexities."""
+    points = [
+        Point(_series(i), one.name, one.result.file_bytes / 1e6, one.bits_per_byte)
+        for i, one in enumerate(ones)
+        if one.bits_per_byte is not None
+    ]
+    axis = Axis.over("bits per byte of text", [point.y for point in points], zero=False)
+    plot = scatter("bits per byte against bytes", points, size, axis)
+    return _figure("Bits per byte against bytes", "down and left is better", plot)
 
 
 def _speeds(ones: Sequence[Compared], kind: str) -> Iterator[Point]:

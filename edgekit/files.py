@@ -1,9 +1,11 @@
 """Files that a user names: what is written is whole or absent, what is read is bounded."""
 
+import codecs
 import errno
 import glob
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +22,10 @@ def os_reason(error: OSError) -> str:
     """Return what the system says, in words for a user."""
     if error.errno == errno.ENOSPC:
         return "no space left on the device"
+    if error.errno == errno.EDQUOT:
+        return "the quota is used up"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many files are open (`ulimit -n` says how many may be)"
     return error.strerror or str(error)
 
 
@@ -66,6 +72,8 @@ LONGEST_TEXT_BYTES = 16 << 20
 def read_text(path: Path) -> str:
     """Return a UTF-8 text as it is, line ends included; EdgekitError names what is wrong.
 
+    A byte order mark at its begin is no part of it.
+
     A text may come through a pipe that somebody writes to, such as `<(command)` of a shell; one
     without a writer is not waited for.
     """
@@ -82,10 +90,23 @@ def read_text(path: Path) -> str:
     if not data:
         raise EdgekitError(f"{path}: {'is a pipe that nobody writes to' if pipe else 'is empty'}")
     try:
-        return data.decode()
+        return decode_text(data)
+    except ValueError as error:
+        raise EdgekitError(f"{path}: {error}") from error
+
+
+def decode_text(data: bytes) -> str:
+    """Return UTF-8 without the byte order mark that some editors begin it with.
+
+    ValueError says what it is instead, to go on from the name of a file.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        raise ValueError("is not UTF-8 but UTF-16 or UTF-32: save it as UTF-8")
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        at = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise EdgekitError(f"{path}: is not UTF-8: {at}") from error
+        at = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise ValueError(f"is not UTF-8: {at}") from error
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -169,13 +190,63 @@ def new_file(path: Path) -> Iterator[Path]:
     for leftover in abandoned(path):
         with suppress(OSError):  # a folder, which is none of ours
             leftover.unlink()
-    scratch = partial_name(path)
+    with unfinished(path) as scratch:
+        try:
+            yield scratch
+            scratch.replace(path)
+        except OSError as error:
+            raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: OSError) -> EdgekitError:
+    """Say why nothing was made at `path`; of a full disk, whether it is that of temporary files."""
+    reason = os_reason(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) and _was_temporary(path, error):
+        return EdgekitError(
+            f"{tempfile.gettempdir()}: {reason}, and temporary files are kept there: free some or "
+            f"set TMPDIR to another folder; {path} was not written"
+        )
+    return EdgekitError(f"{path}: cannot be written: {reason}")
+
+
+def _was_temporary(path: Path, error: OSError) -> bool:
+    """Whether it was a temporary file that had no room; where nothing says it, the fuller disk."""
+    try:
+        temporary, parent = Path(tempfile.gettempdir()), path.absolute().parent
+        if error.filename is not None:
+            file = Path(os.fsdecode(error.filename)).absolute()
+            return file.is_relative_to(temporary) and not file.is_relative_to(parent)
+        return shutil.disk_usage(temporary).free < shutil.disk_usage(parent).free
+    except (OSError, TypeError):  # a folder that is gone, a file that is a number
+        return False
+
+
+_unfinished: set[Path] = set()
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Give a hidden name beside `path` for a file or a folder; what has it at the end is removed.
+
+    So it is where a library ends the process, by the supervisor or by `remove_unfinished`.
+    """
+    scratch = partial_name(path.absolute())
+    _unfinished.add(scratch)
     try:
         with half_written(scratch):
             yield scratch
-            scratch.replace(path)
-    except OSError as error:
-        raise EdgekitError(f"{path}: cannot be written: {os_reason(error)}") from error
     finally:
-        with suppress(OSError):  # there is none after the rename
-            scratch.unlink()
+        _remove(scratch)
+        _unfinished.discard(scratch)
+
+
+def remove_unfinished() -> None:
+    """Remove what is being written, before the process ends without its `finally` clauses."""
+    for scratch in list(_unfinished):
+        _remove(scratch)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # there is none after the rename, or it was a folder
+        path.unlink()

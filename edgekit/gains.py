@@ -64,7 +64,7 @@ class Gains:
             rows.append(
                 [
                     step.step,
-                    f"{kld:.5f} ± {step.kld.error:.5f}",
+                    step.kld.text(5),
                     _times(kld, first),
                     "-" if before is None else _times(kld, before),
                     f"{step.perplexity.value:.4f}",

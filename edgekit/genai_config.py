@@ -86,7 +86,7 @@ def _load(path: Path) -> object:
     if path.stat().st_size > _MAX_BYTES:
         raise EdgekitError(f"{path}: is too large to be a configuration")
     try:
-        return json.loads(path.read_bytes().decode())
+        return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise EdgekitError(f"{path}: is not valid JSON: {error}") from error
 

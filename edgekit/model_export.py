@@ -92,6 +92,10 @@ def plan_export(
     options = options or Options()
     writer = find_target(target, options)
     source = resolve_model(model, revision=revision, random_weights=random_weights)
+    try:
+        writer.check_config(source.config, options)
+    except EdgekitError as error:
+        raise EdgekitError(f"{source.id}: {str(error).removeprefix('config: ')}") from error
     stored = None if codes is None else CodesFile.open(codes, source.config)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     mixed = None

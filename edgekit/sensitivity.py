@@ -51,13 +51,13 @@ FIRST = 16
 class TensorCost:
     """What one tensor costs and saves at the scheme.
 
-    `kld` is the mean over the positions in nats, with its error; `bytes_saved` is against float32,
-    what engines keep floats in.
+    `kld` is the mean over the positions in nats, with its error as in `Estimate`; `bytes_saved` is
+    against float32, what engines keep floats in.
     """
 
     tensor: str
     kld: float
-    kld_error: float
+    kld_error: float | None
     bytes_saved: int
 
     @property
@@ -89,7 +89,7 @@ class Sensitivity:
             [
                 cost.tensor,
                 f"{cost.kld:.6f}",
-                f"± {cost.kld_error:.6f}",
+                "-" if cost.kld_error is None else f"± {cost.kld_error:.6f}",
                 f"{cost.bytes_saved:,}",
                 f"{cost.kld_per_mb:.6f}",
             ]
@@ -226,7 +226,7 @@ class _FloatRun:
         run.logits = run._logits(run.states[-1])
         return run
 
-    def cost(self, name: str, scheme: Scheme) -> tuple[float, float]:
+    def cost(self, name: str, scheme: Scheme) -> tuple[float, float | None]:
         """Return mean and error of the divergence with only that tensor quantized."""
         try:
             self.override[name] = scheme.quantize(self.read(name).float()).dequantize()
@@ -278,7 +278,7 @@ class _Cache:
 
     path: Path
     key: dict[str, Any]
-    figures: dict[str, tuple[float, float]]
+    figures: dict[str, tuple[float, float | None]]
 
     @classmethod
     def open(cls, source: ModelSource, scheme: Scheme, tokens: list[int]) -> "_Cache":
@@ -293,7 +293,7 @@ class _Cache:
         make_folder(path.parent, "; XDG_CACHE_HOME names another folder for it")
         return cls(path, key, _read_figures(path, key))
 
-    def keep(self, tensor: str, figures: tuple[float, float]) -> None:
+    def keep(self, tensor: str, figures: tuple[float, float | None]) -> None:
         """Add to what is kept, which another process may have added to meanwhile."""
         with _locked(self.path.with_suffix(".lock")), new_file(self.path) as scratch:
             self.figures = _read_figures(self.path, self.key) | self.figures | {tensor: figures}
@@ -308,14 +308,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _read_figures(path: Path, key: dict[str, Any]) -> dict[str, tuple[float, float]]:
+def _read_figures(path: Path, key: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
     """Return what is kept; nothing where the file is absent, damaged or of another key."""
     try:
         kept = json.loads(path.read_text())
         if any(kept[name] != value for name, value in key.items()):
             return {}
         return {
-            str(tensor): (float(kld), float(error))
+            str(tensor): (float(kld), None if error is None else float(error))
             for tensor, (kld, error) in kept["figures"].items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

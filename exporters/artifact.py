@@ -9,14 +9,21 @@ from typing import Any
 
 from edgekit.artifact import FORMAT_VERSION, MANIFEST, Artifact
 from edgekit.errors import EdgekitError
-from edgekit.files import abandoned, check_parent, new_file, os_reason, partial_name, sha256_of
-from edgekit.last_words import half_written
+from edgekit.files import (
+    abandoned,
+    check_parent,
+    new_file,
+    not_written,
+    sha256_of,
+    unfinished,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 
@@ -80,17 +87,14 @@ def new_artifact(output: Path, force: bool) -> Iterator[Path]:
     output = output.absolute()
     if _remove_abandoned(output):
         check_output(output, force)
-    staging = partial_name(output)
-    try:
-        with half_written(staging):
+    with unfinished(output) as staging:
+        try:
             staging.mkdir()
             yield staging
             check_output(output, force)
             _move_into_place(staging, output)
-    except OSError as error:
-        raise EdgekitError(f"{output}: cannot be written: {os_reason(error)}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        except OSError as error:
+            raise not_written(output, error) from error
 
 
 def _move_into_place(staging: Path, output: Path) -> None:

@@ -35,7 +35,7 @@ from edgekit.exporters.llama_quantize import StoredTensor, planned_tensors, quan
 from edgekit.exporters.target import Job, Options
 from edgekit.gguf_file import GgufFile
 from edgekit.models.activations import per_block
-from edgekit.models.config import ModelConfig
+from edgekit.models.config import LAYER_TYPES, ModelConfig
 from edgekit.models.tokenizer import TOKENIZER_FILE
 from edgekit.quantize import super_blocks
 from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
@@ -45,6 +45,7 @@ NAME = "gguf"
 MODEL_FILE = "model.gguf"
 ENGINE = "llama.cpp"
 OPTIONS = frozenset({"llama_format", "imatrix"})
+MOST_LAYERS = 512  # LLAMA_MAX_LAYERS of llama.cpp's src/llama-hparams.h
 HELD_AS_SUCH = frozenset({"cb4nl", "w5g32", "w6g16"})
 LONGEST_CHECK = 256  # the loops over positions are llama.cpp's
 
@@ -55,6 +56,21 @@ _FIRST_QUERY = ".self_attn.q_proj.weight"
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q6_K": 18}
 _FILE_TYPES |= {"IQ4_NL": 25, "BF16": 32}
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+
+
+def check_config(config: ModelConfig, options: Options) -> None:
+    """Refuse models with which llama.cpp would end the process."""
+    if config.num_layers > MOST_LAYERS:
+        raise EdgekitError(
+            f"config: num_hidden_layers is {config.num_layers}; llama.cpp takes up to "
+            f"{MOST_LAYERS}: give target executorch or onnx"
+        )
+    kinds = set(config.layer_types)
+    if len(kinds) == 1:
+        raise EdgekitError(
+            f"config: layer_types are all {kinds.pop()}; llama.cpp's LFM2 has layers of both "
+            f"kinds, {' and '.join(LAYER_TYPES)}: give target executorch or onnx"
+        )
 
 
 def check_rows(rows: Sequence[Resolved]) -> None:
@@ -74,7 +90,7 @@ def check_rows(rows: Sequence[Resolved]) -> None:
         if row.tensor.endswith(_FIRST_QUERY) and row.shape[0] != width:
             raise EdgekitError(
                 f"{row.tensor}: has {row.shape[0]} rows; llama.cpp's LFM2 has as many as the "
-                f"model is wide, {width} (heads times head_dim)"
+                f"model is wide, {width} (heads times head_dim): give target executorch or onnx"
             )
 
 

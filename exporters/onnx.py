@@ -12,6 +12,7 @@ from torch import Tensor
 from edgekit.errors import EdgekitError
 from edgekit.exporters.target import Job, Options
 from edgekit.models.activations import per_block
+from edgekit.models.config import ModelConfig
 from edgekit.quantize.recipe import Resolved, shared_rows
 from edgekit.quantize.tensor import QuantizedTensor
 
@@ -28,8 +29,21 @@ PACKAGES = ("onnx", "onnxruntime")
 SCHEMES = "float, w8, w4, w8gN, w4gN and w4gNa"
 OPSET = 21
 """ONNX 1.16: the first with types of 4 bits and scales of blocks."""
+ROTATED = 16
+"""CheckRotaryCaches in contrib_ops/cpu/bert/group_query_attention_helper.h of onnxruntime."""
 COLUMNS = 32
 """The operators take blocks from 16 on; below 32 they were not tested here."""
+
+
+def check_config(config: ModelConfig, options: Options) -> None:
+    """Refuse heads that ONNX Runtime's attention does not rotate."""
+    if options.portable or "full_attention" not in config.layer_types:
+        return
+    if config.head_dim % ROTATED:
+        raise EdgekitError(
+            f"config: head_dim is {config.head_dim}; ONNX Runtime's GroupQueryAttention rotates "
+            f"heads of multiples of {ROTATED}: give --portable, or another target"
+        )
 
 
 def check_rows(rows: Sequence[Resolved]) -> None:

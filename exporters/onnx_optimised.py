@@ -56,9 +56,16 @@ def kernels_run(path: Path) -> list[tuple[str, bool]]:
         try:
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             session.run(None, _one_token(session, _head_size(path)))
-            events = json.loads(Path(session.end_profiling()).read_bytes())
+            profile = Path(session.end_profiling())
         except Exception as error:  # the exceptions of onnxruntime share no other base
             raise EdgekitError(f"{path}: onnxruntime does not run it: {one_line(error)}") from error
+        try:
+            events = json.loads(profile.read_bytes())
+        except (OSError, ValueError) as error:  # onnxruntime says nothing of a full disk
+            raise EdgekitError(
+                f"{tempfile.gettempdir()}: onnxruntime could not write the profile of a run there: "
+                "free some space or set TMPDIR to another folder"
+            ) from error
     kernels = (event["args"] for event in events if event["name"].endswith("_kernel_time"))
     return [(kernel["op_name"], "float" in _types(kernel)) for kernel in kernels]
 

@@ -81,6 +81,10 @@ class Target(Protocol):
     HELD_AS_SUCH: frozenset[str]
     LONGEST_CHECK: int
 
+    def check_config(self, config: ModelConfig, options: Options) -> None:
+        """Refuse, before any work, shapes that the engine does not run, naming what runs them."""
+        ...
+
     def check_rows(self, rows: Sequence[Resolved]) -> None:
         """Refuse, before any work, a scheme that the target cannot hold, naming what it can."""
         ...

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from edgekit.errors import EdgekitError
-from edgekit.files import refuse_irregular
+from edgekit.files import decode_text, refuse_irregular
 from edgekit.limits import TooCostly, bounded
 from edgekit.quantize.methods import Method
 from edgekit.quantize.ranges import RANGE_METHODS, RangeMethod
@@ -332,12 +332,13 @@ def _parse(path: Path) -> object:
         raise EdgekitError(f"{path}: a recipe is a .toml or a .json file")
     refuse_irregular(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        text = decode_text(path.read_bytes())
     except OSError as error:
         raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise EdgekitError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:
+        raise EdgekitError(f"{path}: {error}") from error
+    try:
+        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (ValueError, RecursionError) as error:
         kind = path.suffix[1:].upper()
         raise EdgekitError(f"{path}: not valid {kind}: {error}") from error

@@ -17,19 +17,24 @@ from numpy.typing import NDArray
 from edgekit.logits import Floats, Logits, log_softmax, row_kld
 
 FEWEST_FOR_AN_ERROR = 11
-"""llama.cpp gives means of ten values and fewer no error."""
+"""llama.cpp gives means of ten values and fewer no error; it prints them with 0."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over the scored tokens and its standard error."""
+    """A mean over the scored tokens and its standard error, None where they are too few for one."""
 
     value: float
-    error: float
+    error: float | None
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         """Return both."""
         return {"value": self.value, "error": self.error}
+
+    def text(self, decimals: int) -> str:
+        """Return the value, and its error where there is one."""
+        error = "" if self.error is None else f" ± {self.error:.{decimals}f}"
+        return f"{self.value:.{decimals}f}{error}"
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,16 @@ def _columns(scores: Scores) -> tuple[Any, ...]:
 def mean(values: Floats) -> Estimate:
     """Return the mean and its error, the deviation over `sqrt(n - 1)`."""
     count = len(values)
-    error = float(values.std()) / math.sqrt(count - 1) if count >= FEWEST_FOR_AN_ERROR else 0.0
-    return Estimate(float(values.mean()), error)
+    if count < FEWEST_FOR_AN_ERROR:
+        return Estimate(float(values.mean()), None)
+    return Estimate(float(values.mean()), float(values.std()) / math.sqrt(count - 1))
 
 
 def perplexity(nll: Floats) -> Estimate:
     """Return `exp(mean nll)`; its error is that of the mean times it."""
     log = mean(nll)
     value = math.exp(min(log.value, 700.0))
-    return Estimate(value, value * log.error)
+    return Estimate(value, None if log.error is None else value * log.error)
 
 
 @dataclass(frozen=True)
@@ -176,10 +182,14 @@ def _root_mean_square(values: Floats) -> Estimate:
     """Return sqrt(mean v^2), whose error is that of the mean over twice the root."""
     square = mean(values**2)
     root = math.sqrt(square.value)
+    if square.error is None:
+        return Estimate(root, None)
     return Estimate(root, square.error / (2 * root) if root else 0.0)
 
 
 def _share(agree: NDArray[np.bool_]) -> Estimate:
     """Return the share of True; the error is the binomial one."""
     share, count = float(agree.mean()), len(agree)
-    return Estimate(share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else 0.0)
+    if count < FEWEST_FOR_AN_ERROR:
+        return Estimate(share, None)
+    return Estimate(share, math.sqrt(share * (1 - share) / (count - 1)))

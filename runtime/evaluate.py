@@ -8,6 +8,7 @@ the first are scored.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import EdgekitError
+from edgekit.logits import Floats
 from edgekit.models.tokenizer import TextTokenizer
 from edgekit.progress import Steps, no_steps
 from edgekit.runtime.divergence import (
@@ -40,8 +42,10 @@ LEAST_CHUNK = 4
 class Evaluation:
     """Figures of one artifact or model on one text.
 
-    `text_tokens` is the length of the whole text, `tokens` the number that was scored;
-    `divergence` and what begins with `reference` are None where nothing was compared with.
+    `text_tokens` is the length of the whole text, `tokens` the number that was scored. Perplexities
+    compare where `text_ids_sha256`, of the text's ids, is the same; `bits_per_byte`, of the text
+    that the scored tokens stand for, compares between vocabularies, too. `divergence` and what
+    begins with `reference` are None where nothing was compared with.
     """
 
     name: str
@@ -50,11 +54,13 @@ class Evaluation:
     reference: str | None
     reference_engine: str | None
     text_sha256: str
+    text_ids_sha256: str
     text_tokens: int
     context: int
     chunks: int
     tokens: int
     perplexity: Estimate
+    bits_per_byte: float | None
     divergence: Divergence | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,11 +71,13 @@ class Evaluation:
             "reference": self.reference,
             "reference_engine": self.reference_engine,
             "text_sha256": self.text_sha256,
+            "text_ids_sha256": self.text_ids_sha256,
             "text_tokens": self.text_tokens,
             "context": self.context,
             "chunks": self.chunks,
             "tokens": self.tokens,
             "perplexity": self.perplexity.to_dict(),
+            "bits_per_byte": self.bits_per_byte,
             "divergence": None if self.divergence is None else self.divergence.to_dict(),
         }
 
@@ -136,11 +144,13 @@ def evaluate_each(
                 reference=None if base is None else base.name,
                 reference_engine=None if base is None else base.engine.name,
                 text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+                text_ids_sha256=hashlib.sha256(np.array(ids, np.int64).tobytes()).hexdigest(),
                 text_tokens=len(ids),
                 context=context,
                 chunks=size,
                 tokens=len(one.nll),
                 perplexity=perplexity(one.nll),
+                bits_per_byte=_bits_per_byte(subject.tokenizer, ids, context, one.nll),
                 divergence=divergence(one),
             )
             for subject, ids, one, size in zip(subjects, texts, scores, sizes, strict=True)
@@ -168,6 +178,23 @@ def cut(tokens: Sequence[int], context: int, limit: int | None, bos: int | None)
         for chunk in chunks:
             chunk[0] = bos
     return chunks
+
+
+def _bits_per_byte(
+    tokenizer: TextTokenizer, ids: Sequence[int], context: int, nll: Floats
+) -> float | None:
+    """Return the bits in which the model says a byte; None where the scored tokens have none."""
+    stream, found = tokenizer.stream(), 0
+    for start in range(0, len(nll) // _scored(context) * context, context):
+        found += sum(
+            len(stream.bytes_of(token)) for token in _targets(ids[start : start + context])
+        )
+    return float(nll.sum()) / math.log(2) / found if found else None
+
+
+def _scored(context: int) -> int:
+    """How many tokens of a chunk are scored."""
+    return context - context // 2 - 1
 
 
 def check_chunk_length(context: int) -> None:

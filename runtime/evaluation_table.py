@@ -11,6 +11,8 @@ _NOTHING = "-"
 def render(result: Evaluation) -> str:
     """Return a line on what was run and the table of figures."""
     rows = [["perplexity", *_cells(result.perplexity, 4)]]
+    if result.bits_per_byte is not None:
+        rows.append(["bits per byte of text", f"{result.bits_per_byte:.4f}", _NOTHING])
     if result.divergence is not None:
         rows += _divergence_rows(result.divergence)
     table = markdown_table([result.name, "value", "error"], rows, align="lrr")
@@ -52,5 +54,8 @@ def _percent(at: str) -> str:
 
 
 def _cells(estimate: Estimate, decimals: int, factor: float = 1) -> list[str]:
-    value, error = estimate.value * factor, estimate.error * factor
-    return [f"{value:.{decimals}f}", f"± {error:.{decimals}f}"]
+    error = estimate.error
+    return [
+        f"{estimate.value * factor:.{decimals}f}",
+        _NOTHING if error is None else f"± {error * factor:.{decimals}f}",
+    ]

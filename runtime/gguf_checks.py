@@ -89,7 +89,10 @@ def _constants(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _lfm2(file: GgufFile, values: dict[str, Any]) -> Iterator[str]:
-    """llama_model_lfm2: the reshapes, RoPE and products of attention, the types of ssm_conv."""
+    """llama_model_lfm2: the reshapes, RoPE and products of attention, the types of ssm_conv.
+
+    Of its two memories, of keys and values and of states, both must have a layer.
+    """
     width, heads = values["embedding_length"], values.get("attention.head_count", 0)
     if not _is_count(heads, width) or heads == 0 or width % heads:
         yield f"its attention.head_count is {heads!r:.20}, which does not divide its width {width}"
@@ -97,6 +100,10 @@ def _lfm2(file: GgufFile, values: dict[str, Any]) -> Iterator[str]:
     for own in _numbers(values.get("attention.head_count_kv", heads)):
         if own < 0 or (own and heads % own):
             yield f"it has {own} heads for keys and values, which do not divide its {heads} heads"
+    each = values.get("attention.head_count_kv")
+    if isinstance(each, GgufArray) and len({own > 0 for own in _numbers(each)}) == 1:
+        kind = "attention" if max(_numbers(each)) else "convolutions"
+        yield f"its layers are all {kind}; llama.cpp runs an LFM2 with layers of both kinds only"
     size = width // heads
     for key in ("attention.key_length", "attention.value_length"):
         if values.get(key, size) != size:

@@ -12,6 +12,7 @@ import llama_cpp
 import llama_cpp.llama_cpp as llama
 
 from edgekit.errors import EdgekitError, EngineCrash
+from edgekit.files import remove_unfinished
 from edgekit.last_words import heard, library_said
 
 VERSION = f"{llama_cpp.__version__} (llama.cpp {llama.llama_version().decode()})"
@@ -43,6 +44,7 @@ def _aborted(message: bytes | None) -> None:
         library_said(said)
         return
     os.write(2, f"edgekit: llama.cpp gave up: {said}\n".encode())
+    remove_unfinished()
     os._exit(EngineCrash.exit_status)
 
 

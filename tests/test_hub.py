@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
@@ -25,6 +27,7 @@ TINY = Path(module.__file__).parent / "lfm2_tiny" / "config.json"
 CATALOGUED = "LiquidAI/LFM2-350M"  # answered like org/mini
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 OLDER = "abcdef1234567890abcdef1234567890abcdef12"
+LARGE = 1000  # bytes
 CHUNK = 10 << 20  # huggingface_hub writes what it receives in pieces of this size
 
 
@@ -38,19 +41,29 @@ def repository(seed: int) -> dict[str, bytes]:
     }
 
 
+class Answer(NamedTuple):
+    """What is said to every request whose path holds `to`, in the model's place."""
+
+    status: int
+    headers: Mapping[str, str] = MappingProxyType({})
+    body: bytes = b"{}"
+    to: str = "/"
+    method: str = ""
+
+
 class Hub(ThreadingHTTPServer):
     """One model at two commits.
 
-    `cut` breaks that many transfers of the weights half-way; `status` answers everything with
-    an error, `status_after_cut` does so from the first cut on.
+    `cut` breaks that many transfers of the weights half-way; `answer` is said instead of what is
+    asked for, `answer_after_cut` from the first cut on.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = {COMMIT: repository(0), OLDER: repository(1)}
         self.cut = 0
-        self.status: int | None = None
-        self.status_after_cut: int | None = None
+        self.answer: Answer | None = None
+        self.answer_after_cut: Answer | None = None
         self.stall = False
         self.stalled = threading.Event()
         self.go_on = threading.Event()
@@ -77,8 +90,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(self.path.split("?")[0]).replace(f"/{CATALOGUED}", "/org/mini")
         self.server.requests.append(f"{self.command} {path}")
-        if self.server.status is not None:
-            return self.fail(self.server.status, "GatedRepo" if self.server.status == 403 else "")
+        answer = self.server.answer
+        if answer is not None and answer.to in path and answer.method in self.command:
+            return self.reply(answer.status, answer.body, "application/json", answer.headers)
+        if path.startswith(("/api/models/org/former", "/org/former/")):
+            headers = {"Location": self.path.replace("/org/former", "/org/mini")}
+            return self.reply(307, b"", "text/plain", headers)
         if path.startswith("/api/models/org/mini"):
             return self.answer_api(path.removeprefix("/api/models/org/mini"))
         if path.startswith("/org/mini/resolve/"):
@@ -116,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
         cut = name == "model.safetensors" and self.command == "GET" and self.server.cut > 0
         if cut:
             self.server.cut -= 1
-            self.server.status = self.server.status_after_cut
+            self.server.answer = self.server.answer_after_cut
         return self.reply(206 if start else 200, body[start:], "binary/octet-stream", headers, cut)
 
     def commit(self, revision: str) -> str | None:
@@ -130,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         status: int,
         body: bytes,
         kind: str,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
         cut: bool = False,
     ) -> None:
         self.send_response(status)
@@ -149,7 +166,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def etag(body: bytes) -> str:
-    return hashlib.sha1(body).hexdigest()
+    """A large file is stored by its sha256, a small one as git's blob."""
+    if len(body) >= LARGE:
+        return hashlib.sha256(body).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
 @pytest.fixture
@@ -262,11 +282,12 @@ def test_a_broken_transfer_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) ->
 
 
 def test_a_failed_download_keeps_its_finished_files(hub: Hub, tmp_path: Path) -> None:
-    hub.cut, hub.status_after_cut = 1, 500
+    hub.cut, hub.answer_after_cut = 1, Answer(404)
     text = result(run(hub, tmp_path, "download('org/mini')")).splitlines()[-1]
-    assert text.startswith("one line: org/mini: download failed: HfHubHTTPError:")
-    assert text.endswith("(finished files are kept: try again)")
-    hub.status, done = None, {path.name for path in tmp_path.rglob("snapshots/*/*")}
+    assert text == (
+        "one line: org/mini: the hub refuses the request (404 Not Found) (finished files are kept)"
+    )
+    hub.answer, done = None, {path.name for path in tmp_path.rglob("snapshots/*/*")}
     assert done < set(NEEDED)
     hub.requests.clear()
     folder = folder_of(run(hub, tmp_path, "download('org/mini')"))
@@ -377,17 +398,220 @@ def test_an_unknown_repository_is_one_line(hub: Hub, tmp_path: Path) -> None:
     assert text.startswith("one line: org/other: the hub has no such model (or it is private")
 
 
+HTML = {"Content-Type": "text/html"}
+PAGE = b"<html><body>Welcome to the hotel: log in</body></html>"
+NO_HUB = "what answers is not the hub: its answer describes no model."
+
+
 @pytest.mark.parametrize(
-    ("status", "message"),
-    [(403, "access is restricted; accept its licence"), (401, "the hub has no such model")],
+    ("answer", "token", "message"),
+    [
+        (Answer(403, {"X-Error-Code": "GatedRepo"}), "", "access is restricted; accept its lic"),
+        (Answer(403, {"X-Error-Code": "GatedRepo"}), "hf_a", "with the account that HF_TOKEN is"),
+        (
+            Answer(403, {"X-Error-Message": "Access to this resource is disabled."}),
+            "",
+            "the hub has disabled it, for everybody",
+        ),
+        (
+            Answer(403, body=b'{"error": "This repository has been disabled by its owner"}'),
+            "",
+            "the hub has disabled it, for everybody",
+        ),
+        (Answer(403, {"X-Error-Message": "Not for you."}), "hf_a", "the hub forbids it (403: Not"),
+        (Answer(401), "", "the hub has no such model (or it is private: `hf auth login` or set"),
+        (Answer(401), "hf_a", "no such model (or it is private: the token of HF_TOKEN"),
+        (
+            Answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+            "hf_a",
+            "the hub rejects the token of HF_TOKEN: it is wrong or has expired",
+        ),
+        (
+            Answer(401, body=b'{"error": "User Access Token \\"mine\\" is expired"}'),
+            "hf_a",
+            "the hub rejects the token of HF_TOKEN: it is wrong or has expired",
+        ),
+        (Answer(429), "", "the hub allows no more requests for now (429): try again later; with a"),
+        (Answer(429, {"Retry-After": "3600"}), "hf_a", "(429): try again in 3,600 s"),
+        (
+            Answer(429, {"RateLimit": '"api";r=0;t=55', "RateLimit-Policy": '"api";q=500;w=300'}),
+            "",
+            "(429): try again in 55 s; with a token",
+        ),
+        (Answer(500), "", "the hub is in trouble (500 Internal Server Error): try again later"),
+        (Answer(502, HTML, PAGE), "", "the hub is in trouble (502 Bad Gateway): try again later"),
+        (Answer(503), "", "the hub is in trouble (503 Service Unavailable): try again later"),
+        (Answer(599), "", "the hub is in trouble (599): try again later"),
+        (Answer(418), "", "the hub refuses the request (418 I'm a Teapot)"),
+        (Answer(200, HTML, PAGE), "", NO_HUB),
+        (Answer(200, body=b'{"login": true}'), "", NO_HUB),
+        (Answer(200, body=b"[]"), "", NO_HUB),
+        (Answer(200, HTML, PAGE, to="/resolve/"), "", NO_HUB),
+        (Answer(302, {"Location": "/login"}), "", "what answers sends the request in circles"),
+    ],
 )
-def test_a_refusal_is_one_line(hub: Hub, tmp_path: Path, status: int, message: str) -> None:
-    hub.status = status
-    assert f"one line: org/mini: {message}" in result(run(hub, tmp_path, "download('org/mini')"))
+def test_a_refusal_is_one_line(
+    hub: Hub, tmp_path: Path, answer: Answer, token: str, message: str
+) -> None:
+    """And it comes at once: what the hub said is not asked for again and again."""
+    hub.answer = answer
+    done = run(hub, tmp_path, "download('org/mini')", HF_TOKEN=token)
+    text = result(done)
+    assert text.startswith("one line: org/mini: ")
+    assert message in text
+    assert text.count("\n") == 0
+    assert done.stderr == ""
+    if token:
+        assert token not in text
+
+
+def test_a_login_page_of_another_host_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    other = Hub()
+    thread = threading.Thread(target=other.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        other.answer = Answer(200, HTML, PAGE)
+        for place in ("/", "/resolve/"):
+            hub.answer = Answer(302, {"Location": f"{other.url}/login"}, to=place)
+            text = result(run(hub, tmp_path, "download('org/mini')"))
+            assert text.startswith(f"one line: org/mini: {NO_HUB}")
+            assert hub.url in text
+    finally:
+        other.shutdown()
+        other.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("token", ["hf_ä", "hf_\u200b"])
+def test_a_token_that_is_none_is_one_line(hub: Hub, tmp_path: Path, token: str) -> None:
+    """In the environment or in the file of `hf auth login`; it is not shown."""
+    in_file = tmp_path / "home"
+    in_file.mkdir()
+    (in_file / "token").write_text(token, encoding="utf-8")
+    for home, place, environment in (
+        (tmp_path, "HF_TOKEN", {"HF_TOKEN": token}),
+        (in_file, str(in_file / "token"), {}),
+    ):
+        done = run(hub, home, "download('org/mini')", **environment)
+        text = result(done)
+        assert text.startswith(f"one line: org/mini: the token of {place} has letters that no")
+        assert "hf_" not in text + done.stderr
+    assert not [line for line in hub.requests if "org/mini" in line]
+
+
+def test_a_token_file_that_is_no_text_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"hf_\xff\xfe")
+    text = result(run(hub, tmp_path, "download('org/mini')"))
+    assert text.startswith(f"one line: org/mini: the token of {tmp_path / 'token'} has letters")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [Answer(429), Answer(500), Answer(200, HTML, PAGE), Answer(403), Answer(401), None],
+)
+def test_what_is_cached_needs_no_answer(hub: Hub, tmp_path: Path, answer: Answer | None) -> None:
+    folder = folder_of(run(hub, tmp_path, "download('org/mini')"))
+    hub.answer = answer
+    endpoint = {"HF_ENDPOINT": "http://127.0.0.1:9"} if answer is None else {}
+    assert folder_of(run(hub, tmp_path, "download('org/mini')", **endpoint)) == folder
+
+
+def test_offline_without_the_name_of_a_branch_the_commits_are_named(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """What was downloaded by its commit alone has no refs/, and so no `main`."""
+    folder = folder_of(run(hub, tmp_path, f"download('org/mini', {OLDER!r})"))
+    offline = {"HF_HUB_OFFLINE": "1"}
+    text = result(run(hub, tmp_path, "download('org/mini')", **offline))
+    assert text == (
+        "one line: org/mini: the local cache does not say which commit 'main' is, and the hub is "
+        f"out of reach (offline mode); name one that is there, as in org/mini@{OLDER}"
+    )
+    again = run(hub, tmp_path, f"download('org/mini', {OLDER!r})", **offline)
+    assert folder_of(again) == folder
+    text = result(run(hub, tmp_path, f"download('org/mini', {COMMIT!r})", **offline))
+    assert "does not say which commit" in text
+
+
+def test_a_model_that_was_renamed_is_found(hub: Hub, tmp_path: Path) -> None:
+    folder = folder_of(run(hub, tmp_path, "download('org/former')"))
+    assert contents(folder) == {name: hub.files[COMMIT][name] for name in NEEDED}
+
+
+def test_a_file_that_arrives_damaged_is_not_kept(hub: Hub, tmp_path: Path) -> None:
+    """The cache would give it back for ever."""
+    damaged = bytes(len(hub.files[COMMIT]["model.safetensors"]) - 1) + b"!"
+    headers = {"Accept-Ranges": "bytes"}
+    hub.answer = Answer(200, headers, damaged, to="/model.safetensors", method="GET")
+    text = result(run(hub, tmp_path, "download('org/mini')"))
+    assert text.startswith("one line: model.safetensors: arrived damaged: its sha256 is not")
+    hub.answer = None
+    folder = folder_of(run(hub, tmp_path, "download('org/mini')"))
+    assert contents(folder) == {name: hub.files[COMMIT][name] for name in NEEDED}
+
+
+def test_a_file_of_another_length_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    hub.answer = Answer(200, HTML, PAGE, to="/model.safetensors", method="GET")
+    text = result(run(hub, tmp_path, "download('org/mini')"))
+    assert text == (
+        "one line: org/mini: a file arrived in another length than the hub states: try again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "proxy", "message"),
+    [
+        ("http://127.0.0.1:9", "", "out of reach (no connection: [Errno 111] Connection refused)"),
+        ("http://nowhere.invalid", "", "the host of http://nowhere.invalid is not found"),
+        ("", "http://127.0.0.1:9", "out of reach (no connection"),
+        ("nonsense", "", "HF_ENDPOINT 'nonsense' is no address such as https://HOST"),
+    ],
+)
+def test_no_connection_is_one_line(
+    hub: Hub, tmp_path: Path, endpoint: str, proxy: str, message: str
+) -> None:
+    environment = {"HF_ENDPOINT": endpoint or hub.url, "HTTP_PROXY": proxy, "NO_PROXY": ""}
+    done = run(hub, tmp_path, "download('org/mini')", **environment)
+    text = result(done)
+    assert text.startswith("one line: org/mini: ")
+    assert message in text
+    assert done.stderr == ""
+
+
+def test_a_proxy_that_refuses_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    """Of an https address, which is asked for through a tunnel."""
+    hub.answer = Answer(407)
+    environment = {"HF_ENDPOINT": "https://hub.invalid", "HTTPS_PROXY": hub.url}
+    text = result(run(hub, tmp_path, "download('org/mini')", **environment))
+    assert text.startswith("one line: org/mini: the proxy does not let it through (")
+
+
+def test_a_certificate_of_nobody_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    """A server that does not speak TLS, or one whose certificate nobody signed."""
+    environment = {"HF_ENDPOINT": hub.url.replace("http:", "https:")}
+    text = result(run(hub, tmp_path, "download('org/mini')", **environment))
+    assert text.startswith("one line: org/mini: the connection cannot be trusted (")
+
+
+@pytest.mark.parametrize("refused", ["", "weights"])
+def test_an_export_that_gets_no_model_leaves_nothing(
+    hub: Hub, tmp_path: Path, refused: str
+) -> None:
+    """Neither before the plan nor, with the weights, after it."""
+    hub.files[COMMIT]["config.json"] = TINY.read_bytes()
+    hub.answer = Answer(403, to="/model.safetensors" if refused else "/")
+    out = tmp_path / "out" / "artifact"
+    out.parent.mkdir()
+    arguments = ["export", "org/mini", "--target", "gguf", "-o", str(out)]
+    code = f"click.testing.CliRunner().invoke(edgekit.cli.main, {arguments!r}).stderr"
+    text = json.loads(result(run(hub, tmp_path, code, imports="click.testing, edgekit.cli")))
+    assert text.startswith("edgekit: org/mini: the hub forbids it (403)")
+    assert text.count("\n") == 1
+    assert list(out.parent.iterdir()) == []
 
 
 def test_no_server_and_no_cache_is_one_line(hub: Hub, tmp_path: Path) -> None:
-    expected = "one line: org/mini: not complete in the local cache"
+    expected = "one line: org/mini: not complete in the local cache, and the hub is out of reach ("
     offline = run(hub, tmp_path, "download('org/mini', offline=True)")
     assert result(offline).startswith(expected)
     assert hub.requests == []

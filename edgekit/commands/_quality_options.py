@@ -1,8 +1,6 @@
 """The options by which a user says how codes are chosen, for every command that quantizes."""
 
 import functools
-import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -13,13 +11,12 @@ import click
 
 from edgekit.commands._recipe_options import RecipeChoice
 from edgekit.errors import EdgekitError, Interrupted
+from edgekit.sizes import parse_size
 
 if TYPE_CHECKING:
     from edgekit.mixed import Mixed
     from edgekit.quality import Quality
     from edgekit.quantization import Made
-
-_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def quality_text(mixed: "Mixed | None", made: "Made | None") -> list[str]:
     if mixed is not None:
         parts.append(f"\n{mixed.text()}")
         if made is not None and made.measured is not None:
-            parts.append(f"measured KLD {made.measured.value:.5f} ± {made.measured.error:.5f}")
+            parts.append(f"measured KLD {made.measured.text(5)}")
     if made is not None and made.gains is not None:
         parts.append(f"\n{made.gains.text()}")
     return parts
@@ -137,9 +134,7 @@ def quality_dict(mixed: "Mixed | None", made: "Made | None") -> dict[str, Any]:
 
 
 def _bytes(text: str) -> int:
-    """Return the bytes of a size such as 500MB (1e6 each) or 1.5GiB."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMG]?i?B)?", text, re.IGNORECASE)
-    value = float(match[1]) * _UNITS.get((match[2] or "").upper(), math.nan) if match else math.nan
-    if not 1 <= value < 1 << 60:
+    size = parse_size(text)
+    if size is None:
         raise EdgekitError(f"--target-size {text!r:.40}: must be a size such as 500MB or 1.5GiB")
-    return int(value)
+    return size

@@ -9,6 +9,7 @@ import click
 from edgekit.commands._json import print_json
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
 from edgekit.errors import EdgekitError
+from edgekit.sizes import parse_size
 
 if TYPE_CHECKING:
     from edgekit.devices.fit import Fit
@@ -21,6 +22,15 @@ def _positive(ctx: click.Context, param: click.Parameter, value: float | None) -
     if value is not None and not 0 < value < 1e9:
         raise click.BadParameter(f"{value:g} is not a number above 0")
     return value
+
+
+def _ram_bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    size = parse_size(value, unit="GiB")
+    if size is None:
+        raise click.BadParameter(f"{value!r:.40} is no size, such as 8 (GB), 512MB")
+    return size
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,10 @@ class _Target:
     help="Positions before the decoded token.",
 )
 @click.option(
-    "--ram", type=float, callback=_positive, metavar="GB", help="Judge against this much RAM."
+    "--ram",
+    callback=_ram_bytes,
+    metavar="SIZE",
+    help="Judge against this much RAM, such as 8 (GB, of 2^30 bytes), 512MB.",
 )
 @click.option(
     "--bandwidth",
@@ -76,7 +89,7 @@ def command(
     choice: RecipeChoice,
     context: int | None,
     depth: int,
-    ram: float | None,
+    ram: int | None,
     bandwidth: float | None,
     no_measure: bool,
     as_json: bool,
@@ -144,13 +157,11 @@ def _predict_model(
     return predict(source.config, rows, positions, depth, shared=shared), source.id
 
 
-def _target(device: str, ram: float | None, bandwidth: float | None) -> _Target:
-    from edgekit.devices.fit import GIB
-
+def _target(device: str, ram: int | None, bandwidth: float | None) -> _Target:
     known = _this_machine() if device == LOCAL else _profile(device)
     return _Target(
         known.device,
-        known.ram_bytes if ram is None else (int(ram * GIB),),
+        known.ram_bytes if ram is None else (ram,),
         known.bandwidth if bandwidth is None else (bandwidth, "given"),
     )
 

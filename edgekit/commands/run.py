@@ -74,16 +74,16 @@ def _is_chat(prompt: str | None) -> bool:
 
 def _standard_input(context: int) -> str:
     """Read standard input, less the newline with which `echo` ends its text."""
+    from edgekit.files import decode_text
     from edgekit.runtime.chat import check_length, longest_text
 
     # one byte too many shows that there is more, and is not waited for
     data = b"" if sys.stdin is None else sys.stdin.buffer.read(longest_text(context) + 1)
     check_length(data, context)
     try:
-        return data.decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        at = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise EdgekitError(f"standard input is not UTF-8: {at}") from error
+        return decode_text(data).removesuffix("\n")
+    except ValueError as error:
+        raise EdgekitError(f"standard input {error}") from error
 
 
 def _refuse_in_chat(**flags: bool) -> None:

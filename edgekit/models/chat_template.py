@@ -19,10 +19,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from edgekit.errors import EdgekitError, one_line
+from edgekit.files import decode_text
 from edgekit.limits import bounded
 from edgekit.models.config import load_json_object
 
 TEMPLATE_FILE = "chat_template.jinja"
+OLDER_TEMPLATE_FILE = "chat_template.json"
 
 
 class ChatTemplate:
@@ -39,16 +41,27 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTemplate | None":
-        """Read chat_template.jinja, or the chat_template of tokenizer_config.json, or nothing."""
+        """Read a model folder's template, the one named `default` of several; None for none.
+
+        It is chat_template.jinja, or the chat_template of tokenizer_config.json, or that of
+        chat_template.json, where transformers' processors had it.
+        """
         file = folder / TEMPLATE_FILE
         if file.is_file():
             try:
-                return cls(file.read_text(encoding="utf-8"), str(file))
-            except (OSError, UnicodeDecodeError) as error:
+                text = decode_text(file.read_bytes())
+            except OSError as error:
                 raise EdgekitError(f"{file}: cannot be read: {one_line(error)}") from error
-        config = folder / "tokenizer_config.json"
-        found = load_json_object(config).get("chat_template") if config.is_file() else None
-        return None if found is None else cls(_named_default(found, config), str(config))
+            except ValueError as error:
+                raise EdgekitError(f"{file}: {error}") from error
+            # as in transformers, lines may have any end
+            return cls(text.replace("\r\n", "\n").replace("\r", "\n"), str(file))
+        for name in ("tokenizer_config.json", OLDER_TEMPLATE_FILE):
+            config = folder / name
+            found = load_json_object(config).get("chat_template") if config.is_file() else None
+            if found is not None:
+                return cls(_named_default(found, config), str(config))
+        return None
 
     def render(
         self,

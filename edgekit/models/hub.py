@@ -5,23 +5,26 @@ The endpoint, the cache's place, the token and offline mode are huggingface_hub'
 of the file by an HTTP range; a download that was ended keeps the files that were complete.
 """
 
-import errno
+import logging
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import cast
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import DryRunFileInfo, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
-    DryRunError,
-    GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
-from edgekit.errors import EdgekitError, Interrupted, one_line
+from edgekit.errors import EdgekitError, Interrupted
+from edgekit.files import sha256_of
+from edgekit.models.hub_reasons import reason
 from edgekit.progress import somebody_looks
 
 _SMALL_FILES = (
@@ -31,9 +34,11 @@ _SMALL_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 _NOT_TOP_LEVEL = ["*/*"]  # in these patterns `*` also matches across folders
 _WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def download(
@@ -41,21 +46,22 @@ def download(
 ) -> Path:
     """Return a folder with the model's files, whose name is the commit they come from.
 
-    Files already in the cache are not fetched again. `offline` uses the cache alone;
-    `weights=False` fetches the configuration and the tokenizer only. A failure is one line.
+    Files already in the cache are not fetched again, and where the hub gives no answer a whole
+    model in the cache will do. `offline` uses the cache alone; `weights=False` fetches the
+    configuration and the tokenizer only. A failure is one line.
     """
     (enable_progress_bars if somebody_looks() else disable_progress_bars)()
     try:
-        with warnings.catch_warnings():
-            # the error that follows says it, in one line
-            warnings.filterwarnings("ignore", message="Not enough free disk space")
+        with _quietly():
             return _snapshot(hub_id, revision, offline, weights)
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"{hub_id}: download cancelled; finished files are kept for next time"
         ) from error
+    except EdgekitError:
+        raise
     except Exception as error:  # the HTTP library underneath, and so its errors, vary by version
-        raise EdgekitError(f"{hub_id}: {_reason(error, hub_id, revision)}") from error
+        raise EdgekitError(f"{hub_id}: {reason(error, hub_id, revision)}") from error
 
 
 def cached_bytes(hub_id: str) -> int | None:
@@ -70,61 +76,63 @@ def cached_bytes(hub_id: str) -> int | None:
     return sum(path.stat().st_size for path in files)
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out what the error that follows says, in one line; a wait for the hub is told."""
+    logger = logging.getLogger("huggingface_hub")
+    handlers = [*logger.handlers]
+    for handler in handlers:
+        handler.addFilter(_is_a_wait)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Not enough free disk space")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_is_a_wait)
+
+
+def _is_a_wait(record: logging.LogRecord) -> bool:
+    return record.getMessage().startswith("Rate limited")
+
+
 def _snapshot(hub_id: str, revision: str | None, offline: bool, weights: bool) -> Path:
-    wanted = [*_SMALL_FILES, *(_WEIGHT_FILES if weights else ())]
-    if not offline:
-        _fetch(hub_id, revision, wanted)
-    folder = snapshot_download(
+    find = partial(
+        snapshot_download,
         hub_id,
         revision=revision,
-        local_files_only=offline,
-        allow_patterns=wanted,
+        allow_patterns=[*_SMALL_FILES, *(_WEIGHT_FILES if weights else ())],
         ignore_patterns=_NOT_TOP_LEVEL,
     )
-    return Path(folder)
-
-
-def _fetch(hub_id: str, revision: str | None, wanted: list[str]) -> None:
-    """Bring the missing files into the cache, one after the other in this thread.
-
-    `snapshot_download` would fetch them in threads, and Ctrl-C would wait for the last of them.
-    """
+    if offline:
+        return Path(find(local_files_only=True))
     try:
-        files = snapshot_download(
-            hub_id,
-            revision=revision,
-            allow_patterns=wanted,
-            ignore_patterns=_NOT_TOP_LEVEL,
-            dry_run=True,
-        )
-    except DryRunError:
-        return  # the hub is out of reach: all may be cached, else the next step says what is wrong
+        files = cast("list[DryRunFileInfo]", find(dry_run=True))
+    except (RevisionNotFoundError, HFValidationError):
+        raise
+    except Exception as answer:  # noqa: BLE001  (one of the HTTP library underneath, too)
+        try:
+            return Path(find(local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise answer from answer.__cause__
     for file in files:
+        # `snapshot_download` would fetch them in threads, and Ctrl-C would wait for the last
         if file.will_download:
-            hf_hub_download(hub_id, file.filename, revision=file.commit_hash)
+            path = hf_hub_download(hub_id, file.filename, revision=file.commit_hash)
+            _check_content(Path(path))
+    return Path(find())
 
 
-def _reason(error: Exception, hub_id: str, revision: str | None) -> str:
-    """Say in one line what went wrong and what to do; the most special error first."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if isinstance(error, GatedRepoError) or status == 403:
-        return (
-            "access is restricted; accept its licence on the hub's page of the model, "
-            "then log in with `hf auth login` or set HF_TOKEN"
+def _check_content(link: Path) -> None:
+    """Refuse a file that arrived damaged, and remove it from the cache.
+
+    The cache names a large file by the sha256 that the hub states.
+    """
+    blob = link.resolve()
+    if _SHA256.fullmatch(blob.name) and sha256_of(blob) != blob.name:
+        blob.unlink()
+        link.unlink(missing_ok=True)
+        raise EdgekitError(
+            f"{link.name}: arrived damaged: its sha256 is not the one that the hub states; it is "
+            "removed, try again"
         )
-    if isinstance(error, RevisionNotFoundError):
-        return f"the hub has no revision {revision!r} of it"
-    if isinstance(error, RepositoryNotFoundError) or status == 401:
-        return "the hub has no such model (or it is private: `hf auth login` or set HF_TOKEN)"
-    if isinstance(error, LocalEntryNotFoundError):
-        which = f" at revision {revision!r}" if revision else ""
-        return (
-            f"not complete in the local cache{which}, and the hub is out of reach "
-            "(offline mode, or no connection)"
-        )
-    if isinstance(error, HFValidationError):
-        return f"{hub_id!r} is not a hub id of the form ORG/NAME"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full; free some space or set HF_HOME to a larger disk, then try again"
-    text = f"{type(error).__name__}: {one_line(error)}"
-    return f"download failed: {text} (finished files are kept: try again)"

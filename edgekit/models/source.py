@@ -1,6 +1,5 @@
 """From what a user names (a short name, a folder, a hub id) to a configuration and weights."""
 
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import TYPE_CHECKING
 from edgekit.errors import EdgekitError
 from edgekit.models.catalogue import CatalogueModel, catalogue, find_model, unknown_model
 from edgekit.models.config import ModelConfig
+from edgekit.models.hub_name import one_revision, parse_hub_name
 
 if TYPE_CHECKING:
     from edgekit.models.checkpoint import WeightSource
 
 ARTIFACT_MANIFEST = "edgekit.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -95,29 +94,42 @@ def resolve_model(
 ) -> ModelSource:
     """Find a model by catalogue name, local folder or hub id, and read its configuration.
 
-    A catalogue name wins over a folder of the same name; `./NAME` means the folder. Of a model
-    on the hub the small files are downloaded, the weights with `ModelSource.checkpoint`; random
-    weights of a catalogue name need the hub only for a `revision` of its config.json.
+    A catalogue name wins over a folder of the same name; `./NAME` means the folder. A revision may
+    also stand behind either, `NAME@REVISION`, or in the address of the model's page on the hub
+    (`parse_hub_name`). Of a model on the hub the small files are downloaded, the weights with
+    `ModelSource.checkpoint`; random weights of a catalogue name need the hub only for a `revision`
+    of its config.json.
     """
+    name = name.strip()
     known = find_model(name)
     if known is not None:
         return _from_catalogue(known, revision, random_weights, offline)
-    if name and _exists(Path(name)):
-        if (Path(name) / ARTIFACT_MANIFEST).is_file():
+    folder = _local(name)
+    if folder is not None:
+        if (folder / ARTIFACT_MANIFEST).is_file():
             raise EdgekitError(f"{name}: is an exported artifact; give the model it was made of")
-        if Path(name).is_dir():
-            return _from_folder(_refuse_revision(name, revision), Path(name), random_weights)
+        if folder.is_dir():
+            return _from_folder(_refuse_revision(str(folder), revision), folder, random_weights)
         raise EdgekitError(f"{name}: is a file; give the folder that holds config.json")
-    if not _HUB_ID.fullmatch(name):
+    word, _, named = name.rstrip("/").partition("@")
+    known = find_model(word)
+    if known is not None:
+        revision = one_revision(name, named or None, revision)
+        return _from_catalogue(known, revision, random_weights, offline)
+    found = parse_hub_name(name)
+    if found is None:
         raise unknown_model(name)
-    return _from_hub(name, revision, random_weights, offline)
+    revision = one_revision(name, found.revision, revision)
+    return _from_hub(found.id, revision, random_weights, offline)
 
 
-def _exists(path: Path) -> bool:
+def _local(name: str) -> Path | None:
+    """Return the path of that name, `~` resolved, where there is something."""
     try:
-        return path.exists()
-    except OSError:  # such as a name that is too long
-        return False
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long a name, `~` of nobody, a zero byte
+        return None
 
 
 def _from_catalogue(

@@ -149,6 +149,10 @@ class TextStream:
         self._piece = piece
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
+    def bytes_of(self, token: int) -> bytes:
+        """Return what one token stands for, maybe a part of a character; nothing if special."""
+        return self._piece(token)
+
     def push(self, token: int) -> str:
         """Return the text that one more token completes, maybe empty."""
         return self._utf8.decode(self._piece(token))
