@@ -225,6 +225,10 @@ def test_a_library_that_does_not_survive_its_first_load_is_named_with_the_remedy
             "does not work on this machine: running a small model ended in SIGSEGV; ",
             "pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python==",
         )
+    done = _edgekit(
+        ["bench", words[1], "-p", "4", "-n", "0", "-r", "1"], crash, place, XDG_CACHE_HOME=cache
+    )
+    _assert_one_line(done, "model.gguf: ", "does not work on this machine: ")
     assert not list((tmp_path / "cache").rglob("*.json"))
     assert _edgekit(words, XDG_CACHE_HOME=cache).returncode == 0
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
