@@ -30,9 +30,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def supervise() -> None:
     """Return in a child process, which the caller goes on as; the parent never returns.
 
-    Does nothing where a fork would lose threads of the program around.
+    Does nothing where a fork would lose threads of the program around, nor outside Linux.
     """
-    if threading.active_count() > 1:
+    if sys.platform != "linux" or threading.active_count() > 1:
         return
     _open_standard_streams()
     words, chatter = SharedWords(), os.memfd_create("stderr")

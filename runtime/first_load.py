@@ -61,7 +61,7 @@ def check_first_load(engine: str) -> None:
     """
     if engine not in _CODE or not sys.executable or not (code := sorted(_code(engine))):
         return
-    key = {"engine": engine, "code": code, "cpu": _cpu()}
+    key: dict[str, object] = {"engine": engine, "code": code, "cpu": _cpu()}
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     try:
         kept = cache_folder() / "first-load" / f"{digest[:32]}.json"
@@ -136,4 +136,5 @@ def _is_kept(kept: Path, key: dict[str, object]) -> bool:
         found: object = json.loads(kept.read_text())
     except (OSError, ValueError):
         return False
-    return found == json.loads(json.dumps(key))
+    written: object = json.loads(json.dumps(key))  # tuples are lists there
+    return found == written

@@ -5,8 +5,8 @@ stdin does. `{"op": "load", "engine", "model", "threads", "context"}` loads an e
 `{"op": "measure", "kind", "tokens", "depth", "seed"}` times one repetition of a test. Of modules,
 `{"op": "load_module", "target", "model", "threads"}` loads one and `{"op": "run_module", "inputs",
 "seed", "runs", "at_least_ns"}` times a burst of runs. A failure is answered as
-`{"error": "one line"}`. One process per artifact makes load time and peak memory that artifact's
-own.
+`{"error": "one line"}`, with `"crashed": true` where a library did not survive its first load. One
+process per artifact makes load time and peak memory that artifact's own.
 """
 
 import json
@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, EngineCrash
 from edgekit.runtime.accounting import Clocks, interference, peak_bytes
 from edgekit.runtime.engine import Engine, import_engine, load_engine
 from edgekit.runtime.first_load import check_first_load
@@ -64,6 +64,8 @@ class Worker:
             return self._measure(
                 Shape(request["kind"], request["tokens"], request["depth"]), request["seed"]
             )
+        except EngineCrash as error:
+            return {"error": _one_line(error), "crashed": True}
         except Exception as error:  # noqa: BLE001  (the parent must hear of any failure)
             return {"error": _one_line(error)}
 

@@ -105,7 +105,8 @@ class WorkerProcess:
         self._sample_memory()
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
-            raise EdgekitError(f"{self.label}: {doing}: {reply['error']}")
+            kind = EngineCrash if "crashed" in reply else EdgekitError
+            raise kind(f"{self.label}: {doing}: {reply['error']}")
         return reply
 
     def _sample_memory(self) -> None:

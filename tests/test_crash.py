@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -225,6 +225,10 @@ def test_a_library_that_does_not_survive_its_first_load_is_named_with_the_remedy
             "does not work on this machine: running a small model ended in SIGSEGV; ",
             "pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python==",
         )
+    done = _edgekit(
+        ["bench", words[1], "-p", "4", "-n", "0", "-r", "1"], crash, place, XDG_CACHE_HOME=cache
+    )
+    _assert_one_line(done, "model.gguf: ", "does not work on this machine: ")
     assert not list((tmp_path / "cache").rglob("*.json"))
     assert _edgekit(words, XDG_CACHE_HOME=cache).returncode == 0
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
@@ -235,9 +239,12 @@ def test_what_survived_is_kept_by_library_and_cpu_and_a_damaged_note_is_no_note(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tried = []
-    monkeypatch.setattr(
-        "edgekit.runtime.first_load._survives", lambda engine: not tried.append(engine)
-    )
+
+    def survives(engine: str) -> bool:
+        tried.append(engine)
+        return True
+
+    monkeypatch.setattr("edgekit.runtime.first_load._survives", survives)
     for _ in range(2):
         check_first_load.cache_clear()
         check_first_load("onnx")
@@ -271,13 +278,15 @@ from edgekit.files import new_file
 """
 
 
-def _command(body: str, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def _command(
+    body: str, *arguments: str, prepare: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", _COMMAND.format(body=body), *arguments],
         capture_output=True,
         text=True,
         check=False,
-        **options,  # type: ignore[call-overload]
+        preexec_fn=prepare,
     )
 
 
@@ -331,7 +340,7 @@ def test_the_command_dies_with_its_supervisor() -> None:
 @pytest.mark.parametrize("closed", [0, 1, 2])
 def test_closed_standard_streams_do_no_harm(closed: int) -> None:
     body = "os.write(2, b'said\\n'); sys.exit(3)"
-    assert _command(body, preexec_fn=lambda: os.close(closed)).returncode == 3
+    assert _command(body, prepare=lambda: os.close(closed)).returncode == 3
 
 
 def test_what_killed_commands_left_of_a_file_is_removed_by_the_next(tmp_path: Path) -> None:
