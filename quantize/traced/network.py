@@ -16,11 +16,11 @@ from edgekit.quantize.traced.placement import Placement, end_of_chain
 from edgekit.quantize.traced.trace import TracedModule
 
 LARGEST_BIAS = 2**31 - 1
-TIE = 2.0**-8
+TIE = 2.0**-10
 """How near to a tie, in steps, a value's code may be either neighbour's.
 
 What engines' kernels part by: float32 sums in another order, factors of 20 bits (XNNPACK's and
-NEON's additions) and their own sigmoids, each below 2**-10 on codes of 8 bits.
+NEON's additions) and their own sigmoids, each below 2**-11 on codes of 8 bits.
 """
 
 
