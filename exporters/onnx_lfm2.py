@@ -101,10 +101,8 @@ class _Model:
         past, present = self._names.conv(graph, self._config, index)
         y = self._blocks.short_conv(gated, f"{name}.conv", past, present)
         if final:
-            y, c = (
-                self._places.wanted(y, f"{name}.last"),
-                self._places.wanted(c, f"{name}.last_gate"),
-            )
+            y = self._places.wanted(y, f"{name}.last")
+            c = self._places.wanted(c, f"{name}.last_gate")
         (out,) = self._blocks.linears(
             graph.node("Mul", [c, y], f"{name}.gate_out"), [f"{name}.out_proj"]
         )

@@ -254,6 +254,29 @@ def test_inputs_are_rounded_as_the_engine_does() -> None:
     assert torch.equal(linear(x), expected)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_in_a_batch_changes_no_other_token(training: bool) -> None:
+    """A prepared model heeds `attention_mask` as the model does; inputs are rounded by token."""
+    model, weight = make_lm(), torch.empty(0)
+    edgekit.prepare(
+        model,
+        "int8",
+        round_inputs=lambda x: per_token(x, weight),  # type: ignore[arg-type]
+    )
+    model.train(training)
+    ids, mask = tokens(), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask).logits
+        whole = model(input_ids=ids[:1]).logits[0]
+        alone = model(input_ids=ids[1:, 5:]).logits[0]
+        unmasked = model(input_ids=ids).logits
+    # a code that rounds the other way moves logits a little
+    assert float((found[0] - whole).norm()) < 0.01 * float(whole.norm())
+    assert float((found[1, 5:] - alone).norm()) < 0.01 * float(alone.norm())
+    assert float((unmasked[1, 5:] - alone).norm()) > 0.1 * float(alone.norm())
+
+
 def test_the_optimizer_may_call_step() -> None:
     model = make_lm()
     qat = edgekit.prepare(model, "int4")
