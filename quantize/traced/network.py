@@ -55,13 +55,12 @@ class QuantizedNetwork:
     def simulate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph in float32 on what the codes stand for; what engines must reproduce.
 
-        Takes and returns float tensors as the module does (always a tuple). EdgekitError for
-        inputs that are not like the example's.
+        Takes the module's inputs in order and returns its tensors, `traced.results` says which.
+        EdgekitError for inputs that are not like the example's.
         """
         self.traced.check_inputs(inputs)
         with torch.inference_mode():
-            found = _Simulation(self).run(*inputs)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
+            return tuple(_Simulation(self).run(*inputs))
 
     def schemes(self) -> dict[str, tuple[Layer, str]]:
         """Return each quantized layer with its scheme's name, by node name."""
@@ -182,15 +181,10 @@ class _Simulation(Interpreter):
         self._weights = {name: codes.dequantize() for name, codes in network.weights.items()}
 
     def run_node(self, n: Node) -> object:
-        if n.op == "get_attr" and str(n.target) in self._weights:
-            return self._weights[str(n.target)]
         if n.target in AVERAGES and n.name in self._network.edges:
             return self._average_of_codes(n)
         layer = self._network.layers.get(n.name)
-        if layer is not None and layer.bias is not None:
-            result = self._with_integer_bias(n, layer)
-        else:
-            result = super().run_node(n)
+        result = super().run_node(n) if layer is None else self._layer(n, layer)
         parameters = self._network.edges.get(n.name)
         return result if parameters is None else parameters.fake_quantize(result)
 
@@ -198,10 +192,14 @@ class _Simulation(Interpreter):
         (values, *args), kwargs = self.fetch_args_kwargs_from_env(node)
         return average_of_codes(node, values, tuple(args), kwargs, self._network.parameters(node))
 
-    def _with_integer_bias(self, node: Node, layer: QuantizedLayer) -> Tensor:
+    def _layer(self, node: Node, layer: QuantizedLayer) -> Tensor:
+        """Run a layer on what its codes stand for; what else reads its weight reads floats."""
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        assert layer.bias is not None and layer.bias_scales is not None
-        bias = bias_of_codes(layer.bias, layer.bias_scales)
-        result = self.call_function(node.target, (*args[:2], bias, *args[3:]), kwargs)
+        found = [*args]
+        place = 0 if node.target == EMBEDDING else 1
+        found[place] = self._weights[layer.weight]
+        if layer.bias is not None and layer.bias_scales is not None:
+            found[2] = bias_of_codes(layer.bias, layer.bias_scales)
+        result = self.call_function(node.target, tuple(found), kwargs)
         assert isinstance(result, Tensor)
         return result
