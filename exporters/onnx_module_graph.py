@@ -82,7 +82,8 @@ class ModuleGraph:
         inputs = [_declared(node, node.name) for node in traced.inputs]
         outputs = []
         for name, node in zip(traced.results.names, traced.outputs, strict=True):
-            self._nodes.append(helper.make_node("Identity", [self.float_of(node)], [name]))
+            value = node.name if node.op == "placeholder" else self.float_of(node)
+            self._nodes.append(helper.make_node("Identity", [value], [name]))
             outputs.append(_declared(node, name))
         return helper.make_graph(self._nodes, "module", inputs, outputs, self._initializers)
 

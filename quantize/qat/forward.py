@@ -135,9 +135,15 @@ class Forward(Interpreter):
         self.extra_traceback = False  # torch's addition to messages, which are of one line
         self._graph, self._state = graph, state
         self._device = device
+        self._given: dict[Node, object] = {}
 
     def run_node(self, n: Node) -> object:
         """Run a node on the module's tensors, and round its value where it has codes."""
+        if n.op == "output":
+            (found,) = self.fetch_args_kwargs_from_env(n)[0]
+            return tuple(
+                self._given.get(node, value) for node, value in zip(n.args[0], found, strict=True)  # type: ignore[arg-type]
+            )
         if n.op == "get_attr":
             return self._attribute(str(n.target))
         if n.name in self._graph.skipped:
@@ -151,6 +157,8 @@ class Forward(Interpreter):
             result = self._layer(n, self._graph.layers[n.name])
         else:
             result = super().run_node(n)
+        if n.op == "placeholder":  # an input that is returned, too, is what was given
+            self._given[n] = result
         return self._value(n.name, result) if on_codes else result
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:

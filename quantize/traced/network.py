@@ -179,12 +179,17 @@ class _Simulation(Interpreter):
         self.extra_traceback = False  # torch's addition to messages, which are of one line
         self._network = network
         self._weights = {name: codes.dequantize() for name, codes in network.weights.items()}
+        self._given: dict[Node, object] = {}
 
     def run_node(self, n: Node) -> object:
+        if n.op == "output":
+            return tuple(self._given.get(node, self.env[node]) for node in n.args[0])  # type: ignore[union-attr]
         if n.target in AVERAGES and n.name in self._network.edges:
             return self._average_of_codes(n)
         layer = self._network.layers.get(n.name)
         result = super().run_node(n) if layer is None else self._layer(n, layer)
+        if n.op == "placeholder":  # an input that is returned, too, is what was given
+            self._given[n] = result
         parameters = self._network.edges.get(n.name)
         return result if parameters is None else parameters.fake_quantize(result)
 
