@@ -45,6 +45,18 @@ from edgekit.quantize.traced.operators import (
 )
 from edgekit.quantize.traced.trace import at
 
+_CONSTANTS = (
+    aten.zeros.default,
+    aten.ones.default,
+    aten.full.default,
+    aten.scalar_tensor.default,
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.linspace.default,
+    aten.eye.default,
+)
+"""Operators whose result is always the same where no size of theirs varies."""
 _OF_SIZES = {
     operator.add: "Add",
     operator.sub: "Sub",
@@ -152,22 +164,25 @@ class ModuleGraph:
             result = self.float_of(first)
             if first in self._finish:
                 self._finish[node] = self._finish[first]
+        elif node.target in _CONSTANTS and not node.all_input_nodes:
+            value = node.target(*node.args, **node.kwargs)  # type: ignore[operator]
+            result = self.constant(value, value.dtype)
         elif node.target == aten.scalar_tensor.default and isinstance(node.args[0], Node):
-            result = self._size(node.args[0])
+            result = self.size(node.args[0])
         else:
             result = translate(self, node, [self.float_of(item) for item in operands(node)])
         self._define(node, result)
 
-    def _size(self, node: object) -> str:
-        """Return the name of an int64 scalar: a size that depends on the batch."""
+    def size(self, node: Node | int) -> str:
+        """Return the name of a size as an int64 scalar, also of one that varies with the batch."""
         if not isinstance(node, Node):
-            return self.constant(node, torch.int64)  # type: ignore[arg-type]
+            return self.constant(node, torch.int64)
         if node.target == aten.sym_size.int:
             x, axis = arguments(node)["self"], int(arguments(node)["dim"])
             whole = self.emit("Shape", [self._codes.get(x) or self._floats[x]])
             return self.emit("Gather", [whole, self.constant(axis, torch.int64)])
         if node.target in _OF_SIZES:
-            return self.emit(_OF_SIZES[node.target], [self._size(item) for item in node.args])
+            return self.emit(_OF_SIZES[node.target], [self.size(item) for item in node.args])  # type: ignore[arg-type]
         raise EdgekitError(f"target onnx has no form of {operator_name(node)} of a size{at(node)}")
 
     def _clip(self, node: Node, codes: str) -> str:

@@ -35,6 +35,10 @@ class Writer(Protocol):
         """Add an initializer; return its name."""
         ...
 
+    def size(self, node: Node | int) -> str:
+        """Return the name of a size as an int64 scalar, also of one that varies with the batch."""
+        ...
+
 
 Translation = Callable[[Writer, Node, list[str]], str]
 """`translation(writer, node, names)`: names of the operands in order; returns the result's."""
@@ -104,11 +108,19 @@ def _convert(writer: Writer, node: Node, names: list[str]) -> str:
 def _where(writer: Writer, node: Node, names: list[str]) -> str:
     dtype = node.meta["val"].dtype
     condition, *values = names
-    nodes = [item for item in operands(node) if isinstance(item, Node)][1:]
-    pair = zip(nodes, values, strict=True)
+    pair = zip(operands(node)[1:], values, strict=True)
     return writer.emit(
         "Where", [condition, *(_as_type(writer, item, name, dtype) for item, name in pair)]
     )
+
+
+def _not(writer: Writer, node: Node, names: list[str]) -> str:
+    if node.all_input_nodes[0].meta["val"].dtype == torch.bool:
+        return writer.emit("Not", names)
+    if node.target == aten.bitwise_not.default:
+        return writer.emit("BitwiseNot", names)
+    zero = writer.constant(0, node.all_input_nodes[0].meta["val"].dtype)
+    return writer.emit("Equal", [*names, zero])
 
 
 def _masked_fill(writer: Writer, node: Node, names: list[str]) -> str:
@@ -163,6 +175,15 @@ def onnx_sizes(node: Node) -> list[int]:
     if sizes.count(-1) > 1:
         raise EdgekitError(f"target onnx: {operator_name(node)} has two sizes that vary{at(node)}")
     return sizes
+
+
+def _expand(writer: Writer, node: Node, names: list[str]) -> str:
+    sizes = [1 if size == -1 else size for size in arguments(node)["size"]]  # 1 leaves an axis
+    if all(isinstance(size, int) for size in sizes):
+        return writer.emit("Expand", [*names, writer.constant(sizes, torch.int64)])
+    axis = writer.constant([0], torch.int64)
+    parts = [writer.emit("Unsqueeze", [writer.size(size), axis]) for size in sizes]
+    return writer.emit("Expand", [*names, writer.emit("Concat", parts, axis=0)])
 
 
 def _permute(writer: Writer, node: Node, names: list[str]) -> str:
@@ -311,10 +332,12 @@ TRANSLATIONS: dict[Any, Translation] = {
     aten._to_copy.default: _convert,
     aten.where.self: _where,
     aten.masked_fill.Scalar: _masked_fill,
-    aten.logical_not.default: _plain("Not"),
+    aten.logical_not.default: _not,
+    aten.bitwise_not.default: _not,
     aten.matmul.default: _plain("MatMul"),
     aten.reshape.default: _reshape,
     aten.flatten.using_ints: _reshape,
+    aten.expand.default: _expand,
     aten.permute.default: _permute,
     aten.transpose.int: _transpose,
     aten.squeeze.dim: _squeeze("Squeeze"),

@@ -98,7 +98,7 @@ class Case:
         """Compute both."""
         simulated = network.simulate(*inputs)
         with torch.inference_mode():
-            exact = tuple(network.traced.graph_module(*inputs))
+            exact = tuple(item.detach() for item in network.traced.graph_module(*inputs))
         steps = [
             _step(network, node.name, values)
             for node, values in zip(network.traced.outputs, simulated, strict=True)

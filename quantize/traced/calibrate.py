@@ -83,7 +83,10 @@ def parts(inputs: tuple[Tensor, ...], traced: TracedModule) -> Iterator[tuple[Te
     One that the module takes as it is, or that has fewer rows, is one part.
     """
     size = traced.max_batch or len(traced.example[0])
-    rows = {len(item) for item in inputs if item.ndim}
+    if any(item.is_nested or item.layout != torch.strided or not item.ndim for item in inputs):
+        yield inputs  # to be refused
+        return
+    rows = {len(item) for item in inputs}
     count = rows.pop() if len(rows) == 1 else 0
     if count <= size or any(len(item) != len(traced.example[0]) for item in traced.example):
         yield inputs

@@ -60,7 +60,8 @@ class QuantizedNetwork:
         """
         self.traced.check_inputs(inputs)
         with torch.inference_mode():
-            return tuple(_Simulation(self).run(*inputs))
+            found = _Simulation(self).run(*inputs)
+        return tuple(item.detach() for item in found)  # parameters may be among them
 
     def schemes(self) -> dict[str, tuple[Layer, str]]:
         """Return each quantized layer with its scheme's name, by node name."""
