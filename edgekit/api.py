@@ -17,10 +17,11 @@ with quiet_imports():
     from edgekit.quantize.recipe import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from edgekit.module_export import Data
     from edgekit.quantize.traced.schemes import LayerRecipe
+    from edgekit.quantize.traced.trace import Inputs
 
 
 @overload
@@ -49,7 +50,7 @@ def export(
 @overload
 def export(
     model: "nn.Module",
-    example_inputs: "tuple[Tensor, ...]",
+    example_inputs: "Inputs",
     output: Path | str,
     *,
     target: str = ...,

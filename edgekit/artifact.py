@@ -33,12 +33,17 @@ _TYPES: dict[str, type] = {
     "versions": dict,
     "files": dict,
 }
-_MODULE_TYPES: dict[str, type] = {"inputs": list, "activations": list}
+_MODULE_TYPES: dict[str, type] = {
+    "inputs": list,
+    "outputs": list,
+    "constant_outputs": dict,
+    "activations": list,
+}
 _LANGUAGE_MODEL_TYPES: dict[str, type] = {"context": int, "bos_id": int, "eos_ids": list}
 MODULE = "module"
 """The `kind` of an artifact that takes tensors rather than tokens; others do not state one."""
 
-MODULE_DTYPES = ("float32", "int64")
+MODULE_DTYPES = ("float32", "int64", "int32", "uint8", "bool")
 """What the inputs of a module may be."""
 _MAX_ELEMENTS = 1 << 28
 _LAST_CODE = 255
@@ -236,6 +241,15 @@ def _check_module(path: Path, manifest: dict[str, Any]) -> None:
             raise EdgekitError(f"{path}: inputs must hold dtype and shape: {item!r:.80}")
     if not inputs:
         raise EdgekitError(f"{path}: inputs must not be empty")
+    for item in manifest["outputs"]:
+        if (
+            not isinstance(item, dict)
+            or not isinstance(item.get("name"), str)
+            or not isinstance(item.get("dtype"), str)
+            or not isinstance(item.get("shape"), list)
+            or not all(size is None or _is_size(size) for size in item["shape"])
+        ):
+            raise EdgekitError(f"{path}: outputs must hold name, dtype and shape: {item!r:.80}")
     for item in manifest["activations"]:
         if (
             not isinstance(item, dict)
@@ -264,7 +278,11 @@ def _check_row(path: Path, row: object) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and 0 < value < 1 << 48
+    return _is_size(value) and value != 0
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 48
 
 
 def _check_file(folder: Path, name: str, facts: object) -> None:

@@ -2,7 +2,8 @@
 
 A `.npy`, `.npz` or `.safetensors` file holds inputs `[N, ...]`, cut into mini-batches; for a module
 of several inputs one array for each, under the input's name. A folder holds such files. A function
-`path/to/data.py:function` returns or yields mini-batches itself. A `.json` is a saved calibration.
+`path/to/data.py:function` returns or yields mini-batches itself: tensors or arrays, in a tuple or a
+dict where there are several inputs. A `.json` is a saved calibration.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -79,15 +80,20 @@ def _from_function(factory: Factory) -> Iterator[Batch]:
 
 def _batch(factory: Factory, number: int, given: Any) -> Batch:  # noqa: ANN401
     items = given if isinstance(given, list | tuple) else [given]
+    if isinstance(given, Mapping):
+        items = list(given.values())
     if not items or not all(isinstance(item, Tensor | np.ndarray) for item in items):
         raise EdgekitError(
-            f"{factory}: mini-batch {number} must be a tensor, or a tuple of one for each input, "
-            f"got {type(given).__name__}"
+            f"{factory}: mini-batch {number} must be a tensor, or a tuple or dict of one for each "
+            f"input, got {type(given).__name__}"
         )
     where = f"{factory}: mini-batch {number}"
-    return tuple(
+    tensors = [
         item.detach() if isinstance(item, Tensor) else _tensor(item, where) for item in items
-    )
+    ]
+    if isinstance(given, Mapping):
+        return dict(zip(given, tensors, strict=True))
+    return tuple(tensors)
 
 
 def _from_file(path: Path, traced: TracedModule) -> Iterator[Batch]:
@@ -107,17 +113,15 @@ def _from_file(path: Path, traced: TracedModule) -> Iterator[Batch]:
     count = next(iter(lengths.values()))
     if len(set(lengths.values())) > 1:
         raise EdgekitError(f"{path}: its arrays differ in length: {lengths}")
-    whole = len(traced.example[0])
-    size = whole if traced.max_batch is None else min(traced.max_batch, MINI_BATCH)
-    if 0 < count < size and traced.max_batch is None:
+    fewest = 1 if traced.max_batch is not None else len(traced.example[0])
+    if 0 < count < fewest:
         raise EdgekitError(
-            f"{path}: holds {count} inputs, the module takes batches of {size}: give --max-batch, "
-            "or more inputs"
+            f"{path}: holds {count} inputs, the module takes batches of {fewest}: give "
+            "--max-batch, or more inputs"
         )
-    for start in range(0, count, size):
-        if traced.max_batch is None and start + size > count:
-            return  # a rest that does not fill a batch
-        yield tuple(_tensor(arrays[name][start : start + size], str(path)) for name in names)
+    for start in range(0, count, max(fewest, MINI_BATCH)):
+        rows = slice(min(start, count - fewest), start + max(fewest, MINI_BATCH))
+        yield tuple(_tensor(arrays[name][rows], str(path)) for name in names)
 
 
 def _arrays(path: Path) -> dict[str, Any]:

@@ -30,12 +30,12 @@ with quiet_imports():
     from edgekit.module_codes import place_codes
     from edgekit.module_data import open_data
     from edgekit.quantize.calibration import Calibration
-    from edgekit.quantize.traced.calibrate import Batch, calibrate, mini_batch
+    from edgekit.quantize.traced.calibrate import Batch, calibrate, mini_batch, parts
     from edgekit.quantize.traced.fold import fold_batch_norms
     from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
     from edgekit.quantize.traced.placement import Placement, place
     from edgekit.quantize.traced.schemes import LayerRecipe
-    from edgekit.quantize.traced.trace import trace
+    from edgekit.quantize.traced.trace import Inputs, TracedModule, trace
     from edgekit.runtime.module_engine import load_module
 
 CALIBRATION_FILE = "calibration.json"
@@ -57,7 +57,7 @@ class Quantized:
 
 def export_module(
     module: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: Inputs,
     output: Path | str,
     *,
     target: str = "executorch",
@@ -72,10 +72,10 @@ def export_module(
 ) -> Artifact:
     """Export a module, verify the file in its engine, and return the artifact at `output`.
 
-    `example_inputs` are the module's arguments, tensors whose first axis is the batch; `max_batch`
-    lets it vary up to that. `recipe` is a scheme (w8a8, the default, w4a8-tensor, float, ...) or a
+    `example_inputs` are the module's arguments, a tuple or, by their names, a dict of tensors whose
+    first axis is the batch; `max_batch` lets it vary up to that. `recipe` is a scheme (w8a8, the default, w4a8-tensor, float, ...) or a
     `LayerRecipe`; `codes`, instead of it, a file of `edgekit quantize`, whose codes are packed as
-    they are. `calibration` gives mini-batches of inputs, is a `Calibration`, or names what
+    they are. `calibration` gives mini-batches of inputs, of any size, is a `Calibration`, or names what
     the command's --calibrate takes: a file or folder of inputs, `FILE.py:FUNCTION`, or a saved
     calibration (the artifact holds `calibration.json`); `method` is how ranges are found.
     `name` is what the manifest calls the module, by default its class. Raises `EdgekitError` for a
@@ -109,7 +109,7 @@ def export_module(
 
 def place_module(
     module: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: Inputs,
     recipe: LayerRecipe | str = "w8a8",
     max_batch: int | None = None,
     *,
@@ -221,19 +221,24 @@ def _calibrate(
     if isinstance(given, Tensor):
         raise EdgekitError("calibration must be mini-batches, as a list: got one tensor")
     first: list[tuple[Tensor, ...]] = []
-    ranges = calibrate(placement, _remember_first(given, first), method)
+    ranges = calibrate(placement, _remember_first(given, placement.traced, first), method)
     return ranges, first[0]
 
 
-def _remember_first(batches: Iterable[Batch], first: list[tuple[Tensor, ...]]) -> Iterator[Batch]:
+def _remember_first(
+    batches: Iterable[Batch], traced: TracedModule, first: list[tuple[Tensor, ...]]
+) -> Iterator[Batch]:
     for batch in batches:
         if not first:
-            first.append(mini_batch(batch, 1))
+            first.append(next(parts(mini_batch(batch, 1, traced), traced)))
         yield batch
 
 
 def _graph_facts(network: QuantizedNetwork) -> dict[str, Any]:
-    """Return what the manifest says of tensors, inputs and the parameters of each value."""
+    """Return what the manifest says of tensors, inputs, outputs and the parameters of each value.
+
+    Sizes of outputs that vary with the batch are null.
+    """
     traced = network.traced
     inputs = [
         {
@@ -247,9 +252,19 @@ def _graph_facts(network: QuantizedNetwork) -> dict[str, Any]:
         {"tensor": traced.names[node], "scale": edge.scale, "zero_point": edge.zero_point}
         for node, edge in network.edges.items()
     ]
+    outputs = [
+        {
+            "name": name,
+            "dtype": str(node.meta["val"].dtype).removeprefix("torch."),
+            "shape": [size if isinstance(size, int) else None for size in node.meta["val"].shape],
+        }
+        for name, node in zip(traced.results.names, traced.outputs, strict=True)
+    ]
     return {
         "tensors": tensor_rows(traced, network.schemes()),
         "inputs": inputs,
+        "outputs": outputs,
+        "constant_outputs": traced.results.constants,
         "max_batch": traced.max_batch,
         "activations": activations,
     }

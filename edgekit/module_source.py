@@ -15,7 +15,9 @@ with quiet_imports():
     from safetensors import SafetensorError, safe_open
     from torch import Tensor, nn
 
-_SHAPE = re.compile(r"[1-9]\d{0,8}(x[1-9]\d{0,8}){0,7}")
+_EXAMPLE = re.compile(
+    r"(?:(?P<name>[^\W\d]\w*)=)?(?P<shape>[1-9]\d{0,8}(?:x[1-9]\d{0,8}){0,7})(?::(?P<dtype>\w+))?"
+)
 _MOST_ELEMENTS = 1 << 28
 _SEED = 0
 
@@ -35,10 +37,14 @@ def make_module(factory: Factory, weights: Path | None = None) -> nn.Module:
     return module
 
 
-def example_inputs(shapes: Sequence[str], dtypes: Sequence[str]) -> tuple[Tensor, ...]:
-    """Return inputs of the shapes, such as `1x3x32x32`: seeded normal floats, zeros as integers.
+def example_inputs(
+    shapes: Sequence[str], dtypes: Sequence[str]
+) -> tuple[Tensor, ...] | dict[str, Tensor]:
+    """Return inputs of the shapes, such as `1x3x32x32`: seeded values, zeros for int64 and int32.
 
-    `dtypes` names one for each shape, or none, which is float32 for all.
+    A shape may have a name before it and a type behind, `mask=1x16:bool`: with names, which all
+    have or none, they are a dict. `dtypes` names one for each shape, or none, which is float32 for
+    all.
     """
     if not shapes:
         raise EdgekitError(
@@ -50,25 +56,49 @@ def example_inputs(shapes: Sequence[str], dtypes: Sequence[str]) -> tuple[Tensor
             "give one for each input, or none for float32"
         )
     generator = torch.Generator().manual_seed(_SEED)
-    return tuple(
+    found = [
         _example(text, dtype, generator)
-        for text, dtype in zip(shapes, dtypes or ["float32"] * len(shapes), strict=True)
-    )
+        for text, dtype in zip(shapes, dtypes or [None] * len(shapes), strict=True)
+    ]
+    named = {name: tensor for name, tensor in found if name is not None}
+    if not named:
+        return tuple(tensor for _, tensor in found)
+    if len(named) != len(found):
+        raise EdgekitError(
+            "--example-shape: give each input a name of its own, as in mask=1x16:bool, or none one"
+        )
+    return named
 
 
-def _example(text: str, dtype: str, generator: torch.Generator) -> Tensor:
-    if _SHAPE.fullmatch(text) is None:
-        raise EdgekitError(f"--example-shape {text!r:.60} is no shape such as 1x3x32x32")
+def _example(text: str, dtype: str | None, generator: torch.Generator) -> tuple[str | None, Tensor]:
+    """Return the name, if any, and the values that a text and an --example-dtype ask for."""
+    match = _EXAMPLE.fullmatch(text)
+    if match is None:
+        raise EdgekitError(
+            f"--example-shape {text!r:.60} is no shape such as 1x3x32x32 or mask=1x16:bool"
+        )
+    if match["dtype"] is not None and dtype not in (None, match["dtype"]):
+        raise EdgekitError(f"--example-shape {text}: --example-dtype says {dtype!r:.60}")
+    option = "--example-dtype" if match["dtype"] is None else f"--example-shape {text}:"
+    dtype = match["dtype"] or dtype or "float32"
     if dtype not in MODULE_DTYPES:
-        raise EdgekitError(f"--example-dtype {dtype!r:.60}: allowed are {', '.join(MODULE_DTYPES)}")
-    shape, elements = [int(size) for size in text.split("x")], 1
+        raise EdgekitError(f"{option} {dtype!r:.60}: allowed are {', '.join(MODULE_DTYPES)}")
+    shape, elements = [int(size) for size in match["shape"].split("x")], 1
     for size in shape:
         elements *= size
     if elements > _MOST_ELEMENTS:
         raise EdgekitError(f"--example-shape {text}: has more than {_MOST_ELEMENTS:,} elements")
-    if dtype == "int64":
-        return torch.zeros(shape, dtype=torch.int64)
-    return torch.randn(shape, generator=generator)
+    return match["name"], _values(shape, dtype, generator)
+
+
+def _values(shape: list[int], dtype: str, generator: torch.Generator) -> Tensor:
+    if dtype == "float32":
+        return torch.randn(shape, generator=generator)
+    if dtype == "uint8":
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    if dtype == "bool":  # both in each row, whichever of them a module leaves out
+        return (torch.arange(shape[-1]) % 2 == 0).expand(shape).clone()
+    return torch.zeros(shape, dtype=getattr(torch, dtype))  # an index that every table has
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -162,6 +162,7 @@ def on_codes(network: QuantizedNetwork) -> GraphModule:
         else:
             _store_weight(module, nodes[name], layer.weight, weight)
             _store_bias(module, nodes[name], layer)
+    _copy_returned_inputs(module)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     _delete_unread_tensors(module)
@@ -172,7 +173,7 @@ def on_codes(network: QuantizedNetwork) -> GraphModule:
 def _quantize_value(node: Node, parameters: ActivationParameters) -> None:
     """Quantize a value once and dequantize it for each reader, as kernels are matched."""
     arguments = (parameters.scale, parameters.zero_point - _SHIFT, -128, 127, torch.int8)
-    readers = list(node.users)
+    readers = [user for user in node.users if node.op != "placeholder" or user.op != "output"]
     graph = node.graph
     with graph.inserting_after(node):
         quantized = graph.call_function(
@@ -184,6 +185,19 @@ def _quantize_value(node: Node, parameters: ActivationParameters) -> None:
                 _decomposed_ops.dequantize_per_tensor.default, (quantized, *arguments)
             )
             reader.replace_input_with(node, value)
+
+
+def _copy_returned_inputs(module: GraphModule) -> None:
+    """Return a copy of an input: the caller's memory is no output's."""
+    last = module.graph.output_node()
+    with module.graph.inserting_before(last):
+        found = [
+            module.graph.call_function(torch.ops.aten.clone.default, (node,))
+            if node.op == "placeholder"
+            else node
+            for node in last.args[0]  # type: ignore[union-attr]
+        ]
+    last.args = (tuple(found),)
 
 
 def _store_weight(module: GraphModule, node: Node, name: str, weight: QuantizedTensor) -> None:

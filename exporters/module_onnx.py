@@ -8,7 +8,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from edgekit.errors import EdgekitError, VerificationError
-from edgekit.exporters.onnx_module_graph import ELEMENT_TYPES, ModuleGraph
+from edgekit.exporters.onnx_module_graph import ModuleGraph
+from edgekit.exporters.onnx_module_operators import ELEMENT_TYPES
 from edgekit.quantize.traced.network import QuantizedNetwork
 from edgekit.quantize.traced.operators import EMBEDDING, LINEAR, Layer, rank
 from edgekit.quantize.traced.schemes import LayerScheme
@@ -37,12 +38,13 @@ def check_layers(traced: TracedModule, layers: Mapping[str, tuple[Layer, str]]) 
             )
         if layer.node.target == LINEAR and rank(layer.input) < 2:
             raise EdgekitError(f"{layer.weight.target}: target onnx takes inputs with a batch axis")
-    for node in [*traced.inputs, *traced.outputs]:
-        if node.meta["val"].dtype not in ELEMENT_TYPES:
-            raise EdgekitError(
-                f"target onnx takes inputs and gives outputs of float32 and int64, "
-                f"not {node.meta['val'].dtype}"
-            )
+    inputs = [(f"input {node.name!r}", node) for node in traced.inputs]
+    names = [f"result {name!r}" for name in traced.results.names]
+    for name, node in [*inputs, *zip(names, traced.outputs, strict=True)]:
+        dtype = node.meta["val"].dtype
+        if dtype not in ELEMENT_TYPES:
+            allowed = ", ".join(str(item).removeprefix("torch.") for item in ELEMENT_TYPES)
+            raise EdgekitError(f"target onnx: {name} is {dtype}, it must be one of {allowed}")
 
 
 def check_network(network: QuantizedNetwork) -> None:
@@ -51,7 +53,7 @@ def check_network(network: QuantizedNetwork) -> None:
 
 
 def write_module(network: QuantizedNetwork, path: Path, progress: Callable[[str], None]) -> None:
-    """Write the `.onnx`; inputs keep their names, outputs are `output_0` and so on, both float."""
+    """Write the `.onnx`; inputs and outputs have the traced module's names, both as floats."""
     check_network(network)
     progress("writing the graph")
     model = helper.make_model(

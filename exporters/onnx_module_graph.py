@@ -5,6 +5,7 @@ onnxruntime finds QLinearConv, QGemm, QLinearAdd and QLinearAveragePool. What mo
 clamps codes, and maximum pooling, works on the codes themselves. Codes of activations are uint8.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from torch.fx import Node
 
+from edgekit.errors import EdgekitError
 from edgekit.exporters.onnx_module_operators import (
+    ELEMENT_TYPES,
     Attribute,
     Constant,
     convolution_attributes,
@@ -37,11 +40,29 @@ from edgekit.quantize.traced.operators import (
     TRANSPOSED,
     arguments,
     aten,
+    operator_name,
     rank,
 )
+from edgekit.quantize.traced.trace import at
 
-ELEMENT_TYPES = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64}
-"""What inputs and outputs may be."""
+_CONSTANTS = (
+    aten.zeros.default,
+    aten.ones.default,
+    aten.full.default,
+    aten.scalar_tensor.default,
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.linspace.default,
+    aten.eye.default,
+)
+"""Operators whose result is always the same where no size of theirs varies."""
+_OF_SIZES = {
+    operator.add: "Add",
+    operator.sub: "Sub",
+    operator.mul: "Mul",
+    operator.floordiv: "Div",  # of sizes, none below 0
+}
 _SMALL = 16
 """Constants of up to as many elements are stored once."""
 
@@ -72,9 +93,9 @@ class ModuleGraph:
                 self._compute(node)
         inputs = [_declared(node, node.name) for node in traced.inputs]
         outputs = []
-        for number, node in enumerate(traced.outputs):
-            name = f"output_{number}"
-            self._nodes.append(helper.make_node("Identity", [self.float_of(node)], [name]))
+        for name, node in zip(traced.results.names, traced.outputs, strict=True):
+            value = node.name if node.op == "placeholder" else self.float_of(node)
+            self._nodes.append(helper.make_node("Identity", [value], [name]))
             outputs.append(_declared(node, name))
         return helper.make_graph(self._nodes, "module", inputs, outputs, self._initializers)
 
@@ -102,7 +123,7 @@ class ModuleGraph:
         key = (array.dtype.str, array.shape, array.tobytes()) if shared else None
         if key in self._shared:
             return self._shared[key]
-        name = f"constant_{len(self._initializers)}"
+        name = f"/constant_{len(self._initializers)}"  # no output's name has a slash
         self._initializers.append(numpy_helper.from_array(array, name))
         if key is not None:
             self._shared[key] = name
@@ -150,9 +171,26 @@ class ModuleGraph:
             result = self.float_of(first)
             if first in self._finish:
                 self._finish[node] = self._finish[first]
+        elif node.target in _CONSTANTS and not node.all_input_nodes:
+            value = node.target(*node.args, **node.kwargs)  # type: ignore[operator]
+            result = self.constant(value, value.dtype)
+        elif node.target == aten.scalar_tensor.default and isinstance(node.args[0], Node):
+            result = self.size(node.args[0])
         else:
             result = translate(self, node, [self.float_of(item) for item in operands(node)])
         self._define(node, result)
+
+    def size(self, node: Node | int) -> str:
+        """Return the name of a size as an int64 scalar, also of one that varies with the batch."""
+        if not isinstance(node, Node):
+            return self.constant(node, torch.int64)
+        if node.target == aten.sym_size.int:
+            x, axis = arguments(node)["self"], int(arguments(node)["dim"])
+            whole = self.emit("Shape", [self._codes.get(x) or self._floats[x]])
+            return self.emit("Gather", [whole, self.constant(axis, torch.int64)])
+        if node.target in _OF_SIZES:
+            return self.emit(_OF_SIZES[node.target], [self.size(item) for item in node.args])  # type: ignore[arg-type]
+        raise EdgekitError(f"target onnx has no form of {operator_name(node)} of a size{at(node)}")
 
     def _clip(self, node: Node, codes: str) -> str:
         """Clamp codes, unless the clamp's ends are theirs."""

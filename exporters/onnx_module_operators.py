@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from onnx import TensorProto
 from torch import Tensor
 from torch.fx import Node
 
@@ -11,6 +12,14 @@ from edgekit.errors import EdgekitError
 from edgekit.quantize.traced.operators import arguments, aten, numbers, operator_name, rank
 from edgekit.quantize.traced.trace import at
 
+ELEMENT_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.int64: TensorProto.INT64,
+    torch.int32: TensorProto.INT32,
+    torch.uint8: TensorProto.UINT8,
+    torch.bool: TensorProto.BOOL,
+}
+"""What inputs and outputs may be."""
 Attribute = int | float | str | list[int]
 Constant = Tensor | float | list[int]
 
@@ -24,6 +33,10 @@ class Writer(Protocol):
 
     def constant(self, value: Constant, dtype: torch.dtype) -> str:
         """Add an initializer; return its name."""
+        ...
+
+    def size(self, node: Node | int) -> str:
+        """Return the name of a size as an int64 scalar, also of one that varies with the batch."""
         ...
 
 
@@ -58,18 +71,61 @@ def _plain(operator: str, **attributes: Attribute) -> Translation:
 
 def _pair(operator: str) -> Translation:
     def translation(writer: Writer, node: Node, names: list[str]) -> str:
-        found = list(arguments(node).values())[:2]
+        dtype = node.meta["val"].dtype
         rest = iter(names)
         operands = [
-            next(rest) if isinstance(item, Node) else writer.constant(item, torch.float32)
-            for item in found
+            _as_type(writer, item, next(rest), dtype)
+            if isinstance(item, Node)
+            else writer.constant(item, dtype)
+            for item in list(arguments(node).values())[:2]
         ]
         if arguments(node).get("alpha", 1) != 1:
-            alpha = writer.constant(arguments(node)["alpha"], torch.float32)
+            alpha = writer.constant(arguments(node)["alpha"], dtype)
             operands[1] = writer.emit("Mul", [operands[1], alpha])
         return writer.emit(operator, operands)
 
     return translation
+
+
+def _as_type(writer: Writer, node: Node, name: str, dtype: torch.dtype) -> str:
+    """Convert an operand to the type of the result, as torch promotes and ONNX does not."""
+    if node.meta["val"].dtype == dtype:
+        return name
+    return writer.emit("Cast", [name], to=_element_type(node, dtype))
+
+
+def _element_type(node: Node, dtype: torch.dtype) -> int:
+    if dtype not in ELEMENT_TYPES:
+        raise EdgekitError(f"target onnx has no form of {dtype}{at(node)}")
+    return ELEMENT_TYPES[dtype]
+
+
+def _convert(writer: Writer, node: Node, names: list[str]) -> str:
+    dtype = node.meta["val"].dtype
+    return writer.emit("Cast", names, to=_element_type(node, dtype))
+
+
+def _where(writer: Writer, node: Node, names: list[str]) -> str:
+    dtype = node.meta["val"].dtype
+    condition, *values = names
+    pair = zip(operands(node)[1:], values, strict=True)
+    return writer.emit(
+        "Where", [condition, *(_as_type(writer, item, name, dtype) for item, name in pair)]
+    )
+
+
+def _not(writer: Writer, node: Node, names: list[str]) -> str:
+    if node.all_input_nodes[0].meta["val"].dtype == torch.bool:
+        return writer.emit("Not", names)
+    if node.target == aten.bitwise_not.default:
+        return writer.emit("BitwiseNot", names)
+    zero = writer.constant(0, node.all_input_nodes[0].meta["val"].dtype)
+    return writer.emit("Equal", [*names, zero])
+
+
+def _masked_fill(writer: Writer, node: Node, names: list[str]) -> str:
+    value = writer.constant(arguments(node)["value"], node.meta["val"].dtype)
+    return writer.emit("Where", [names[1], value, names[0]])
 
 
 def _hardtanh(writer: Writer, node: Node, names: list[str]) -> str:
@@ -119,6 +175,15 @@ def onnx_sizes(node: Node) -> list[int]:
     if sizes.count(-1) > 1:
         raise EdgekitError(f"target onnx: {operator_name(node)} has two sizes that vary{at(node)}")
     return sizes
+
+
+def _expand(writer: Writer, node: Node, names: list[str]) -> str:
+    sizes = [1 if size == -1 else size for size in arguments(node)["size"]]  # 1 leaves an axis
+    if all(isinstance(size, int) for size in sizes):
+        return writer.emit("Expand", [*names, writer.constant(sizes, torch.int64)])
+    axis = writer.constant([0], torch.int64)
+    parts = [writer.emit("Unsqueeze", [writer.size(size), axis]) for size in sizes]
+    return writer.emit("Expand", [*names, writer.emit("Concat", parts, axis=0)])
 
 
 def _permute(writer: Writer, node: Node, names: list[str]) -> str:
@@ -264,9 +329,15 @@ TRANSLATIONS: dict[Any, Translation] = {
     aten.sub.Tensor: _pair("Sub"),
     aten.mul.Tensor: _pair("Mul"),
     aten.div.Tensor: _pair("Div"),
+    aten._to_copy.default: _convert,
+    aten.where.self: _where,
+    aten.masked_fill.Scalar: _masked_fill,
+    aten.logical_not.default: _not,
+    aten.bitwise_not.default: _not,
     aten.matmul.default: _plain("MatMul"),
     aten.reshape.default: _reshape,
     aten.flatten.using_ints: _reshape,
+    aten.expand.default: _expand,
     aten.permute.default: _permute,
     aten.transpose.int: _transpose,
     aten.squeeze.dim: _squeeze("Squeeze"),

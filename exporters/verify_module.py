@@ -104,8 +104,7 @@ class Case:
         """Compute both."""
         simulated = network.simulate(*inputs)
         with torch.inference_mode():
-            found = network.traced.graph_module(*inputs)
-        exact = (found,) if isinstance(found, Tensor) else tuple(found)
+            exact = tuple(item.detach() for item in network.traced.graph_module(*inputs))
         steps = [
             _step(network, node.name, values)
             for node, values in zip(network.traced.outputs, simulated, strict=True)

@@ -30,6 +30,9 @@ BINS = 2048
 """Bins on each side of 0."""
 _SHRINK_STEPS = 40
 LEVELS = 256
+SCALE_OF_ZERO = 2.0**-7
+"""Scale of a value that is always 0, for which any would do: near to what others have, since
+XNNPACK bounds the ratios of scales."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,16 @@ class ActivationParameters:
 def activation_parameters(least: float, most: float) -> ActivationParameters:
     """Return the parameters that cover [least, most] and 0, by `ranges.from_range`'s formulas.
 
-    `D = (most - least) / 255` and `z = round(-least / D)`. ValueError where the range is not
-    finite or too small for a float32 scale.
+    `D = (most - least) / 255` and `z = round(-least / D)`; of one value, a constant, D is its
+    magnitude, so that it has a code exactly. ValueError where the range is not finite or too small
+    for a float32 scale.
     """
+    if least == most == 0:
+        return ActivationParameters(SCALE_OF_ZERO, 0)
+    if least == most and math.isfinite(least):
+        scale = float(torch.tensor(abs(least), dtype=torch.float32))
+        if scale >= torch.finfo(torch.float32).tiny:
+            return ActivationParameters(scale, int(least < 0))
     least, most = min(least, 0.0), max(most, 0.0)
     scale = float(torch.tensor((most - least) / (LEVELS - 1), dtype=torch.float32))
     if not (torch.finfo(torch.float32).tiny <= scale < math.inf):  # also false for NaN
@@ -66,12 +76,15 @@ def activation_parameters(least: float, most: float) -> ActivationParameters:
 class Observer(Protocol):
     """What calibration tells one tensor's values."""
 
-    def observe(self, values: Tensor) -> None:
-        """Take the values of one mini-batch, any shape; EdgekitError for infinities and NaN."""
+    def observe(self, values: Tensor, begins: bool = True) -> None:
+        """Take values of a mini-batch, any shape; EdgekitError for infinities and NaN.
+
+        Where the mini-batch comes in parts, `begins` is true for its first one only.
+        """
         ...
 
     def range(self) -> tuple[float, float]:
-        """Return minimum and maximum; EdgekitError where nothing or one value only was seen."""
+        """Return minimum and maximum; EdgekitError where nothing was seen."""
         ...
 
 
@@ -92,21 +105,29 @@ class MovingAverage:
     def __init__(self) -> None:
         self._seen = 0
         self._least = self._most = 0.0
+        self._before = self._batch = (0.0, 0.0)
         self._extremes = _Extremes()
 
-    def observe(self, values: Tensor) -> None:
-        """Take the values of one mini-batch."""
+    def observe(self, values: Tensor, begins: bool = True) -> None:
+        """Take the values of one mini-batch, or of a part of it."""
         least, most = self._extremes.take(values)
-        self._seen += 1
+        if begins:
+            self._seen += 1
+            self._before = (self._least, self._most)
+        else:
+            least, most = min(least, self._batch[0]), max(most, self._batch[1])
+        self._batch = (least, most)
         # A plain mean at first: with the final weight alone, the first of ten mini-batches
         # would decide the range.
         share = max(1 / self._seen, AVERAGING)
-        self._least += share * (least - self._least)
-        self._most += share * (most - self._most)
+        self._least = self._before[0] + share * (least - self._before[0])
+        self._most = self._before[1] + share * (most - self._before[1])
 
     def range(self) -> tuple[float, float]:
         """Return the averaged minimum and maximum."""
         self._extremes.check()
+        if self._least == self._most:  # of one value in each mini-batch, not always the same
+            return self._extremes.least, self._extremes.most
         return self._least, self._most
 
     @property
@@ -143,8 +164,8 @@ class Histogram:
         self._exponent: int | None = None
         self._extremes = _Extremes()
 
-    def observe(self, values: Tensor) -> None:
-        """Take the values of one mini-batch."""
+    def observe(self, values: Tensor, begins: bool = True) -> None:
+        """Take the values of one mini-batch, or of a part of it."""
         least, most = self._extremes.take(values)
         largest = max(-least, most)
         if largest > 0:
@@ -159,6 +180,8 @@ class Histogram:
     def range(self) -> tuple[float, float]:
         """Return the range of the method, never wider than what was seen."""
         self._extremes.check()
+        if self._extremes.least == self._extremes.most:
+            return self._extremes.least, self._extremes.most
         low, high = self._percentiles() if self._method == "percentile" else self._least_error()
         low, high = max(low, self._extremes.least), min(high, self._extremes.most)
         # Where nearly all is 0, a cut can leave nothing.
@@ -223,5 +246,3 @@ class _Extremes:
     def check(self) -> None:
         if self.least > self.most:
             raise EdgekitError("was never seen")
-        if self.least == self.most:
-            raise EdgekitError(f"is {self.least:g} everywhere")

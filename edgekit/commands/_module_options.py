@@ -99,13 +99,14 @@ def module_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--example-dtype",
             multiple=True,
             metavar="DTYPE",
-            help="float32 or int64, one for each shape  [default: float32]",
+            help="float32, int64, int32, uint8 or bool, one for each shape  [default: float32]",
         ),
         click.option(
             "--example-shape",
             multiple=True,
             metavar="SHAPE",
-            help="Shape of a module's input, batch first: 1x3x32x32; repeat for further inputs.",
+            help="Shape of a module's input, batch first: 1x3x32x32; repeat for further inputs. "
+            "With its type and argument's name: mask=1x16:bool.",
         ),
     ):
         with_module = option(with_module)

@@ -140,9 +140,16 @@ class Forward(Interpreter):
         self._kernels = Kernels(
             lambda node: state.parameters_of(node.name) if node.name in edges else None
         )
+        self._given: dict[Node, object] = {}
 
     def run_node(self, n: Node) -> object:
         """Run a node on the module's tensors, and round its value where it has codes."""
+        if n.op == "output":
+            (found,) = self.fetch_args_kwargs_from_env(n)[0]
+            return tuple(
+                self._given.get(node, value)
+                for node, value in zip(n.args[0], found, strict=True)  # type: ignore[arg-type]
+            )
         if n.op == "get_attr":
             return self._attribute(str(n.target))
         if n.name in self._graph.skipped:
@@ -154,6 +161,8 @@ class Forward(Interpreter):
             result, codes = self._layer(n, self._graph.layers[n.name])
         else:
             result = super().run_node(n)
+        if n.op == "placeholder":  # an input that is returned, too, is what was given
+            self._given[n] = result
         found = self._unrounded(n, codes)
         if n.name not in self._graph.placement.edges:
             return result

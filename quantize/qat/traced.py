@@ -9,6 +9,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from edgekit.quantize.qat.forward import Forward, LiveGraph
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.training import Prepared, Training
 from edgekit.quantize.qat.weights import WeightQuantizer
+from edgekit.quantize.traced.calibrate import unvaried
+from edgekit.quantize.traced.constants import constants
 from edgekit.quantize.traced.fold import fold_batch_norms
 from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
 from edgekit.quantize.traced.placement import Placement, place
@@ -97,7 +100,11 @@ class TracedTraining(Training, Prepared):
                 ranges[names[node]] = observer.range()
             except EdgekitError as error:
                 raise EdgekitError(f"training: tensor {names[node]!r} {error}") from error
-        return Calibration(ranges, "moving-average", self._samples, self._batches)
+        found = Calibration(ranges, "moving-average", self._samples, self._batches)
+        for node in unvaried(self._graph.placement, found):
+            least, _ = ranges[names[node]]
+            raise EdgekitError(f"training: tensor {names[node]!r} is {least:g} everywhere")
+        return found
 
     def remove(self) -> None:
         """Give the module its own forward pass again, codes or none."""
@@ -143,7 +150,8 @@ class TracedTraining(Training, Prepared):
         if self.observing:
             self._samples += len(inputs[0])
             self._batches += 1
-        return Forward(self._graph, self, inputs[0].device).run(*inputs)
+        found = Forward(self._graph, self, inputs[0].device).run(*inputs)
+        return self._graph.placement.traced.results.structured(found)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Return the arguments in order, those given by name too."""
@@ -188,6 +196,8 @@ class TracedTraining(Training, Prepared):
         if not seen:
             raise self._error(node, EdgekitError("has no range yet: run a batch in train() first"))
         least, most = min(low for low, _ in seen), max(high for _, high in seen)
+        if least == most and not self._fixed.issuperset(members):
+            raise self._error(node, EdgekitError(f"is {least:g} everywhere"))
         try:
             return activation_parameters(least, most)
         except ValueError as error:
@@ -206,6 +216,11 @@ class TracedTraining(Training, Prepared):
             return self._observers[node].range()
         except EdgekitError as error:
             raise self._error(node, error) from error
+
+    @cached_property
+    def _fixed(self) -> set[str]:
+        """The values that no input reached when training began."""
+        return constants(self._graph.placement.traced)
 
     def _error(self, node: str, error: Exception) -> EdgekitError:
         name = self._graph.placement.traced.names[node]

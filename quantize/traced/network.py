@@ -61,19 +61,19 @@ class QuantizedNetwork:
     def simulate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph in float32 on what the codes stand for; what engines must reproduce.
 
-        Takes and returns float tensors as the module does (always a tuple). EdgekitError for
-        inputs that are not like the example's.
+        Takes the module's inputs in order and returns its tensors, `traced.results` says which.
+        EdgekitError for inputs that are not like the example's.
         """
         self.traced.check_inputs(inputs)
         with torch.inference_mode():
             found = _Simulation(self).run(*inputs)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
+        return tuple(item.detach() for item in found)  # parameters may be among them
 
     def simulate_otherwise(self, seed: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph as another engine may: what lies within `TIE` of a tie goes either way."""
         with torch.inference_mode():
             found = _Otherwise(self, seed).run(*inputs)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
+        return tuple(item.detach() for item in found)
 
     def distances(self, codes: dict[str, Tensor], *inputs: Tensor) -> dict[str, float]:
         """Return how far codes of an engine lie from what is to be rounded, at most, in steps.
@@ -185,15 +185,18 @@ class _Simulation(Interpreter):
         self.extra_traceback = False  # torch's addition to messages, which are of one line
         self._network = network
         self._weights = {name: codes.dequantize() for name, codes in network.weights.items()}
+        self._given: dict[Node, object] = {}
         self._kernels = Kernels(lambda node: network.edges.get(node.name))
 
     def run_node(self, n: Node) -> object:
-        if n.op == "get_attr" and str(n.target) in self._weights:
-            return self._weights[str(n.target)]
+        if n.op == "output":
+            return tuple(self._given.get(node, self.env[node]) for node in n.args[0])  # type: ignore[union-attr]
         parameters = self._network.edges.get(n.name)
         found = self._kernels.run(n, self.fetch_args_kwargs_from_env(n)[0], self._layer(n))
         if found is None:
-            result = super().run_node(n)
+            result = self._result(n)
+            if n.op == "placeholder":  # an input that is returned, too, is what was given
+                self._given[n] = result
             if parameters is None:
                 return result
             assert isinstance(result, Tensor)
@@ -205,6 +208,19 @@ class _Simulation(Interpreter):
     def settle(self, node: Node, found: Unrounded) -> Tensor:
         """Return the codes of a value, float32."""
         return found.codes()
+
+    def _result(self, node: Node) -> object:
+        """Run a node on floats; what else reads a layer's weight reads floats, too."""
+        layer = self._network.layers.get(node.name)
+        if layer is None:
+            return super().run_node(node)
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        found = [*args]
+        place = 0 if node.target == EMBEDDING else 1
+        found[place] = self._weights[layer.weight]
+        if layer.bias is not None and layer.bias_scales is not None:
+            found[2] = bias_of_codes(layer.bias, layer.bias_scales)
+        return self.call_function(node.target, tuple(found), kwargs)
 
     def _layer(self, node: Node) -> LayerCodes | None:
         layer = self._network.layers.get(node.name)

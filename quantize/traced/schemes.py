@@ -127,7 +127,12 @@ class LayerRecipe:
 
     @classmethod
     def uniform(cls, scheme: str) -> "LayerRecipe":
-        """Return the recipe that gives every layer one scheme, by its name."""
+        """Return the recipe that gives every layer one scheme, by its name.
+
+        For float that is no rule, so that a module without layers is one that it takes.
+        """
+        if LayerScheme.parse(scheme).is_float:
+            return cls((), name=scheme)
         return cls((LayerRule(".*", LayerScheme.parse(scheme)),), name=scheme)
 
     @classmethod

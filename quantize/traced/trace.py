@@ -8,7 +8,7 @@ import operator
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -21,15 +21,20 @@ from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
 
 from edgekit.errors import EdgekitError, one_line, text_of
 from edgekit.quantize.traced.operators import BATCH_NORM, arguments, aten, numbers, rank
+from edgekit.quantize.traced.results import Results
 
 _TORCH = Path(torch.__file__).parent
 _OPERATOR = re.compile(r"\b(?:aten|prims|torchvision|torch\.ops\.\w+)[.:]+\w+(?:\.\w+)?")
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 _LEAF = "torch.nn.modules."
+_NEVER_BY_NAME = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+Inputs = Sequence[Tensor] | Mapping[str, Tensor]
+"""A module's arguments, in order or by name."""
 DROPOUTS = "dropouts"
 """Key of a node's `meta`: paths of the dropouts that its arguments pass, by their position."""
 POOLS_1D: dict[Any, OpOverload] = {
@@ -45,6 +50,14 @@ SPLITS = (
     aten.chunk.default,
     aten.tensor_split.sections,
 )
+_SAME = (
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+)
+"""Operators whose result has their operand's values."""
 _RESHAPES = (
     aten.squeeze.dim,
     aten.squeeze.dims,
@@ -60,7 +73,8 @@ class TracedModule:
     """A module in inference form as a graph.
 
     `graph_module` has the parameters under their names in the module; its nodes call functional
-    ATen operators, every batch norm is one `aten.batch_norm`, and padding is in numbers.
+    ATen operators, every batch norm is one `aten.batch_norm`, and padding is in numbers. It takes
+    the inputs in order and returns a tuple of tensors, `results` says which.
     `names` gives every tensor a readable, stable name by node name: that of the submodule that
     made it (`features.0.relu`), or submodule and operator (`layer1.0.add`).
     `max_batch` is the largest first axis of the inputs, None where it is the example's.
@@ -70,6 +84,7 @@ class TracedModule:
     names: dict[str, str]
     example: tuple[Tensor, ...]
     max_batch: int | None
+    results: Results
 
     @property
     def inputs(self) -> list[Node]:
@@ -78,9 +93,11 @@ class TracedModule:
 
     @property
     def outputs(self) -> list[Node]:
-        """The tensors that are returned, in order."""
-        (last,) = (node for node in self.graph_module.graph.nodes if node.op == "output")
-        return [node for node in last.all_input_nodes if node.op != "get_attr"]
+        """The tensors that are returned, in order, each as often as it is returned.
+
+        Inputs and parameters may be among them.
+        """
+        return list(self.graph_module.graph.output_node().args[0])  # type: ignore[arg-type]
 
     def parameter(self, node: Node) -> Tensor:
         """Return the tensor that a `get_attr` node reads."""
@@ -110,28 +127,30 @@ class TracedModule:
 
 def trace(
     module: nn.Module,
-    example_inputs: Sequence[Tensor],
+    example_inputs: Inputs,
     max_batch: int | None = None,
     for_training: bool = False,
 ) -> TracedModule:
     """Trace a module as it runs in inference.
 
-    `example_inputs` are its positional arguments, tensors whose first axis is the batch. With
-    `max_batch` any batch from 1 to that many is traced, else the example's. `for_training` notes
+    `example_inputs` are its arguments, in order or by name, tensors whose first axis is the batch.
+    With `max_batch` any batch from 1 to that many is traced, else the example's; the traced inputs
+    are in the order of the module's signature. `for_training` notes
     under `DROPOUTS` where its dropout modules stand, which in inference are not there. The module
     is left as it was. EdgekitError names the operator and source line that cannot be traced.
     """
     _check_values(module)
-    example = _example(example_inputs, max_batch)
+    args, kwargs = _example(module, example_inputs, max_batch)
     with _inference(module), _dropouts(module, for_training) as dropouts:
-        program = _export(module, example, max_batch)
+        program = _export(module, args, kwargs, max_batch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, GraphModule)
-    _check_outputs(program, graph_module)
+    graph_module, results = _flat(type(module).__name__, program, graph_module)
     _normalise(graph_module, dropouts)
-    return TracedModule(graph_module, _names(graph_module), example, max_batch)
+    example = (*args, *kwargs.values())
+    return TracedModule(graph_module, _names(graph_module), example, max_batch, results)
 
 
 def copy_graph(module: GraphModule) -> GraphModule:
@@ -157,21 +176,55 @@ def at(node: Node) -> str:
     return f" ({place})" if place else ""
 
 
-def _example(inputs: Sequence[Tensor], max_batch: int | None) -> tuple[Tensor, ...]:
-    if not inputs or not all(isinstance(item, Tensor) for item in inputs):
-        raise EdgekitError("example_inputs must be a tuple of at least one tensor")
-    for number, item in enumerate(inputs):
-        check_dense(f"example_inputs[{number}]", item)
+def _example(
+    module: nn.Module, inputs: Inputs, max_batch: int | None
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return the example's arguments, and those given by name in the order of the signature."""
+    by_name = isinstance(inputs, Mapping)
+    named = (
+        {str(name): item for name, item in inputs.items()}
+        if isinstance(inputs, Mapping)
+        else {f"example_inputs[{number}]": item for number, item in enumerate(inputs)}
+    )
+    if not named or not all(isinstance(item, Tensor) for item in named.values()):
+        raise EdgekitError(
+            "example_inputs must be a tuple of at least one tensor, or a dict of them by the names "
+            "of the module's arguments"
+        )
+    for name, item in named.items():
+        check_dense(name, item)
         if item.is_floating_point() and item.dtype != torch.float32:
-            raise EdgekitError(f"example_inputs[{number}] is {item.dtype}, a module takes float32")
-    if any(item.ndim == 0 or 0 in item.shape for item in inputs):
-        raise EdgekitError("example_inputs must have a batch axis and no empty axis")
-    if max_batch is None:
-        return tuple(inputs)
-    if max_batch < 2:
-        raise EdgekitError(f"max_batch must be at least 2, got {max_batch}")
-    # torch.export takes a first axis of 1 for a constant.
-    return tuple(item if len(item) > 1 else torch.cat([item, item]) for item in inputs)
+            raise EdgekitError(f"{name} is {item.dtype}, a module takes float32")
+        if item.ndim == 0 or 0 in item.shape:
+            raise EdgekitError(
+                f"{name} has shape {list(item.shape)}: example_inputs must have a batch axis and "
+                "no empty axis"
+            )
+    if max_batch is not None:
+        if max_batch < 2:
+            raise EdgekitError(f"max_batch must be at least 2, got {max_batch}")
+        # torch.export takes a first axis of 1 for a constant.
+        named = {
+            name: item if len(item) > 1 else torch.cat([item, item]) for name, item in named.items()
+        }
+    if not by_name:
+        return tuple(named.values()), {}
+    return (), _in_order(module, named)
+
+
+def _in_order(module: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sort arguments as the module's signature does; EdgekitError for one that it lacks."""
+    try:
+        taken = inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):
+        return named
+    kind = type(module).__name__
+    takes_any = any(item.kind is item.VAR_KEYWORD for item in taken.values())
+    for name in named:
+        if not takes_any and (name not in taken or taken[name].kind in _NEVER_BY_NAME):
+            raise EdgekitError(f"{kind} takes no input {name!r}: it takes {', '.join(taken)}")
+    order = [name for name in taken if name in named]
+    return {name: named[name] for name in [*order, *(name for name in named if name not in order)]}
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
@@ -226,14 +279,18 @@ def _dropouts(module: nn.Module, wanted: bool) -> Iterator[set[str]]:
 
 
 def _export(
-    module: nn.Module, example: tuple[Tensor, ...], max_batch: int | None
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+    max_batch: int | None,
 ) -> ExportedProgram:
     shapes = None
     if max_batch is not None:
-        shapes = _like_arguments(module, [{0: Dim("batch", min=1, max=max_batch)}] * len(example))
+        batch = {0: Dim("batch", min=1, max=max_batch)}
+        shapes = _like_arguments(module, [batch] * len(args), dict.fromkeys(kwargs, batch))
     try:
         with torch.no_grad(), _silence():
-            program = export(module, example, dynamic_shapes=shapes, strict=False)
+            program = export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
             # No decomposition: this makes in-place operators functional.
             functional: ExportedProgram = program.run_decompositions({})
     except Exception as error:  # whatever the module's own code or a tracer raises
@@ -248,13 +305,16 @@ def _export(
     return functional
 
 
-def _like_arguments(module: nn.Module, each: list[dict[int, Dim]]) -> tuple[Any, ...]:
+def _like_arguments(
+    module: nn.Module, args: list[dict[int, Dim]], kwargs: dict[str, dict[int, Dim]]
+) -> tuple[Any, ...] | dict[str, Any]:
     """Return what belongs to each input in the form of the signature: `*x` takes a tuple."""
     try:
-        bound = inspect.signature(module.forward).bind(*each)
+        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     except (TypeError, ValueError):
-        return tuple(each)  # it has no signature, or does not take so many: torch.export says so
-    return tuple(bound.arguments.values())
+        # It has no signature, or does not take these: torch.export says so.
+        return kwargs or tuple(args)
+    return bound if kwargs else tuple(bound.values())
 
 
 @contextmanager
@@ -294,14 +354,44 @@ def _why(module: nn.Module, error: Exception) -> str:
     return ": ".join([*parts, f"{said}{hint}"])
 
 
-def _check_outputs(program: ExportedProgram, graph_module: GraphModule) -> None:
+def _flat(
+    module: str, program: ExportedProgram, graph_module: GraphModule
+) -> tuple[GraphModule, Results]:
+    """Make the graph return its tensors as one tuple, and say what they are in the module's form.
+
+    The size of a batch that varies becomes a tensor.
+    """
+    graph = graph_module.graph
+    last = graph.output_node()
     structure = program.call_spec.out_spec
-    is_flat = structure is None or structure.type in (None, tuple, list)
-    (last,) = (node for node in graph_module.graph.nodes if node.op == "output")
-    returned = last.args[0]
-    found = list(returned) if isinstance(returned, list | tuple) else [returned]
-    if not is_flat or not found or not all(isinstance(item, Node) for item in found):
-        raise EdgekitError("the module must return a tensor or a tuple of tensors")
+    assert structure is not None
+    returned = last.args[0] if isinstance(last.args[0], list | tuple) else last.args
+    leaves = [
+        _as_tensor(module, item, last) if isinstance(item, Node) else item for item in returned
+    ]
+    inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
+    results = Results.of(module, structure, leaves, inputs)
+    last.args = (tuple(item for item in leaves if isinstance(item, Node)),)
+    graph.set_codegen(CodeGen())
+    return GraphModule(graph_module, graph), results
+
+
+def _as_tensor(module: str, node: Node, last: Node) -> Node:
+    """Return a result as a tensor, a size that varies as one of int64."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return node
+    if not isinstance(value, torch.SymInt):
+        raise EdgekitError(
+            f"{module} returns {node.name!r}, a {type(value).__name__} that depends on the batch: "
+            "return a tensor instead"
+        )
+    with last.graph.inserting_before(last):
+        found = last.graph.call_function(
+            aten.scalar_tensor.default, (node,), {"dtype": torch.int64}
+        )
+    found.meta["val"] = torch.empty((), dtype=torch.int64, device="meta")
+    return found
 
 
 def _normalise(graph_module: GraphModule, dropouts: set[str]) -> None:
@@ -309,7 +399,7 @@ def _normalise(graph_module: GraphModule, dropouts: set[str]) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or _module_path(node) in dropouts:
             continue
-        if node.target in (aten.clone.default, aten.detach.default, aten.alias.default):
+        if node.target in _SAME or _passes(node):
             node.replace_all_uses_with(node.args[0])
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # the copies are gone that made strides fit a view
@@ -338,6 +428,12 @@ def _normalise(graph_module: GraphModule, dropouts: set[str]) -> None:
             _note_dropout(node)
     graph.eliminate_dead_code()
     graph_module.recompile()
+
+
+def _passes(node: Node) -> bool:
+    """Whether a node is a dropout in inference."""
+    is_dropout = node.target in (aten.dropout.default, aten.feature_dropout.default)
+    return is_dropout and not arguments(node)["train"]
 
 
 def _note_dropout(node: Node) -> None:
