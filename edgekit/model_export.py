@@ -16,9 +16,9 @@ from edgekit.exporters.llama_formats import FORMATS
 from edgekit.exporters.llama_quantize import quantizer_version
 from edgekit.exporters.model_weights import Weights
 from edgekit.exporters.stored import refusal, stored_rows, stored_table
-from edgekit.exporters.target import Job, Options, Target, find_target
+from edgekit.exporters.target import TARGETS, Job, Options, Target, find_target
 from edgekit.files import sha256_of
-from edgekit.mixed import CANDIDATES, CountBytes, Mixed
+from edgekit.mixed import CANDIDATES, CountBytes, Mixed, least_bytes
 from edgekit.models.codes import CodesFile
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.progress import Progress, Steps
@@ -93,10 +93,21 @@ def plan_export(
     source = resolve_model(model, revision=revision, random_weights=random_weights)
     stored = None if codes is None else CodesFile.open(codes, source.config)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
+    limit = source.config.max_context
+    context = source.config.default_context if context is None else context
+    least = min(MIN_CONTEXT, limit)
+    if not least <= context <= limit:
+        raise EdgekitError(f"--context {context}: {source.id} takes {least} to {limit} tokens")
     mixed = None
     if codes is None and options.llama_format is None:
         recipe, mixed = choose_recipe(
-            source, recipe, quality, _schemes(writer, shapes), _counter(writer), steps
+            source,
+            recipe,
+            quality,
+            _schemes(writer, shapes),
+            _counter(writer),
+            steps,
+            others=lambda: _other_targets(target, source.config.tensor_shapes()),
         )
     rows: Sequence[Resolved] = resolve(recipe, shapes) if stored is None else stored.rows
     if stored is not None:
@@ -105,11 +116,6 @@ def plan_export(
         writer.check_rows(stored_rows(rows, writer.HELD_AS_SUCH))
     except EdgekitError as error:
         raise refusal(error, rows, writer.HELD_AS_SUCH) from error
-    limit = source.config.max_context
-    context = source.config.default_context if context is None else context
-    least = min(MIN_CONTEXT, limit)
-    if not least <= context <= limit:
-        raise EdgekitError(f"--context {context}: {source.id} takes {least} to {limit} tokens")
     table = _table(source, rows, tied, options, writer)
     return Plan(source, recipe, rows, tied, table, context, target, options, stored, quality, mixed)
 
@@ -137,6 +143,17 @@ def _counter(writer: Target) -> CountBytes:
         return sum(writer.stored_bytes(row) for row in stored if row.tensor not in once)
 
     return count
+
+
+def _other_targets(target: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Return the other targets as a user gives them, with the fewest bytes a budget has there."""
+    found = {}
+    for name in TARGETS:
+        if name != target:
+            writer = find_target(name, Options())
+            schemes = _schemes(writer, tied_shapes(shapes)[0])
+            found[f"--target {name}"] = least_bytes(shapes, schemes, _counter(writer))
+    return found
 
 
 @contextmanager

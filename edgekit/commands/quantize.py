@@ -116,12 +116,19 @@ def _choose(
     source: "ModelSource", recipe: "Recipe", quality: "Quality"
 ) -> "tuple[Recipe, Mixed | None]":
     from edgekit.mixed import EVERYWHERE
-    from edgekit.quantization import choose_recipe
+    from edgekit.quantization import choose_recipe, smaller_schemes
     from edgekit.quantize.scheme import Scheme
 
     with progress_line() as show:
         schemes = [Scheme.parse(name) for name in EVERYWHERE]
-        return choose_recipe(source, recipe, quality, schemes, progress=show)
+        return choose_recipe(
+            source,
+            recipe,
+            quality,
+            schemes,
+            progress=show,
+            others=lambda: smaller_schemes(source.config.tensor_shapes()),
+        )
 
 
 def _write(source: "ModelSource", recipe: "Recipe", quality: "Quality", path: Path) -> "Made":
