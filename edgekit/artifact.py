@@ -4,12 +4,14 @@ import json
 import math
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
 from edgekit.files import os_reason, refuse_irregular, sha256_of
+from edgekit.models.catalogue import catalogue, find_model
 from edgekit.models.config import load_json_object
 
 MANIFEST = "edgekit.json"
@@ -124,10 +126,25 @@ class Artifact:
 
 def _no_folder(path: Path) -> str:
     if not path.exists():
-        return "does not exist; make one with `edgekit export`"
+        return _model_hint(str(path)) or "does not exist; make one with `edgekit export`"
     if not path.is_file():
         return "is no regular file: neither an artifact folder nor a model file"
     return "is a file, not an artifact folder; make one with `edgekit export`"
+
+
+def _model_hint(name: str) -> str | None:
+    """Say how to make an artifact of what is the name of a known model."""
+    known = find_model(name) or next(
+        (model for model in catalogue().values() if model.hub_id == name), None
+    )
+    return None if known is None else _export_first(name)
+
+
+def _export_first(name: str) -> str:
+    return (
+        f"is a model, not an artifact: make one first, `edgekit export {shlex.quote(name)} "
+        f"--target executorch`, which is then {Path(name).resolve().name.lower()}-executorch-int8"
+    )
 
 
 def _hint(folder: Path) -> str:
@@ -138,6 +155,8 @@ def _hint(folder: Path) -> str:
     ]
     if files:
         return f"name a model file in it, such as {files[0]}"
+    if (folder / _CONFIG).is_file() and any(folder.glob("*.safetensors")):
+        return _export_first(str(folder))
     return "make one with `edgekit export`"
 
 

@@ -154,9 +154,7 @@ def mixed_recipe(
         for place, name in enumerate(item.tensors)
     )
     predicted = (
-        None
-        if costs is None
-        else sum(costs[item][scheme] for item, scheme in chosen.items())
+        None if costs is None else sum(costs[item][scheme] for item, scheme in chosen.items())
     )
     return Mixed(_recipe(chosen, budget), total, 8 * total / parameters, predicted, choices)
 

@@ -80,17 +80,19 @@ def plan_export(
     codes: Path | None = None,
     quality: Quality | None = None,
     steps: Steps | None = None,
+    adapter: Path | None = None,
 ) -> Plan:
     """Resolve names, schemes and limits; every refusal that needs no weights happens here.
 
     `recipe` is `format_recipe`'s where the options name one of llama.cpp's formats, and has no
-    meaning for `codes`, a file whose codes are packed as they are. For a budget the cost of each
+    meaning for `codes`, a file whose codes are packed as they are. `adapter` is merged into the
+    weights. For a budget the cost of each
     tensor is measured here, and `steps` is told.
     """
     quality = quality or Quality()
     options = options or Options()
     writer = find_target(target, options)
-    source = resolve_model(model, revision=revision, random_weights=random_weights)
+    source = resolve_model(model, revision=revision, random_weights=random_weights, adapter=adapter)
     stored = None if codes is None else CodesFile.open(codes, source.config)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     limit = source.config.max_context
@@ -290,6 +292,7 @@ def _manifest(plan: Plan, verification: dict[str, Any]) -> dict[str, Any]:
             "random_weights": source.random_weights,
             "sha256": source.checkpoint.sha256(),
             "parameters": source.config.parameter_count,
+            **({} if source.adapter is None else {"adapter": source.adapter.to_dict()}),
         },
         "target": plan.target,
         "file": plan.model_file,

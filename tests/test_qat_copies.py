@@ -45,9 +45,7 @@ def optimizer_of(model: nn.Module, qat: Training) -> torch.optim.Optimizer:
 def test_an_average_evaluates_and_finalizes_by_itself(use_buffers: bool, learn: bool) -> None:
     net, x = make_net(NET), batch_for(NET, 4)
     qat = edgekit.prepare(net, "w4a8", (x,), milestones=Milestones(0, 1), learn_scales=learn)
-    average = AveragedModel(
-        net, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=use_buffers
-    )
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=use_buffers)
     optimizer = optimizer_of(net, qat)
     net.train()
     means: dict[str, Tensor] = {}
@@ -144,7 +142,10 @@ def test_an_average_of_a_language_model_has_codes_of_its_own(learn: bool) -> Non
 
 
 def test_the_module_is_what_it_was_when_all_is_done() -> None:
-    for net, arguments in ((make_net(NET), (("w8a8", (batch_for(NET, 4),)))), (make_lm(), ("int4",))):
+    for net, arguments in (
+        (make_net(NET), (("w8a8", (batch_for(NET, 4),)))),
+        (make_lm(), ("int4",)),
+    ):
         buffers = [name for name, _ in net.named_buffers()]
         keys = list(net.state_dict())
         qat = edgekit.prepare(net, *arguments, learn_scales=True)  # type: ignore[call-overload]
@@ -306,7 +307,9 @@ def test_weights_train_in_one_compiled_graph(recipe: str, options: dict[str, Any
     plain = _Own()
     compiled = copy.deepcopy(plain)
     when = Milestones(0, 2)
-    trainings = [edgekit.prepare(each, recipe, milestones=when, **options) for each in (plain, compiled)]  # type: ignore[call-overload]
+    trainings = [
+        edgekit.prepare(each, recipe, milestones=when, **options) for each in (plain, compiled)
+    ]  # type: ignore[call-overload]
     torch._dynamo.reset()
     run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     optimizers = [optimizer_of(*each) for each in zip((plain, compiled), trainings, strict=True)]
@@ -314,7 +317,10 @@ def test_weights_train_in_one_compiled_graph(recipe: str, options: dict[str, Any
         ids = torch.randint(0, 48, (3, 8), generator=torch.Generator().manual_seed(seed))
         for forward in (plain.train(), run):
             forward(ids).square().mean().backward()
-        pairs = [[*m.parameters(), *t.parameters()] for m, t in zip((plain, compiled), trainings, strict=True)]
+        pairs = [
+            [*m.parameters(), *t.parameters()]
+            for m, t in zip((plain, compiled), trainings, strict=True)
+        ]
         for one, other in zip(*pairs, strict=True):
             assert (one.grad is None) == (other.grad is None)
             if one.grad is not None:
