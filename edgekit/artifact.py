@@ -65,9 +65,7 @@ class Artifact:
         if not folder.is_dir():
             raise EdgekitError(f"{folder}: {_no_folder(folder)}")
         if not os.path.lexists(folder / MANIFEST):
-            raise EdgekitError(
-                f"{folder}: holds no {MANIFEST}, so it is no artifact; {_hint(folder)}"
-            )
+            raise EdgekitError(f"{folder}: {_no_artifact(folder)}")
         manifest = _read_manifest(folder / MANIFEST)
         for name, facts in manifest["files"].items():
             _check_file(folder, name, facts)
@@ -147,16 +145,21 @@ def _export_first(name: str) -> str:
     )
 
 
+def _no_artifact(folder: Path) -> str:
+    """Say what a folder without a manifest is, and what to do with it."""
+    if (folder / _CONFIG).is_file() and any(folder.glob("*.safetensors")):
+        return _export_first(str(folder))
+    return f"holds no {MANIFEST}, so it is no artifact; {_hint(folder)}"
+
+
 def _hint(folder: Path) -> str:
-    """Say what to do with a folder without a manifest; Transformers.js keeps models in `onnx/`."""
+    """Return a model file in a folder, if there is one; Transformers.js keeps them in `onnx/`."""
     places = (folder, folder / _TRANSFORMERS_JS)
     files = [
         file for place in places for end in TARGET_OF for file in sorted(place.glob(f"*{end}"))
     ]
     if files:
         return f"name a model file in it, such as {files[0]}"
-    if (folder / _CONFIG).is_file() and any(folder.glob("*.safetensors")):
-        return _export_first(str(folder))
     return "make one with `edgekit export`"
 
 

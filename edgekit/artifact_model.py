@@ -13,7 +13,8 @@ def model_of(
     """Return the model of an artifact's weights, which are compared by their sha256.
 
     `model` is where the weights are, by default what the manifest names, and `adapter` the adapter
-    that was merged into them; `instead` says what to do where that is not to be had. EdgekitError there, for other weights, and for a module.
+    that was merged into them; `instead` says what to do where that is not to be had. EdgekitError
+    there, for other weights, and for a module.
     """
     if artifact.is_module:
         raise EdgekitError(

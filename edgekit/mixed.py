@@ -261,7 +261,7 @@ def _too_small(
         return f"{text}; {name} takes {amount(fitting[name])}"
     if smaller:
         name = min(smaller, key=lambda name: smaller[name])
-        return f"{text}, even {name} {amount(smaller[name])}: give more, or a smaller model"
+        return f"{text}; even {name} takes {amount(smaller[name])}: give more, or a smaller model"
     return f"{text}: give more, or a smaller model"
 
 

@@ -29,6 +29,6 @@ def refuse_wrapped(model: nn.Module, then: str = "") -> None:
             raise EdgekitError(f"{name}: {what}: give the module inside, {place}{then}")
         if "ScriptModule" in kinds:
             raise EdgekitError(
-                f"{name}: is TorchScript, in which nothing can be replaced: give the torch.nn.Module "
-                "that it was made of"
+                f"{name}: is TorchScript, in which nothing can be replaced: give the "
+                "torch.nn.Module that it was made of"
             )

@@ -22,7 +22,9 @@ from edgekit.models.activations import per_token
 from edgekit.quantize.affine import quantize
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.qat.milestones import Milestones
+from edgekit.quantize.qat.traced import TracedTraining
 from edgekit.quantize.qat.training import Training
+from edgekit.quantize.qat.weight_only import WeightTraining
 from edgekit.quantize.tensor import QuantizedTensor
 
 NET = "separable"
@@ -57,17 +59,18 @@ def test_an_average_evaluates_and_finalizes_by_itself(use_buffers: bool, learn: 
         for name, value in net.named_parameters():  # the definition, beside torch's
             now = value.detach().clone()
             means[name] = now if seed == 0 else means[name].lerp(now, 1 - DECAY)
-        for name, found in qat.calibration().ranges.items():
-            ranges.setdefault(name, []).append(found)
+        for name, ends in qat.calibration().ranges.items():
+            ranges.setdefault(name, []).append(ends)
         scales.append([item.detach().clone() for item in qat.parameters()])
     kept = copy.deepcopy(qat.state_dict())
     average.eval()
     prepared = average(x)
     training = edgekit.training_of(average)
+    assert isinstance(training, TracedTraining)
     assert training is not qat and training.model is average.module
     for name, value in average.module.named_parameters():
         torch.testing.assert_close(value, means[name], rtol=1e-5, atol=1e-7)
-    found = training.calibration()  # type: ignore[union-attr]
+    found = training.calibration()
     for name, each in ranges.items():
         wanted = torch.tensor(each[0])
         for now in each[1:]:
@@ -79,11 +82,11 @@ def test_an_average_evaluates_and_finalizes_by_itself(use_buffers: bool, learn: 
             wanted = wanted.lerp(later[place], 1 - DECAY) if use_buffers else later[place]
         torch.testing.assert_close(item.detach(), wanted, rtol=1e-5, atol=1e-7)
     assert found.batches > 0
-    network = training.finalize(max_batch=8)  # type: ignore[call-arg]
-    assert torch.equal(network.simulate(x)[0], prepared)  # type: ignore[union-attr]
+    network = training.finalize(max_batch=8)
+    assert torch.equal(network.simulate(x)[0], prepared)
     if not learn:  # the head has no batch norm: its codes are those of its own average
         codes = quantize(means["head.weight"], Grid(4), axis=0, method="mse").codes
-        assert torch.equal(network.weights["head.weight"].codes, codes)  # type: ignore[union-attr]
+        assert torch.equal(network.weights["head.weight"].codes, codes)
     # Nothing of that has touched the original.
     assert repr(qat.state_dict()) == repr(kept)
     trained = net.eval()(x)
@@ -107,7 +110,7 @@ def test_a_copy_goes_on_with_ranges_of_its_own() -> None:
     step(twin, training, optimizer_of(twin, training), 1)
     assert repr(qat.state_dict()) == before
     assert qat.calibration().batches == 1
-    assert training.calibration().batches == 2  # type: ignore[union-attr]
+    assert training.calibration().batches == 2
     assert edgekit.training_of(copy.copy(net)) is qat  # a shallow copy shares all
 
 
@@ -131,14 +134,14 @@ def test_an_average_of_a_language_model_has_codes_of_its_own(learn: bool) -> Non
     codes = edgekit.training_of(average).finalize()
     floats = {
         name: value.dequantize() if isinstance(value, QuantizedTensor) else value
-        for name, value in codes.items()  # type: ignore[union-attr]
+        for name, value in codes.items()
     }
     plain = make_lm(tied=False).eval()
     plain.load_state_dict(floats)
     with torch.no_grad():
         assert torch.equal(plain(input_ids=tokens(9), use_cache=False).logits, prepared)
     own = qat.finalize()
-    assert any(not torch.equal(own[name].codes, codes[name].codes) for name in qat._quantizers)  # type: ignore[union-attr,index]
+    assert any(not torch.equal(own[name].codes, codes[name].codes) for name in qat._quantizers)
 
 
 def test_the_module_is_what_it_was_when_all_is_done() -> None:
@@ -148,7 +151,7 @@ def test_the_module_is_what_it_was_when_all_is_done() -> None:
     ):
         buffers = [name for name, _ in net.named_buffers()]
         keys = list(net.state_dict())
-        qat = edgekit.prepare(net, *arguments, learn_scales=True)  # type: ignore[call-overload]
+        qat = edgekit.prepare(net, *arguments, learn_scales=True)
         assert list(net.state_dict()) == keys
         assert len(list(net.buffers())) > len(buffers)
         qat.remove()
@@ -214,7 +217,7 @@ def test_a_prepared_module_trains_inside_a_parallel_one(
     assert torch.equal(around(x), twin(x))
     network = qat.finalize()
     assert network.edges == plain.finalize().edges
-    with pytest.raises(EdgekitError, match=f"is wrapped in {kind.__name__}: give .* model.module"):  # type: ignore[attr-defined]
+    with pytest.raises(EdgekitError, match=f"is wrapped in {kind.__name__}: give .* model.module"):
         edgekit.prepare(around, "int8")
     with pytest.raises(EdgekitError, match=r"give the module inside, model\.module$"):
         edgekit.export(around, (x,), Path("nowhere"), target="onnx")
@@ -239,7 +242,7 @@ def test_what_is_around_a_module_is_refused_by_name(
     around, x = wrap(nn.Linear(4, 4)), torch.ones(2, 4)
     for arguments in (("int8",), ("w8a8", (x,))):
         with pytest.raises(EdgekitError, match=said) as caught:
-            edgekit.prepare(around, *arguments)  # type: ignore[call-overload]
+            edgekit.prepare(around, *arguments)
         assert "\n" not in str(caught.value)
     with pytest.raises(EdgekitError, match=said.rstrip(";")):
         edgekit.export(around, (x,), Path("nowhere"), target="onnx")
@@ -309,7 +312,7 @@ def test_weights_train_in_one_compiled_graph(recipe: str, options: dict[str, Any
     when = Milestones(0, 2)
     trainings = [
         edgekit.prepare(each, recipe, milestones=when, **options) for each in (plain, compiled)
-    ]  # type: ignore[call-overload]
+    ]
     torch._dynamo.reset()
     run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     optimizers = [optimizer_of(*each) for each in zip((plain, compiled), trainings, strict=True)]

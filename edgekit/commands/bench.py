@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import click
 
 from edgekit.commands._engine_options import threads_option
-from edgekit.commands._json import print_json
 from edgekit.commands._progress import progress_line
 from edgekit.errors import EdgekitError
 
@@ -159,10 +158,8 @@ def command(
 
 def _show(record: "Saved", render: Callable[[], str], as_json: bool, output: Path | None) -> None:
     try:
-        if as_json:
-            print_json(record.to_dict() | {"file": None if output is None else str(output)})
-        else:
-            click.echo(render())
+        # Of JSON the record and nothing else, equal to the file.
+        click.echo(record.to_json() if as_json else render())
     finally:  # what took long is kept in one place where the other is full or gone
         if output is not None:
             record.save(output)

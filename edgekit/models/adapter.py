@@ -76,8 +76,8 @@ class Adapter:
         settings = _Settings(folder / ADAPTER_CONFIG)
         if not (folder / WEIGHTS).is_file():
             raise EdgekitError(
-                f"{folder}: holds no {WEIGHTS}: save the adapter with save_pretrained, which writes "
-                "safetensors (a pickle is not loaded)"
+                f"{folder}: holds no {WEIGHTS}: save the adapter with save_pretrained, which "
+                "writes safetensors (a pickle is not loaded)"
             )
         found = read_header(folder / WEIGHTS)
         updates, replaced = _matched(folder / WEIGHTS, settings, found, config)
@@ -126,9 +126,12 @@ class Adapted:
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, merged where the adapter has something for it."""
-        if name in self.adapter.replaced:
-            return read_tensor(name, self.adapter.replaced[name]).to(self.dtype(name))
-        weight = self.weights.tensor(name)
+        whole = self.adapter.replaced.get(name)
+        weight = (
+            self.weights.tensor(name)
+            if whole is None
+            else read_tensor(name, whole).to(self.dtype(name))
+        )
         update = self.adapter.updates.get(name)
         return weight if update is None else _merged(name, weight, update)
 
@@ -160,8 +163,8 @@ class _Settings:
         begun = self.values.get("init_lora_weights")
         if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
             raise EdgekitError(
-                f"{path}: init_lora_weights {begun!r:.60} changed the model's own weights: merge it "
-                "with PEFT (merge_and_unload) and give what that saves"
+                f"{path}: init_lora_weights {begun!r:.60} changed the model's own weights: merge "
+                "it with PEFT (merge_and_unload) and give what that saves"
             )
         if self.values.get("bias", "none") != "none" or self.values.get("lora_bias"):
             raise EdgekitError(f"{path}: trained biases, which this model's linears do not have")
@@ -216,9 +219,11 @@ def _matched(
             update = _Update(a, b, settings.scale(module), transposed, magnitude)
             _check_update(path, module, shape, settings.rank(module), update)
             updates[weight] = update
-        whole = left.pop(weight, None)
+        # An embedding that is adapted comes along whole, as it was before.
+        wholes = [left.pop(key, None) for key in (weight, f"{module}.base_layer.weight")]
+        whole = next((each for each in wholes if each is not None), None)
         if whole is not None:
-            if weight in updates or whole.shape != shape:
+            if whole.shape != shape:
                 raise EdgekitError(
                     f"{path}: holds {weight} of shape {list(whole.shape)} whole, the model's is "
                     f"{list(shape)}"
@@ -272,15 +277,19 @@ def _drop_tied_head(
     if "lm_head.weight" in shapes or not adapted:
         return
     head, table = left.get("lm_head.weight"), replaced.get("model.embed_tokens.weight")
-    if adapted == ["lm_head.weight"] and head is not None and table is not None:
-        if torch.equal(read_tensor("lm_head", head), read_tensor("embed_tokens", table)):
-            del left["lm_head.weight"]
-            return
+    if (
+        adapted == ["lm_head.weight"]
+        and head is not None
+        and table is not None
+        and torch.equal(read_tensor("lm_head", head), read_tensor("embed_tokens", table))
+    ):
+        del left["lm_head.weight"]
+        return
     raise EdgekitError(
-        f"{path}: adapts lm_head, which is the embedding's own weight in this model (tied): it would "
-        "change both; untie them in the model first"
+        f"{path}: adapts lm_head, which is the embedding's own weight in this model (tied): it "
+        "would change both; untie them in the model first"
     )
 
 
 def _last(name: str) -> str:
-    return Path(name).name.lower()
+    return Path(name).name.lower().replace("_", "-")

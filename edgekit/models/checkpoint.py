@@ -265,9 +265,8 @@ def _open_sharded(folder: Path) -> Checkpoint:
     shards = {_shard_path(folder, index, place): place for place in places.values()}
     missing = sorted(path.name for path in shards if not path.exists())
     if missing:
-        raise EdgekitError(
-            f"{folder}: {_listing(f'of {len(shards)} shards missing', missing)}: download them again"
-        )
+        found = _listing(f"of {len(shards)} shards missing", missing)
+        raise EdgekitError(f"{folder}: {found}: download them again")
     entries = dict[str, TensorEntry]()
     for path in sorted(shards):
         header = read_header(path)

@@ -101,8 +101,8 @@ _PICKLE_ADVICE = "which can run code and is not loaded"
 
 def _finished(end: str) -> str:
     return (
-        f"is a finished model for {_FINISHED[end]}, which `edgekit run` and `bench` take; an export "
-        "starts from the weights that it was made of (a folder with config.json and safetensors)"
+        f"is a finished model for {_FINISHED[end]}, which `edgekit run` and `bench` take; an "
+        "export starts from the weights that it was made of (a folder with config.json and safetensors)"
     )
 
 

@@ -42,8 +42,8 @@ class Training:
 
     `model` stays the object that it was: its parameters, their names and its optimizers are those
     of the float model; only its forward pass rounds. `recipe` is the recipe's name and `rules` its
-    rules as text, by which checkpoints are told apart. A `copy.deepcopy` of the model has a training
-    of its own, which `training_of` finds.
+    rules as text, by which checkpoints are told apart. A `copy.deepcopy` of the model has a
+    training of its own, which `training_of` finds.
     """
 
     def __init__(
