@@ -25,7 +25,7 @@ from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.traced import TracedTraining
 from edgekit.quantize.qat.training import Training
 from edgekit.quantize.qat.weight_only import WeightTraining
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 NET = "separable"
 DECAY = 0.5
@@ -36,6 +36,10 @@ def step(model: nn.Module, qat: Training, optimizer: torch.optim.Optimizer, seed
     optimizer.step()
     qat.step()
     optimizer.zero_grad()
+
+
+def floats_of(value: Weight) -> Tensor:
+    return value.dequantize() if isinstance(value, QuantizedTensor) else value
 
 
 def optimizer_of(model: nn.Module, qat: Training) -> torch.optim.Optimizer:
@@ -72,14 +76,15 @@ def test_an_average_evaluates_and_finalizes_by_itself(use_buffers: bool, learn: 
         torch.testing.assert_close(value, means[name], rtol=1e-5, atol=1e-7)
     found = training.calibration()
     for name, each in ranges.items():
-        wanted = torch.tensor(each[0])
-        for now in each[1:]:
-            wanted = wanted.lerp(torch.tensor(now), 1 - DECAY) if use_buffers else torch.tensor(now)
-        torch.testing.assert_close(torch.tensor(found.ranges[name]), wanted, rtol=1e-5, atol=1e-6)
+        both = torch.tensor(each[0])
+        for later in each[1:]:
+            now = torch.tensor(later)
+            both = both.lerp(now, 1 - DECAY) if use_buffers else now
+        torch.testing.assert_close(torch.tensor(found.ranges[name]), both, rtol=1e-5, atol=1e-6)
     for place, item in enumerate(training.parameters()):
         wanted = scales[0][place]
-        for later in scales[1:]:
-            wanted = wanted.lerp(later[place], 1 - DECAY) if use_buffers else later[place]
+        for seen in scales[1:]:
+            wanted = wanted.lerp(seen[place], 1 - DECAY) if use_buffers else seen[place]
         torch.testing.assert_close(item.detach(), wanted, rtol=1e-5, atol=1e-7)
     assert found.batches > 0
     network = training.finalize(max_batch=8)
@@ -101,6 +106,7 @@ def test_a_copy_goes_on_with_ranges_of_its_own() -> None:
     step(net, qat, optimizer_of(net, qat), 0)
     twin = copy.deepcopy(net)
     training = edgekit.training_of(twin)
+    assert isinstance(training, TracedTraining)
     assert training.steps == qat.steps == 1
     assert repr(training.state_dict()) == repr(qat.state_dict())
     ours = {id(item) for item in [*net.parameters(), *net.buffers(), *qat.parameters()]}
@@ -131,17 +137,19 @@ def test_an_average_of_a_language_model_has_codes_of_its_own(learn: bool) -> Non
     average.eval()
     with torch.no_grad():
         prepared = average(input_ids=tokens(9), use_cache=False).logits
-    codes = edgekit.training_of(average).finalize()
-    floats = {
-        name: value.dequantize() if isinstance(value, QuantizedTensor) else value
-        for name, value in codes.items()
-    }
+    training = edgekit.training_of(average)
+    assert isinstance(training, WeightTraining)
+    codes = training.finalize()
+    floats = {name: floats_of(value) for name, value in codes.items()}
     plain = make_lm(tied=False).eval()
     plain.load_state_dict(floats)
     with torch.no_grad():
         assert torch.equal(plain(input_ids=tokens(9), use_cache=False).logits, prepared)
     own = qat.finalize()
-    assert any(not torch.equal(own[name].codes, codes[name].codes) for name in qat._quantizers)
+    pairs = [(own[name], codes[name]) for name in qat._quantizers]
+    for one, other in pairs:
+        assert isinstance(one, QuantizedTensor) and isinstance(other, QuantizedTensor)
+    assert any(not torch.equal(floats_of(one), floats_of(other)) for one, other in pairs)
 
 
 def test_the_module_is_what_it_was_when_all_is_done() -> None:
@@ -223,6 +231,12 @@ def test_a_prepared_module_trains_inside_a_parallel_one(
         edgekit.export(around, (x,), Path("nowhere"), target="onnx")
 
 
+def _compiled(net: nn.Module) -> nn.Module:
+    found = torch.compile(net)
+    assert isinstance(found, nn.Module)
+    return found
+
+
 def average_of(net: nn.Module) -> nn.Module:
     return AveragedModel(net)
 
@@ -231,7 +245,7 @@ def average_of(net: nn.Module) -> nn.Module:
     ("wrap", "said"),
     [
         (torch.compile, "is compiled by torch.compile: give the module inside, model._orig_mod;"),
-        (lambda net: nn.Sequential(torch.compile(net)), "0: is compiled .* model.0._orig_mod;"),
+        (lambda net: nn.Sequential(_compiled(net)), "0: is compiled .* model.0._orig_mod;"),
         (average_of, "is an average of models: give the module inside, model.module;"),
         (lambda net: torch.jit.trace(net, torch.ones(2, 4)), "is TorchScript.* that it was made"),
     ],
@@ -349,7 +363,7 @@ def test_a_compiled_step_names_a_weight_that_cannot_be_quantized() -> None:
     run = torch.compile(net, fullgraph=True, backend="aot_eager")
     run(torch.ones(2, 8))
     with torch.no_grad():
-        net[0].weight[0, 0] = float("nan")
+        net.get_parameter("0.weight")[0, 0] = float("nan")
     with pytest.raises(EdgekitError, match=r"0\.weight: cannot be quantized: .* infinities or NaN"):
         run(torch.ones(2, 8))
 

@@ -9,6 +9,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 _FINISHED = {".gguf": "llama.cpp", ".onnx": "ONNX Runtime", ".pte": "ExecuTorch"}
 _UNFINISHED = (".incomplete", ".partial", ".part", ".crdownload", ".download", ".aria2")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLE_ADVICE = "which can run code and is not loaded"
 _OTHERS = (".h5", ".msgpack")
 
 
@@ -96,13 +97,10 @@ def _weights(folder: Path) -> str | None:
     )
 
 
-_PICKLE_ADVICE = "which can run code and is not loaded"
-
-
 def _finished(end: str) -> str:
     return (
         f"is a finished model for {_FINISHED[end]}, which `edgekit run` and `bench` take; an "
-        "export starts from the weights that it was made of (a folder with config.json and safetensors)"
+        "export starts from what it was made of (a folder with config.json and safetensors)"
     )
 
 
