@@ -110,9 +110,8 @@ def export_model(
     `calibrate` is a text by which GPTQ, or another `method`, chooses the codes; `bits` per weight
     or `target_size` in bytes, instead of a recipe, a budget for mixed precision. `codes`, instead
     of all these, is a file of `edgekit quantize`, or of `edgekit.quantize.storage.save_quantized`
-    with its `about`, packed as it is. `adapter`
-    is the folder of a LoRA adapter of PEFT's, which is merged into the weights; one of another
-    model is warned of (UserWarning).
+    with its `about`, packed as it is. `adapter` is the folder of a LoRA adapter of PEFT's, which
+    is merged into the weights; one of another model is warned of (UserWarning).
 
     Raises `EdgekitError` for a mistake and `VerificationError` for a file that does not compute
     what the model computes; both leave nothing at `output`.

@@ -86,8 +86,7 @@ def plan_export(
 
     `recipe` is `format_recipe`'s where the options name one of llama.cpp's formats, and has no
     meaning for `codes`, a file whose codes are packed as they are. `adapter` is merged into the
-    weights. For a budget the cost of each
-    tensor is measured here, and `steps` is told.
+    weights. For a budget the cost of each tensor is measured here, and `steps` is told.
     """
     quality = quality or Quality()
     options = options or Options()

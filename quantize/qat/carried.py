@@ -32,8 +32,10 @@ class Carried:
         found = self.values
         if not isinstance(found, nn.Parameter):
             found = nn.Parameter(found.detach().clone())
-            # Assigned by its name it would become a parameter of the module's, which it is not.
-            self._owner._buffers[self._name] = found
+            if self._removed is not None:
+                self._removed = found
+            else:  # assigned by its name it would become a parameter of the module's
+                self._owner._buffers[self._name] = found
         return found
 
     def write(self, values: Tensor) -> None:

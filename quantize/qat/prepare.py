@@ -67,8 +67,9 @@ def prepare(
     `finalize()`. `steps`, the length of the training, gives static ranges their usual `milestones`.
     Start from a trained float model and train some hundreds of steps at least: ranges are averages
     over batches, which do not fit weights that still move far.
-    With `learn_scales` the optimizer must also get `parameters()` of what is returned. Raises
-    EdgekitError for a module that cannot be traced and a recipe that matches nothing.
+    With `learn_scales` the model is on its device already, and the optimizer must also get
+    `parameters()` of what is returned. Raises EdgekitError for a module that cannot be traced or
+    stands around another one (compiled, parallel), and for a recipe that matches nothing.
     """
     if not isinstance(model, nn.Module):
         raise EdgekitError(f"expected a torch.nn.Module, got {type(model).__name__}")
