@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgekit.models.tokenizer import Tokenizer
     from edgekit.module_export import export_module, export_network
     from edgekit.quantize.qat.milestones import Milestones
-    from edgekit.quantize.qat.prepare import prepare
+    from edgekit.quantize.qat.prepare import prepare, training_of
     from edgekit.quantize.recipe import Recipe
     from edgekit.quantize.traced.schemes import LayerRecipe
     from edgekit.runtime.bench import bench
@@ -56,6 +56,7 @@ __all__ = [
     "load_engine",
     "load_module",
     "prepare",
+    "training_of",
 ]
 
 _HOMES = {
@@ -76,6 +77,7 @@ _HOMES = {
     "load_engine": "edgekit.runtime.engine",
     "load_module": "edgekit.runtime.module_engine",
     "prepare": "edgekit.quantize.qat.prepare",
+    "training_of": "edgekit.quantize.qat.prepare",
 }
 
 

@@ -1,5 +1,6 @@
 """Exporting from Python: the work of `edgekit export` in one call."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -38,6 +39,7 @@ def export(
     target_size: int | None = ...,
     context: int | None = ...,
     revision: str | None = ...,
+    adapter: Path | str | None = ...,
     random_weights: bool = ...,
     imatrix: Path | str | None = ...,
     abi: Literal["genai", "transformersjs"] = ...,
@@ -91,6 +93,7 @@ def export_model(
     target_size: int | None = None,
     context: int | None = None,
     revision: str | None = None,
+    adapter: Path | str | None = None,
     random_weights: bool = False,
     imatrix: Path | str | None = None,
     abi: Literal["genai", "transformersjs"] = "genai",
@@ -108,7 +111,8 @@ def export_model(
     `calibrate` is a text by which GPTQ, or another `method`, chooses the codes; `bits` per weight
     or `target_size` in bytes, instead of a recipe, a budget for mixed precision. `codes`, instead
     of all these, is a file of `edgekit quantize`, or of `edgekit.quantize.storage.save_quantized`
-    with its `about`, packed as it is.
+    with its `about`, packed as it is. `adapter` is the folder of a LoRA adapter of PEFT's, which
+    is merged into the weights; one of another model is warned of (UserWarning).
 
     Raises `EdgekitError` for a mistake and `VerificationError` for a file that does not compute
     what the model computes; both leave nothing at `output`.
@@ -139,7 +143,10 @@ def export_model(
         options=options,
         codes=None if codes is None else Path(codes),
         quality=quality,
+        adapter=None if adapter is None else Path(adapter),
     )
+    for text in plan.source.notes():
+        warnings.warn(text, stacklevel=2)
     with with_codes(plan, Path(output)) as (ready, _made):
         export_plan(ready, Path(output), force, progress)
     return Artifact.open(output)

@@ -4,12 +4,14 @@ import json
 import math
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
 from edgekit.files import os_reason, refuse_irregular, sha256_of
+from edgekit.models.catalogue import catalogue, find_model
 from edgekit.models.config import load_json_object
 
 MANIFEST = "edgekit.json"
@@ -68,9 +70,7 @@ class Artifact:
         if not folder.is_dir():
             raise EdgekitError(f"{folder}: {_no_folder(folder)}")
         if not os.path.lexists(folder / MANIFEST):
-            raise EdgekitError(
-                f"{folder}: holds no {MANIFEST}, so it is no artifact; {_hint(folder)}"
-            )
+            raise EdgekitError(f"{folder}: {_no_artifact(folder)}")
         manifest = _read_manifest(folder / MANIFEST)
         for name, facts in manifest["files"].items():
             _check_file(folder, name, facts)
@@ -129,14 +129,36 @@ class Artifact:
 
 def _no_folder(path: Path) -> str:
     if not path.exists():
-        return "does not exist; make one with `edgekit export`"
+        return _model_hint(str(path)) or "does not exist; make one with `edgekit export`"
     if not path.is_file():
         return "is no regular file: neither an artifact folder nor a model file"
     return "is a file, not an artifact folder; make one with `edgekit export`"
 
 
+def _model_hint(name: str) -> str | None:
+    """Say how to make an artifact of what is the name of a known model."""
+    known = find_model(name) or next(
+        (model for model in catalogue().values() if model.hub_id == name), None
+    )
+    return None if known is None else _export_first(name)
+
+
+def _export_first(name: str) -> str:
+    return (
+        f"is a model, not an artifact: make one first, `edgekit export {shlex.quote(name)} "
+        f"--target executorch`, which is then {Path(name).resolve().name.lower()}-executorch-int8"
+    )
+
+
+def _no_artifact(folder: Path) -> str:
+    """Say what a folder without a manifest is, and what to do with it."""
+    if (folder / _CONFIG).is_file() and any(folder.glob("*.safetensors")):
+        return _export_first(str(folder))
+    return f"holds no {MANIFEST}, so it is no artifact; {_hint(folder)}"
+
+
 def _hint(folder: Path) -> str:
-    """Say what to do with a folder without a manifest; Transformers.js keeps models in `onnx/`."""
+    """Return a model file in a folder, if there is one; Transformers.js keeps them in `onnx/`."""
     places = (folder, folder / _TRANSFORMERS_JS)
     files = [
         file for place in places for end in TARGET_OF for file in sorted(place.glob(f"*{end}"))

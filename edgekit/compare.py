@@ -21,7 +21,7 @@ from edgekit.models.eager import float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.progress import Steps, no_steps
 from edgekit.quantize.recipe import tied_shapes
-from edgekit.runtime.bench import bench, check_contexts, load_each, plan
+from edgekit.runtime.bench import bench, check_contexts, describe_each, plan
 from edgekit.runtime.engine import check_threads
 from edgekit.runtime.evaluate import (
     DEFAULT_CHUNK,
@@ -85,6 +85,13 @@ class Compared:
         found = None if self.evaluation is None else self.evaluation.divergence
         return None if found is None else found.kld.value
 
+    @property
+    def engine_version(self) -> str | None:
+        """The version of the engine that ran it; None where none did."""
+        if self.result.engine_version is not None or self.evaluation is None:
+            return self.result.engine_version
+        return self.evaluation.engine_version
+
     def test(self, kind: str) -> ShapeResult | None:
         """The prefill (`pp`) or the decode (`tg`), None where it was not asked for."""
         return next((test for test in self.result.tests if test.shape.kind == kind), None)
@@ -96,7 +103,7 @@ class Compared:
             "name": self.name,
             "path": self.result.path,
             "target": self.result.target,
-            "engine": {"name": self.result.engine, "version": self.result.engine_version},
+            "engine": {"name": self.result.engine, "version": self.engine_version},
             "model": dict(self.result.model),
             "file_bytes": self.result.file_bytes,
             "bits_per_weight": self.bits_per_weight,
@@ -191,7 +198,7 @@ class Comparison:
             quality.append(_NOTHING if one.bits_per_byte is None else f"{one.bits_per_byte:.4f}")
         return [
             one.name,
-            f"{one.result.engine} {one.result.engine_version}",
+            " ".join(filter(None, (one.result.engine, one.engine_version))),
             f"{one.result.file_bytes / 1e6:,.1f}",
             _NOTHING if bits is None else f"{bits:.2f}",
             *quality,
@@ -226,8 +233,8 @@ def compare(
     An artifact is a folder that `edgekit export` wrote, or what `find_model_file` takes besides.
     `text` and `tokenizer` are those of `evaluate`, `reference` the model that the artifacts stand
     for, `prompt`, `generate` and `repetitions` the benchmark's; 0 and 0 tokens leave speed and
-    memory out. Raises `EdgekitError` for what one
-    of these refuses; what needs no weights is checked before any is read.
+    memory out, and no engine is needed then unless there is a text. Raises `EdgekitError` for what
+    one of these refuses; what needs no weights is checked before any is read.
     """
     show = progress or no_steps
     check_threads(threads)
@@ -262,7 +269,7 @@ def compare(
             progress=_prefixed(show, "speed: "),
         )
         if timed
-        else load_each(artifacts, threads)
+        else describe_each(artifacts, threads)
     )
     rows = tuple(
         Compared(result, size, evaluation, unread)

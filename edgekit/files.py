@@ -59,6 +59,34 @@ def _kind(path: Path) -> int | None:
         return None
 
 
+def first_bytes(path: Path, count: int) -> bytes:
+    """Return the start of a regular file; nothing where it cannot be read."""
+    if _kind(path) != stat.S_IFREG:
+        return b""
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError:
+        return b""
+
+
+def stand_in(path: Path) -> str | None:
+    """Say what stands where a file should be: a pointer to it, a web page, nothing; else None."""
+    if _kind(path) != stat.S_IFREG:
+        return None
+    head = first_bytes(path, 256)
+    if not head:
+        return "is empty: its download did not finish; download it again"
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return (
+            "is a Git LFS pointer, not the file itself: run `git lfs install` and `git lfs pull` "
+            "in its repository"
+        )
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "is a web page (HTML), not the file: download the file itself"
+    return None
+
+
 def sha256_of(path: Path) -> str:
     """Return the hexadecimal sha256 of a file, read in pieces."""
     with path.open("rb") as file:

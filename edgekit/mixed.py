@@ -5,6 +5,9 @@ to add up. Where GPTQ will choose the codes of the layers, theirs count `LEFT_BY
 choice starts from the fewest bytes and takes, step by step, the change that saves the most
 divergence for a byte, as long as it fits (the greedy rule for the multiple-choice knapsack). The
 whole model is then measured: costs do not quite add up.
+
+Bytes follow from shapes alone: a budget below the least is refused before anything is measured, and
+for one above the most nothing has to be.
 """
 
 import math
@@ -42,13 +45,14 @@ CountBytes = Callable[[Sequence[Resolved], Mapping[str, str]], int]
 class Mixed:
     """A recipe that gives each matrix its scheme, its bytes, and the sum of the costs.
 
-    `choices` holds tensor, scheme and cost; a tied head's cost, None, is in the embedding's.
+    `choices` holds tensor, scheme and cost; a tied head's cost, None, is in the embedding's. All
+    costs and their sum are None where the budget holds the most that there is.
     """
 
     recipe: Recipe
     bytes: int
     bits: float
-    predicted_kld: float
+    predicted_kld: float | None
     choices: tuple[tuple[str, str, float | None], ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,26 +68,30 @@ class Mixed:
 
     def text(self) -> str:
         """Return the choices as a table."""
+        size = f"{self.bytes:,} bytes, {self.bits:.3f} bits per weight"
+        if self.predicted_kld is None:
+            return f"{size}: the budget holds the most for every matrix, so none was measured alone"
         rows = [
             [name, scheme, "tied" if kld is None else f"{kld:.6f}"]
             for name, scheme, kld in self.choices
         ]
         return (
             f"{markdown_table(['tensor', 'scheme', 'KLD alone'], rows, align='llr')}\n"
-            f"{self.bytes:,} bytes, {self.bits:.3f} bits per weight, predicted KLD "
-            f"{self.predicted_kld:.5f}"
+            f"{size}, predicted KLD {self.predicted_kld:.5f}"
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Item:
-    """Tensors that get one scheme: a matrix, or an embedding and the head that is tied to it.
-
-    `costs` are the divergences by scheme.
-    """
+    """Tensors that get one scheme: a matrix, or an embedding and the head that is tied to it."""
 
     tensors: tuple[str, ...]
-    costs: Mapping[str, float]
+
+
+_Sizes = Mapping[tuple[_Item, str], int]
+"""Bytes of an item at a scheme."""
+_Costs = Mapping[_Item, Mapping[str, float]]
+"""Divergences by scheme."""
 
 
 def _holds(scheme: Scheme, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -105,17 +113,17 @@ def mixed_recipe(
     count: CountBytes = total_bytes,
     progress: Steps | None = None,
     gptq: bool = False,
+    others: Callable[[], Mapping[str, int]] = dict,
 ) -> Mixed:
     """Choose a scheme for each matrix; what is no matrix stays float.
 
     `count` gives the bytes of a table, `gptq` says that GPTQ will choose the codes. EdgekitError
-    where the budget is below what the schemes can do, naming the least and the most.
+    where the budget is below what the schemes can do, naming the least and the most, and of
+    `others`, what a user may ask for instead with its bytes, what comes nearest.
     """
     shapes, tied = tied_shapes(source.config.tensor_shapes())
     schemes = [scheme for scheme in schemes if _holds(scheme, shapes)]
-    items = _items(source, schemes, tied, text, progress or no_steps)
-    if gptq:
-        items = [_with_gptq(item) for item in items]
+    items = _items(shapes, tied)
     parameters = source.config.parameter_count
 
     def size(chosen: Mapping[_Item, str]) -> int:
@@ -126,65 +134,73 @@ def mixed_recipe(
         rules = tuple(Rule(re.escape(name), Scheme.parse(scheme)) for name in tensors)
         return count(resolve(Recipe(rules), tensors), tied)
 
-    sizes = {
-        (item, scheme.name): one_size(item, scheme.name) for item in items for scheme in schemes
-    }
-    chosen = {item: min(item.costs, key=lambda name: sizes[item, name]) for item in items}
-    most = {item: max(item.costs, key=lambda name: sizes[item, name]) for item in items}
-    allowed, least = budget.of(parameters), size(chosen)
+    names = [scheme.name for scheme in schemes]
+    sizes = {(item, name): one_size(item, name) for item in items for name in names}
+    chosen = {item: min(names, key=lambda name: sizes[item, name]) for item in items}
+    largest = {item: max(names, key=lambda name: sizes[item, name]) for item in items}
+    allowed, least, most = budget.of(parameters), size(chosen), size(largest)
     if allowed < least:
-        raise EdgekitError(_too_small(budget, least, size(most), parameters))
-    _spend(chosen, sizes, allowed - least)
+        raise EdgekitError(_too_small(budget, least, most, others(), parameters))
+    costs: _Costs | None = None
+    if allowed < most:
+        costs = _measured(source, schemes, items, text, progress or no_steps, gptq)
+        _spend(chosen, costs, sizes, allowed - least)
+    else:
+        chosen = largest
     total = size(chosen)
     choices = tuple(
-        (name, scheme, item.costs[scheme] if place == 0 else None)
+        (name, scheme, costs[item][scheme] if costs is not None and place == 0 else None)
         for item, scheme in chosen.items()
         for place, name in enumerate(item.tensors)
     )
-    predicted = sum(item.costs[scheme] for item, scheme in chosen.items())
-    recipe = _recipe(chosen, budget)
-    return Mixed(recipe, total, 8 * total / parameters, predicted, choices)
+    predicted = (
+        None if costs is None else sum(costs[item][scheme] for item, scheme in chosen.items())
+    )
+    return Mixed(_recipe(chosen, budget), total, 8 * total / parameters, predicted, choices)
 
 
-def _items(
+def _items(shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> list[_Item]:
+    """Return the matrices in order, a tied one with the one that it is tied to."""
+    return [
+        _Item((name, *(other for other, first in tied.items() if first == name)))
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name not in tied
+    ]
+
+
+def _measured(
     source: ModelSource,
     schemes: Sequence[Scheme],
-    tied: Mapping[str, str],
+    items: Sequence[_Item],
     text: str,
     progress: Steps,
-) -> list[_Item]:
+    gptq: bool,
+) -> _Costs:
     costs: dict[str, dict[str, float]] = {}
     for found in sensitivities(source, schemes, text, lambda scheme: _named(progress, scheme.name)):
         for cost in found.costs:
             costs.setdefault(cost.tensor, {})[found.scheme] = cost.kld
-    order = [name for name in tied_shapes(source.config.tensor_shapes())[0] if name in costs]
-    items = []
-    for name in order:
-        if name in tied:
-            continue
-        sharing = [other for other, first in tied.items() if first == name]
-        total = {
-            scheme: cost + sum(costs[other][scheme] for other in sharing)
-            for scheme, cost in costs[name].items()
+
+    def left(item: _Item) -> float:
+        return LEFT_BY_GPTQ if gptq and in_layers(item.tensors[0]) else 1.0
+
+    return {
+        item: {
+            scheme.name: left(item) * sum(costs[name][scheme.name] for name in item.tensors)
+            for scheme in schemes
         }
-        items.append(_Item((name, *sharing), total))
-    return items
+        for item in items
+    }
 
 
-def _with_gptq(item: _Item) -> _Item:
-    if not in_layers(item.tensors[0]):
-        return item
-    return _Item(item.tensors, {name: LEFT_BY_GPTQ * cost for name, cost in item.costs.items()})
-
-
-def _spend(chosen: dict[_Item, str], sizes: Mapping[tuple[_Item, str], int], left: int) -> None:
+def _spend(chosen: dict[_Item, str], costs: _Costs, sizes: _Sizes, left: int) -> None:
     """Change schemes for the better until nothing fits that helps."""
     while True:
         best: tuple[float, _Item, str, int] | None = None
         for item, now in chosen.items():
-            for scheme, cost in item.costs.items():
+            for scheme, cost in costs[item].items():
                 more = sizes[item, scheme] - sizes[item, now]
-                saved = item.costs[now] - cost
+                saved = costs[item][now] - cost
                 # Where both cost as many bytes the better one is free.
                 if saved <= 0 or more > left:
                     continue
@@ -207,12 +223,46 @@ def _recipe(chosen: Mapping[_Item, str], budget: Budget) -> Recipe:
     return Recipe(tuple(rules), name=f"mixed-{budget.label}")
 
 
-def _too_small(budget: Budget, least: int, most: int, parameters: int) -> str:
-    if budget.bytes is None:
-        low, high = (f"{8 * size / parameters:.3f} bits per weight" for size in (least, most))
-    else:
-        low, high = (f"{size:,} bytes" for size in (least, most))
-    return f"{budget.option}: all tensors together take at least {low}, and at most {high}"
+def least_bytes(
+    shapes: Mapping[str, tuple[int, ...]], schemes: Sequence[Scheme], count: CountBytes
+) -> int:
+    """Return the fewest bytes of all tensors of a model, head included, with some schemes."""
+    shapes, tied = tied_shapes(shapes)
+
+    def size(name: str, scheme: Scheme) -> int:
+        row = resolve(Recipe((Rule(re.escape(name), scheme),)), {name: shapes[name]})
+        return count(row, {})
+
+    recipe = Recipe(
+        tuple(
+            Rule(re.escape(name), min(schemes, key=lambda scheme: size(name, scheme)))
+            for name, shape in shapes.items()
+            if len(shape) == 2
+        )
+    )
+    return count(resolve(recipe, shapes), tied)
+
+
+def _too_small(
+    budget: Budget, least: int, most: int, others: Mapping[str, int], parameters: int
+) -> str:
+    def amount(size: int) -> str:
+        bits = f"{8 * size / parameters:.3f} bits per weight"
+        return bits if budget.bytes is None else f"{size:,} bytes"
+
+    text = (
+        f"{budget.option}: all tensors together take at least {amount(least)}, and at most "
+        f"{amount(most)}"
+    )
+    smaller = {name: size for name, size in others.items() if size < least}
+    fitting = {name: size for name, size in smaller.items() if size <= budget.of(parameters)}
+    if fitting:
+        name = max(fitting, key=lambda name: fitting[name])
+        return f"{text}; {name} takes {amount(fitting[name])}"
+    if smaller:
+        name = min(smaller, key=lambda name: smaller[name])
+        return f"{text}; even {name} takes {amount(smaller[name])}: give more, or a smaller model"
+    return f"{text}: give more, or a smaller model"
 
 
 def _named(progress: Steps, scheme: str) -> Steps:

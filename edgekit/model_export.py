@@ -16,10 +16,10 @@ from edgekit.exporters.llama_formats import FORMATS
 from edgekit.exporters.llama_quantize import quantizer_version
 from edgekit.exporters.model_weights import Weights
 from edgekit.exporters.stored import refusal, stored_rows, stored_table
-from edgekit.exporters.target import Job, Options, Target, find_target
+from edgekit.exporters.target import TARGETS, Job, Options, Target, find_target
 from edgekit.files import sha256_of
 from edgekit.last_words import half_written
-from edgekit.mixed import CANDIDATES, CountBytes, Mixed
+from edgekit.mixed import CANDIDATES, CountBytes, Mixed, least_bytes
 from edgekit.models.codes import CodesFile
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.progress import Progress, Steps
@@ -81,27 +81,39 @@ def plan_export(
     codes: Path | None = None,
     quality: Quality | None = None,
     steps: Steps | None = None,
+    adapter: Path | None = None,
 ) -> Plan:
     """Resolve names, schemes and limits; every refusal that needs no weights happens here.
 
     `recipe` is `format_recipe`'s where the options name one of llama.cpp's formats, and has no
-    meaning for `codes`, a file whose codes are packed as they are. For a budget the cost of each
-    tensor is measured here, and `steps` is told.
+    meaning for `codes`, a file whose codes are packed as they are. `adapter` is merged into the
+    weights. For a budget the cost of each tensor is measured here, and `steps` is told.
     """
     quality = quality or Quality()
     options = options or Options()
     writer = find_target(target, options)
-    source = resolve_model(model, revision=revision, random_weights=random_weights)
+    source = resolve_model(model, revision=revision, random_weights=random_weights, adapter=adapter)
     try:
         writer.check_config(source.config, options)
     except EdgekitError as error:
         raise EdgekitError(f"{source.id}: {str(error).removeprefix('config: ')}") from error
     stored = None if codes is None else CodesFile.open(codes, source.config)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
+    limit = source.config.max_context
+    context = source.config.default_context if context is None else context
+    least = min(MIN_CONTEXT, limit)
+    if not least <= context <= limit:
+        raise EdgekitError(f"--context {context}: {source.id} takes {least} to {limit} tokens")
     mixed = None
     if codes is None and options.llama_format is None:
         recipe, mixed = choose_recipe(
-            source, recipe, quality, _schemes(writer, shapes), _counter(writer), steps
+            source,
+            recipe,
+            quality,
+            _schemes(writer, shapes),
+            _counter(writer),
+            steps,
+            others=lambda: _other_targets(target, source.config.tensor_shapes()),
         )
     rows: Sequence[Resolved] = resolve(recipe, shapes) if stored is None else stored.rows
     if stored is not None:
@@ -110,11 +122,6 @@ def plan_export(
         writer.check_rows(stored_rows(rows, writer.HELD_AS_SUCH))
     except EdgekitError as error:
         raise refusal(error, rows, writer.HELD_AS_SUCH) from error
-    limit = source.config.max_context
-    context = source.config.default_context if context is None else context
-    least = min(MIN_CONTEXT, limit)
-    if not least <= context <= limit:
-        raise EdgekitError(f"--context {context}: {source.id} takes {least} to {limit} tokens")
     table = _table(source, rows, tied, options, writer)
     return Plan(source, recipe, rows, tied, table, context, target, options, stored, quality, mixed)
 
@@ -142,6 +149,17 @@ def _counter(writer: Target) -> CountBytes:
         return sum(writer.stored_bytes(row) for row in stored if row.tensor not in once)
 
     return count
+
+
+def _other_targets(target: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Return the other targets as a user gives them, with the fewest bytes a budget has there."""
+    found = {}
+    for name in TARGETS:
+        if name != target:
+            writer = find_target(name, Options())
+            schemes = _schemes(writer, tied_shapes(shapes)[0])
+            found[f"--target {name}"] = least_bytes(shapes, schemes, _counter(writer))
+    return found
 
 
 @contextmanager
@@ -279,6 +297,7 @@ def _manifest(plan: Plan, verification: dict[str, Any]) -> dict[str, Any]:
             "random_weights": source.random_weights,
             "sha256": source.checkpoint.sha256(),
             "parameters": source.config.parameter_count,
+            **({} if source.adapter is None else {"adapter": source.adapter.to_dict()}),
         },
         "target": plan.target,
         "file": plan.model_file,

@@ -30,6 +30,7 @@ with quiet_imports():
     from edgekit.module_codes import place_codes
     from edgekit.module_data import open_data
     from edgekit.quantize.calibration import Calibration
+    from edgekit.quantize.qat.training import is_prepared
     from edgekit.quantize.traced.calibrate import Batch, calibrate, mini_batch, parts
     from edgekit.quantize.traced.fold import fold_batch_norms
     from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
@@ -119,6 +120,11 @@ def place_module(
 
     A file of `codes` decides that instead of the recipe.
     """
+    if isinstance(module, nn.Module) and is_prepared(module):
+        raise EdgekitError(
+            "the module is prepared for training: export what its finalize() returns, with "
+            "export_network"
+        )
     traced = fold_batch_norms(trace(module, example_inputs, max_batch))
     if codes is not None:
         return place_codes(traced, codes)

@@ -1,6 +1,6 @@
 """Codes of a model in a file, by a recipe, a calibration and a budget: `edgekit quantize`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from edgekit.quantize.storage import About, short_text
 from edgekit.quantize.table import total_bytes
 from edgekit.quantize.write import quantize_to_file
 from edgekit.runtime.divergence import Estimate
-from edgekit.sensitivity import divergence_of
+from edgekit.sensitivity import check_tokens, divergence_of
 
 _END = 1000
 """Characters at the end of a calibration text: in most languages no more than a chunk's tokens."""
@@ -49,10 +49,11 @@ def choose_recipe(
     schemes: Sequence[Scheme],
     count: CountBytes = total_bytes,
     progress: Steps | None = None,
+    others: Callable[[], Mapping[str, int]] = dict,
 ) -> tuple[Recipe, Mixed | None]:
     """Return the recipe with the ranges that were asked for, or what a budget chooses instead.
 
-    `schemes` and `count` as in `mixed_recipe`.
+    `schemes`, `count` and `others` as in `mixed_recipe`.
     """
     mixed = None
     if quality.budget is not None:
@@ -62,13 +63,25 @@ def choose_recipe(
                 "again: give a file"
             )
         text = _text(quality)
+        check_tokens(source, text)
+        if quality.calibrate is not None:
+            read_texts(source, quality.calibrate)  # one that is too short says so before measuring
         gptq = quality.calibrate is not None and quality.method in (None, "gptq")
-        mixed = mixed_recipe(source, quality.budget, schemes, text, count, progress, gptq)
+        mixed = mixed_recipe(source, quality.budget, schemes, text, count, progress, gptq, others)
         recipe = mixed.recipe
     check_method(quality.method, recipe)
     if quality.method is not None:
         recipe = with_ranges(recipe, "rtn" if quality.method == "rtn" else "mse")
     return recipe, mixed
+
+
+def smaller_schemes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Return the schemes below 4 bits as a user gives them, with a model's bytes in a file."""
+    shapes, tied = tied_shapes(shapes)
+    return {
+        f"--scheme {name}": total_bytes(resolve(Recipe.named(name), shapes), tied)
+        for name in ("cb3", "cb2")
+    }
 
 
 def write_codes(

@@ -174,6 +174,11 @@ def _source(name: str) -> ModelSource:
     return source
 
 
+def check_tokens(source: ModelSource, text: str) -> None:
+    """Raise EdgekitError for a text that is too short to measure on, and without a tokenizer."""
+    _tokens(source, text)
+
+
 def _tokens(source: ModelSource, text: str) -> list[int]:
     if source.folder is None:
         raise EdgekitError(f"{source.id}: random weights have no tokenizer to read a text with")

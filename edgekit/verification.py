@@ -30,24 +30,27 @@ from edgekit.runtime.engine import import_engine, load_engine
 VERIFY_TOKENS = 128
 
 
-def verify_artifact(path: Path, model: str | None, progress: Progress) -> dict[str, Any]:
+def verify_artifact(
+    path: Path, model: str | None, progress: Progress, adapter: Path | None = None
+) -> dict[str, Any]:
     """Verify an artifact anew and record the figures in its manifest; return the manifest.
 
     Of a module the manifest is returned with the figures, and the file keeps those of its export.
-    `model` is where the weights are, by default what the manifest names. They must be those that
+    `model` is where the weights are, by default what the manifest names, `adapter` the folder of
+    the adapter that was merged into them. They must be those that
     the artifact was made of. Raises EdgekitError where they are not or the engine is missing, and
     VerificationError, the manifest left as it was, where the file computes something else.
     """
     # A few wrong bytes among the weights move no logit enough to be seen.
     artifact = open_unchanged(path)
     if artifact.is_module:
-        if model is not None:
-            raise EdgekitError(f"{path}: is a module, which is verified without --model")
+        if model is not None or adapter is not None:
+            raise EdgekitError(f"{path}: is a module, which is verified without a model")
         return verify_module_artifact(artifact, progress)
     target = find_target(artifact.target, Options())
     import_engine(target.NAME)
     progress("reading the model")
-    source = model_of(artifact, model, "say with --model where the weights are")
+    source = model_of(artifact, model, "say with --model where the weights are", adapter)
     tokens = verification_tokens(source, artifact.context)
     progress("computing the reference")
     expected = expected_logits(source, _weights(artifact, source), tokens, target)

@@ -136,7 +136,9 @@ class MovingAverage:
         return self._seen
 
     def state(self) -> list[float]:
-        """Return all that `restore` needs to go on."""
+        """Return all that `restore` needs to go on: finite numbers, zeros before any mini-batch."""
+        if not self._seen:
+            return [0.0] * 5
         return [
             self._seen,
             self._least,
@@ -146,9 +148,12 @@ class MovingAverage:
         ]
 
     def restore(self, state: list[float]) -> None:
-        """Go on from what `state` returned."""
-        seen, self._least, self._most, self._extremes.least, self._extremes.most = state
-        self._seen = int(seen)
+        """Go on from what `state` returned, or from an average of several such states."""
+        seen, self._least, self._most, least, most = state
+        self._seen = max(round(seen), int(seen > 0))
+        self._extremes = _Extremes()
+        if self._seen:
+            self._extremes.least, self._extremes.most = least, most
 
 
 class Histogram:

@@ -25,6 +25,7 @@ from edgekit.runtime.record import (
     ArtifactResult,
     Bandwidth,
     Interference,
+    Memory,
     Record,
     Sample,
     Settings,
@@ -74,11 +75,22 @@ def bench(
     return _run(subjects, shapes, settings, machine, progress or no_steps)
 
 
-def load_each(artifacts: Sequence[Path], threads: int | None = None) -> Record:
-    """Load every artifact and run none: a record of what is known of them without a test."""
+def describe_each(artifacts: Sequence[Path], threads: int | None = None) -> Record:
+    """Return the record of no test: what the files say, which no engine has to load for it."""
     check_threads(threads)
-    settings = Settings((), (), (), 0, physical_cores() if threads is None else threads, 0.0, 0)
-    return _run(_open(artifacts), [], settings, probe(), no_steps)
+    machine, now = probe(), conditions().to_dict()
+    used = physical_cores() if threads is None else threads
+    bandwidth = measure_read_bandwidth(used)
+    return Record(
+        edgekit_version=__version__,
+        timestamp_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine.to_dict(),
+        settings=Settings((), (), (), 0, used, 0.0, 0),
+        conditions_before=now,
+        conditions_after=now,
+        bandwidth=Bandwidth(bandwidth, bandwidth),
+        artifacts=tuple(_described(subject) for subject in _open(artifacts)),
+    )
 
 
 def plan(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]) -> list[Shape]:
@@ -132,6 +144,20 @@ def _open(paths: Sequence[Path]) -> list[_Subject]:
         _Subject(name, file, holdings_of(file))
         for name, file in zip(distinct_names(paths), files, strict=True)
     ]
+
+
+def _described(subject: _Subject) -> ArtifactResult:
+    return ArtifactResult(
+        **_file_facts(subject),
+        context=subject.file.longest,
+        engine=subject.file.engine,
+        engine_version=None,
+        affinity=(),
+        import_ns=None,
+        load_ns=None,
+        memory=Memory(peak=None, before_load=None),
+        tests=(),
+    )
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
@@ -264,16 +290,23 @@ def _artifact_result(
     peak: int | None,
     tests: Sequence[ShapeResult],
 ) -> ArtifactResult:
-    file = subject.file
     return ArtifactResult(
-        name=subject.name,
-        path=str(file.place),
-        target=file.engine,
-        model=subject.holdings.model,
-        schemes=subject.holdings.schemes,
-        file_bytes=file.file_bytes,
+        **_file_facts(subject),
         context=load["context"],
         **process_facts(load, peak),
-        traffic=subject.holdings.traffic,
         tests=tuple(tests),
     )
+
+
+def _file_facts(subject: _Subject) -> dict[str, Any]:
+    """Return the fields of `ArtifactResult` that a file tells unopened."""
+    file = subject.file
+    return {
+        "name": subject.name,
+        "path": str(file.place),
+        "target": file.engine,
+        "model": subject.holdings.model,
+        "schemes": subject.holdings.schemes,
+        "file_bytes": file.file_bytes,
+        "traffic": subject.holdings.traffic,
+    }

@@ -7,6 +7,7 @@ from typing import Any
 
 from edgekit.artifact import MANIFEST, TARGET_OF, Artifact
 from edgekit.errors import EdgekitError
+from edgekit.files import stand_in
 from edgekit.genai_config import GenaiConfig, is_genai_folder
 from edgekit.models.tokenizer import TOKENIZER_FILE, TextTokenizer, Tokenizer
 from edgekit.onnx_file import OnnxFile
@@ -130,6 +131,9 @@ def _genai_folder(place: Path) -> ModelFile:
 
 
 def _bare_file(place: Path) -> ModelFile:
+    found = stand_in(place)
+    if found is not None:
+        raise EdgekitError(f"{place}: {found}")
     engine = TARGET_OF.get(place.suffix.lower())
     if engine is None:
         raise EdgekitError(

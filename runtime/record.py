@@ -275,11 +275,11 @@ class InProcess:
     """
 
     engine: str
-    engine_version: str
+    engine_version: str | None
     engine_built: str | None
     affinity: tuple[int, ...]
-    import_ns: int
-    load_ns: int
+    import_ns: int | None
+    load_ns: int | None
     memory: Memory
 
     def process(self) -> dict[str, Any]:
@@ -315,6 +315,8 @@ class ArtifactResult(InProcess):
     """One artifact's identity, its process and its tests.
 
     `schemes` and `traffic` are empty and None for a file that edgekit neither made nor can read.
+    What only a process knows is None where none ran: the engine's version, what loading took, the
+    context of a file that does not state it.
     """
 
     name: str
@@ -323,12 +325,12 @@ class ArtifactResult(InProcess):
     model: Mapping[str, Any]
     schemes: Mapping[str, Mapping[str, int]]
     file_bytes: int
-    context: int
+    context: int | None
     engine: str
-    engine_version: str
+    engine_version: str | None
     affinity: tuple[int, ...]
-    import_ns: int
-    load_ns: int
+    import_ns: int | None
+    load_ns: int | None
     memory: Memory
     traffic: Traffic | None
     tests: tuple[ShapeResult, ...]

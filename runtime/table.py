@@ -80,7 +80,7 @@ def loading_cells(item: InProcess) -> list[str]:
     """Return an artifact's engine, how long it loaded, and its memory at most and before."""
     return [
         f"{item.engine} {item.engine_version}",
-        f"{item.load_ns / 1e6:.1f}",
+        _NOTHING if item.load_ns is None else f"{item.load_ns / 1e6:.1f}",
         megabytes(item.memory.peak),
         megabytes(item.memory.before_load),
     ]

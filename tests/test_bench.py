@@ -196,7 +196,7 @@ def test_each_artifact_has_its_own_engine_load_and_memory(
     for artifact in record.artifacts:
         assert artifact.engine == manifest["target"] == "executorch"
         assert artifact.model["sha256"] == manifest["model"]["sha256"]
-        assert artifact.load_ns > 0
+        assert artifact.load_ns is not None and artifact.load_ns > 0
         assert artifact.memory.peak is not None
         assert artifact.memory.before_load is not None
         assert artifact.memory.peak > artifact.memory.before_load

@@ -151,8 +151,8 @@ def test_unknown_names_are_one_line(name: str, message: str) -> None:
 def test_folders_that_are_no_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EdgekitError, match=f"{tmp_path}: holds no config.json"):
         resolve_model(str(tmp_path))
-    file = tmp_path / "model.gguf"
-    file.touch()
+    file = tmp_path / "notes.txt"
+    file.write_text("no model")
     with pytest.raises(EdgekitError, match="is a file; give the folder"):
         resolve_model(str(file))
     other = resolve_model(str(make_folder(tmp_path / "other", vocab_size=33)))

@@ -210,7 +210,7 @@ def test_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle is never loaded")
-    with pytest.raises(EdgekitError, match="no model.safetensors and no model.safetensors.index"):
+    with pytest.raises(EdgekitError, match="pytorch_model.bin, a pickle, .* is not loaded"):
         Checkpoint.open(tmp_path)
 
 
@@ -219,7 +219,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     content = file.read_bytes()
     for size in range(len(content)):
         file.write_bytes(content[:size])
-        with pytest.raises(EdgekitError, match="truncated"):
+        with pytest.raises(EdgekitError, match="truncated" if size else "is empty"):
             Checkpoint.open(tmp_path)
     file.write_bytes(content + b"\0")
     with pytest.raises(EdgekitError, match="1 bytes follow the last tensor"):
@@ -360,7 +360,7 @@ def test_an_index_and_its_shards_must_agree(tmp_path: Path) -> None:
 
     index.write_text(json.dumps(content))
     (tmp_path / places[EMBEDDING]).unlink()
-    with pytest.raises(EdgekitError, match="cannot be read: No such file"):
+    with pytest.raises(EdgekitError, match=f"1 of 3 shards missing: {places[EMBEDDING]}: download"):
         Checkpoint.open(tmp_path)
 
 

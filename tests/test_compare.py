@@ -1,8 +1,11 @@
 """`edgekit compare` on real artifacts, its page, and the plots on their own."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -108,9 +111,56 @@ def test_speed_may_be_left_out(tiny_artifact: Path, tmp_path: Path) -> None:
     for one in facts["artifacts"]:
         assert one["tokens_per_second"] == {"pp": None, "tg": None}
         assert one["peak_bytes"] is None
-        assert one["engine"]["version"]
+        assert one["engine"] == {"name": "executorch", "version": None}  # none was loaded
+    assert facts["file"] == str(output)
     assert facts["artifacts"][1]["weights"].startswith("identical to ")
     assert "speed not measured" in output.read_text()
+
+
+_ENGINES = ("llama_cpp", "onnxruntime", "executorch.extension", "executorch.runtime")
+
+
+@pytest.mark.slow
+def test_what_files_say_needs_no_engine(tiny_artifact: Path, tmp_path: Path) -> None:
+    """In a process in which no run time can be imported, as where none is installed."""
+    places = [tiny_artifact]
+    for target in ("gguf", "onnx"):
+        places.append(
+            export_model("lfm2-tiny", tmp_path / target, target=target, context=64).folder
+        )
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.startswith({_ENGINES!r}):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+    )
+    paths = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    command = [sys.executable, "-m", "edgekit", "compare", *map(str, places)]
+    found = subprocess.run(
+        [*command, "-p", "0", "-n", "0"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (found.returncode, found.stderr) == (0, ""), found.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.stdout.splitlines()]
+    assert [row[1] for row in rows[2:5]] == ["executorch", "gguf", "onnx"]
+    assert [row[-1] for row in rows[3:5]] == [f"identical to {tiny_artifact.name}"] * 2
+    needed = subprocess.run(
+        [*command, "-p", "8", "-n", "0"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert needed.returncode != 0
+    assert "pip install 'edgekit[" in needed.stderr
 
 
 def test_bits_per_weight_are_those_of_inspect(tmp_path: Path) -> None:
@@ -241,6 +291,7 @@ def test_the_command_writes_its_page(tiny_artifact: Path, tmp_path: Path) -> Non
     done = run(*arguments)
     assert (done.exit_code, done.stderr) == (0, "")
     assert "| artifact" in done.stdout
+    assert done.stdout.endswith(f"\nwrote {output}\n")
     assert output.read_text().startswith("<!doctype html>")
     again = run(*arguments)
     assert (again.exit_code, again.stdout) == (2, "")

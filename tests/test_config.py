@@ -203,7 +203,7 @@ def test_any_value_of_any_key_is_read_or_refused(key: str, value: object) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not valid JSON"),
+        (b"", "is empty: its download did not finish"),
         (b"[1]", "must hold a JSON object"),
         (b"\xff\xfe{", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),

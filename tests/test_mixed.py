@@ -21,7 +21,7 @@ from edgekit.gguf_file import GgufFile
 from edgekit.mixed import mixed_recipe
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.quality import Budget
-from edgekit.quantize.recipe import EMBEDDING, HEAD, resolve, tied_shapes
+from edgekit.quantize.recipe import EMBEDDING, HEAD, Recipe, Rule, resolve, tied_shapes
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import load_quantized
 from edgekit.quantize.table import total_bytes
@@ -50,8 +50,8 @@ def test_the_choice_fits_and_more_bytes_cost_less() -> None:
         assert {row.scheme.name for row in rows} == {"w4g32", "w8", "float"}
         by_name = {row.tensor: row.scheme for row in rows}
         assert by_name[EMBEDDING] == by_name[HEAD]
-    costs = [mixed.predicted_kld for mixed in found]
-    assert costs == sorted(costs, reverse=True)
+    costs = [mixed.predicted_kld or 0.0 for mixed in found[:3]]
+    assert costs == sorted(costs, reverse=True) and costs[-1] > 0
     assert {scheme for _, scheme, _ in found[-1].choices} == {"w8"}
 
 
@@ -67,9 +67,11 @@ def test_what_gptq_leaves_counts_for_the_layers_alone() -> None:
 
 def test_what_gptq_leaves_is_the_share_that_was_measured() -> None:
     """0.36 of the divergence in README's table; with one scheme both choose the same."""
-    source, only = resolve_model("lfm2-tiny"), [Scheme.parse("w4g32")]
+    source, both = resolve_model("lfm2-tiny"), [Scheme.parse("w4g32"), Scheme.parse("w8")]
+    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    least = total_bytes(resolve(Recipe((Rule(".*", both[0]),)), shapes), tied)
     plain, gptq = (
-        mixed_recipe(source, Budget(bits=64), only, TEXT, gptq=each).choices
+        mixed_recipe(source, Budget(bytes=least), both, TEXT, gptq=each).choices
         for each in (False, True)
     )
     assert len(plain) > 2
@@ -95,25 +97,26 @@ def test_the_float_model_runs_once_for_all_schemes(
 
     monkeypatch.setattr(sensitivity._FloatRun, "of", counted)
     monkeypatch.setattr(sensitivity._FloatRun, "cost", lambda self, name, scheme: (1.0, 0.5))
-    mixed_recipe(resolve_model("lfm2-tiny"), Budget(bits=64.0), SCHEMES, TEXT)
+    mixed_recipe(resolve_model("lfm2-tiny"), Budget(bits=5.5), SCHEMES, TEXT)
     assert len(runs) == 1
 
 
 def test_the_greedy_choice_is_close_to_the_best() -> None:
-    costs = [{"a": 5.0, "b": 1.0}, {"a": 4.0, "b": 3.9}, {"a": 3.0, "b": 0.5, "c": 0.4}]
-    items = [module._Item((str(place),), each) for place, each in enumerate(costs)]
+    given = [{"a": 5.0, "b": 1.0}, {"a": 4.0, "b": 3.9}, {"a": 3.0, "b": 0.5, "c": 0.4}]
+    costs = {module._Item((str(place),)): each for place, each in enumerate(given)}
+    items = list(costs)
     sizes = {(item, name): size for item in items for name, size in (("a", 1), ("b", 3), ("c", 9))}
     for left in range(12):
         chosen = dict.fromkeys(items, "a")
-        module._spend(chosen, sizes, left)
+        module._spend(chosen, costs, sizes, left)
         spent = sum(sizes[item, name] - 1 for item, name in chosen.items())
         assert spent <= left
         best = min(
-            sum(item.costs[name] for item, name in zip(items, names, strict=True))
-            for names in product(*(item.costs for item in items))
+            sum(costs[item][name] for item, name in zip(items, names, strict=True))
+            for names in product(*costs.values())
             if sum(sizes[pair] - 1 for pair in zip(items, names, strict=True)) <= left
         )
-        assert sum(item.costs[name] for item, name in chosen.items()) <= best + 0.11
+        assert sum(costs[item][name] for item, name in chosen.items()) <= best + 0.11
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,83 @@ def test_the_greedy_choice_is_close_to_the_best() -> None:
 def test_an_impossible_budget(budget: Budget, message: str) -> None:
     with pytest.raises(EdgekitError, match=message):
         mixed_recipe(resolve_model("lfm2-tiny"), budget, SCHEMES, TEXT)
+
+
+def refuse_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: object) -> None:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr("edgekit.mixed.sensitivities", measured)
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "said"),
+    [
+        (
+            ("quantize",),
+            ("--target-size", "2MB"),
+            "3,272,192 bytes, and at most 6,216,192 bytes; even --scheme cb2 takes 2,431,672 bytes",
+        ),
+        (("quantize",), ("--target-size", "3MB"), "; --scheme cb2 takes 2,431,672 bytes"),
+        (("quantize",), ("--bits", "3.5"), "; --scheme cb2 takes 3.187 bits per weight"),
+        (("export", "--target", "executorch"), ("--bits", "4.7"), "; --target gguf takes 4.539"),
+        (("export", "--target", "gguf"), ("--bits", "2"), "give more, or a smaller model"),
+    ],
+)
+def test_an_impossible_budget_is_refused_before_anything_is_measured(
+    command: tuple[str, ...],
+    given: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refuse_to_measure(monkeypatch)
+    done = run(*command, "lfm2-tiny", *given, "-o", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_said_to_fit_is_what_it_takes(tmp_path: Path) -> None:
+    done = run("quantize", "lfm2-tiny", "--scheme", "cb2", "--dry-run", "--json")
+    assert json.loads(done.stdout)["bytes"] == 2_431_672
+
+
+def test_a_budget_above_the_most_measures_no_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_measure(monkeypatch)
+    done = run("quantize", "lfm2-tiny", "--target-size", "6216192B", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "6,216,192 bytes, 8.148 bits per weight: the budget holds the most" in done.stdout
+    record = json.loads(run("quantize", "lfm2-tiny", "--bits", "60", "--dry-run", "--json").stdout)
+    assert record["mixed"]["predicted_kld"] is None
+    assert {one["scheme"] for one in record["mixed"]["choices"]} == {"w8"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--context", "9999999"), "--context 9999999: lfm2-tiny takes"),
+        (("--calibrate", "short.txt"), "tokens; calibration needs at least 1024"),
+        (("--calibrate", "tiny.txt"), "tokens; at least 32 are needed"),
+        (("--imatrix", "none.gguf"), "--imatrix is for llama.cpp's own formats"),
+        (("-o", "no/where/out"), "does not exist, so out cannot be made in it"),
+    ],
+)
+def test_what_is_known_to_fail_does_so_before_anything_is_measured(
+    arguments: tuple[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_measure(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("Once upon a time there was a dog. " * 40)
+    Path("tiny.txt").write_text("Once upon a time.")
+    done = run("export", "lfm2-tiny", "--target", "gguf", "--bits", "5.5", *arguments)
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt", "tiny.txt"]
 
 
 def test_quantize_writes_the_choice_and_measures_it(tmp_path: Path) -> None:

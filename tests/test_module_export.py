@@ -84,7 +84,7 @@ def test_inspect_shows_integer_layers_and_verify_needs_no_weights(tmp_path: Path
     parts = {part["name"] for part in report.to_dict()["components"]}
     assert {"convolutions, int8 per channel", "linears, int8 per channel", "biases, int32"} <= parts
     assert not any("float" in part or "norms" in part for part in parts)
-    with pytest.raises(EdgekitError, match="is verified without --model"):
+    with pytest.raises(EdgekitError, match="is verified without a model"):
         verify_artifact(artifact.folder, "lfm2-tiny", lambda stage: None)
     found = verify_artifact(artifact.folder, None, lambda stage: None)["verification"]
     assert found["verified"]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.observers import ActivationParameters
@@ -110,10 +110,10 @@ def test_what_training_sees_is_what_the_codes_stand_for(
     weight = _random(6, 64, seed=3).requires_grad_()
     quantizer = WeightQuantizer("w", grid, axis, group_size, method)  # type: ignore[arg-type]
     if learn:
-        quantizer.learn(weight)
+        quantizer.learn(weight, nn.Module(), "scales")
         assert quantizer.learned is not None
         with torch.no_grad():
-            quantizer.learned.mul_(0.83)  # no storable numbers, and some weights are clipped
+            quantizer.learned.values.mul_(0.83)  # no storable numbers, and some weights are clipped
     values, scales = quantizer.fake(weight)
     codes = quantizer.codes(weight)
     assert torch.equal(values, codes.dequantize())

@@ -1,12 +1,17 @@
 """`edgekit bench`: prefill and decode speed, latency, load time and memory of artifacts."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgekit.commands._engine_options import threads_option
 from edgekit.commands._progress import progress_line
 from edgekit.errors import EdgekitError
+
+if TYPE_CHECKING:
+    from edgekit.runtime.record import Saved
 
 
 def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -148,11 +153,18 @@ def command(
         )
     from edgekit.runtime.table import render
 
+    _show(record, lambda: render(record), as_json, output)
+
+
+def _show(record: "Saved", render: Callable[[], str], as_json: bool, output: Path | None) -> None:
     try:
-        click.echo(record.to_json() if as_json else render(record))
+        # Of JSON the record and nothing else, equal to the file.
+        click.echo(record.to_json() if as_json else render())
     finally:  # what took long is kept in one place where the other is full or gone
         if output is not None:
             record.save(output)
+    if output is not None and not as_json:
+        click.echo(f"\nwrote {output}")
 
 
 def _bench_modules(
@@ -175,8 +187,4 @@ def _bench_modules(
             raise EdgekitError(f"{option} is for language models, {artifacts[0]} is a module")
     with progress_line() as show:
         record = bench_modules(artifacts, batch, repetitions, threads, cooldown_s, seed, show)
-    try:
-        click.echo(record.to_json() if as_json else render(record))
-    finally:
-        if output is not None:
-            record.save(output)
+    _show(record, lambda: render(record), as_json, output)

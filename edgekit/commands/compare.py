@@ -76,7 +76,8 @@ def command(
     They are folders that `edgekit export` wrote, or files of others: a .gguf, a .pte, a folder of
     onnxruntime-genai's. What cannot be known of one is a dash. Quality needs a --text, divergence
     and the weights' noise a --reference. Speeds are those of `edgekit bench`, repetition by
-    repetition in turn; -p 0 -n 0 skips them. Weights are read back from the files.
+    repetition in turn; -p 0 -n 0 skips them, and then no engine has to be installed, but for
+    quality. Weights are read back from the files.
     """
     from edgekit.files import check_output_file, new_file, read_text
     from edgekit.interrupts import interrupts_end_the_process
@@ -104,10 +105,12 @@ def command(
         )
     try:
         if as_json:
-            print_json(found.to_dict())
+            print_json(found.to_dict() | {"file": None if output is None else str(output)})
         else:
             click.echo(found.text())
     finally:  # what took long is kept in one place where the other is full or gone
         if output is not None:
             with new_file(output) as scratch:
                 scratch.write_text(page(found), encoding="utf-8")
+    if output is not None and not as_json:
+        click.echo(f"\nwrote {output}")

@@ -60,6 +60,12 @@ if TYPE_CHECKING:
     help="What `edgekit imatrix` or llama-imatrix measured, for llama.cpp's own formats.",
 )
 @module_options
+@click.option(
+    "--adapter",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="A LoRA adapter (PEFT) to merge into the weights first.",
+)
 @click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
 @click.option("--random-weights", is_flag=True, help="The model's shapes with random weights.")
 @click.option("--dry-run", is_flag=True, help="Print what each tensor would be stored as; stop.")
@@ -77,6 +83,7 @@ def command(
     abi: Literal["genai", "transformersjs"],
     portable: bool,
     imatrix: Path | None,
+    adapter: Path | None,
     revision: str | None,
     random_weights: bool,
     dry_run: bool,
@@ -111,6 +118,7 @@ def command(
             abi=abi != "genai",
             portable=portable,
             imatrix=imatrix,
+            adapter=adapter,
             revision=revision,
             random_weights=random_weights,
         )
@@ -156,13 +164,14 @@ def command(
             codes=codes,
             quality=quality,
             steps=show,
+            adapter=adapter,
         )
     label = choice.label if quality.budget is None else quality.budget.label
     label = label if codes is None else codes.stem
     folder = output or Path(f"{plan.source.short_name}-{target}-{label}")
     if not dry_run:
         check_output(folder, force)
-    for warning in warnings(plan.rows, plan.tied):
+    for warning in [*plan.source.notes(), *warnings(plan.rows, plan.tied)]:
         click.echo(f"edgekit: warning: {warning}", err=True)
     if dry_run or not as_json:
         _show_plan(plan, as_json)

@@ -36,6 +36,12 @@ if TYPE_CHECKING:
     "--dry-run", is_flag=True, help="Print the table of schemes and bytes, write nothing."
 )
 @click.option("--random-weights", is_flag=True, help="The model's shapes with random weights.")
+@click.option(
+    "--adapter",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="A LoRA adapter (PEFT) to merge into the weights first.",
+)
 @click.option("--revision", metavar="REVISION", help="Branch, tag or commit on the hub.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
@@ -47,6 +53,7 @@ def command(
     output: Path | None,
     dry_run: bool,
     random_weights: bool,
+    adapter: Path | None,
     revision: str | None,
     force: bool,
     as_json: bool,
@@ -71,7 +78,7 @@ def command(
 
     factory = Factory.parse(model)
     if factory is not None:
-        refuse_for_a_module(revision=revision, random_weights=random_weights)
+        refuse_for_a_module(adapter=adapter, revision=revision, random_weights=random_weights)
         quantize_module_of(
             factory,
             choice,
@@ -93,7 +100,10 @@ def command(
     # Shapes are all that a dry run needs, but for a budget: no weights are read or downloaded.
     without_weights = dry_run and quality.budget is None
     source = resolve_model(
-        model, revision=revision, random_weights=random_weights or without_weights
+        model,
+        revision=revision,
+        random_weights=random_weights or without_weights,
+        adapter=adapter,
     )
     label = choice.label if quality.budget is None else quality.budget.label
     path = None if dry_run else output or Path(f"{source.short_name}-{label}.safetensors")
@@ -103,7 +113,7 @@ def command(
     with resumable(quality):
         recipe, mixed = _choose(source, recipe, quality)
         report = _Report(source, recipe, mixed)
-        for warning in warnings(report.rows, report.tied):
+        for warning in [*source.notes(), *warnings(report.rows, report.tied)]:
             click.echo(f"edgekit: warning: {warning}", err=True)
         made = None if path is None else _write(source, recipe, quality, path)
     if as_json:
@@ -116,12 +126,19 @@ def _choose(
     source: "ModelSource", recipe: "Recipe", quality: "Quality"
 ) -> "tuple[Recipe, Mixed | None]":
     from edgekit.mixed import EVERYWHERE
-    from edgekit.quantization import choose_recipe
+    from edgekit.quantization import choose_recipe, smaller_schemes
     from edgekit.quantize.scheme import Scheme
 
     with progress_line() as show:
         schemes = [Scheme.parse(name) for name in EVERYWHERE]
-        return choose_recipe(source, recipe, quality, schemes, progress=show)
+        return choose_recipe(
+            source,
+            recipe,
+            quality,
+            schemes,
+            progress=show,
+            others=lambda: smaller_schemes(source.config.tensor_shapes()),
+        )
 
 
 def _write(source: "ModelSource", recipe: "Recipe", quality: "Quality", path: Path) -> "Made":
@@ -156,9 +173,13 @@ class _Report:
 
         sqnr = None if made is None else made.sqnr
         return {
-            "model": {"id": self.source.id, "revision": self.source.revision},
+            "model": {"id": self.source.id, "revision": self.source.revision, **self._adapter()},
             "tensors": table_json(self.rows, self.tied, sqnr),
             "bytes": total_bytes(self.rows, self.tied),
             "file": None if path is None else str(path),
             **quality_dict(self.mixed, made),
         }
+
+    def _adapter(self) -> dict[str, Any]:
+        adapter = self.source.adapter
+        return {} if adapter is None else {"adapter": adapter.to_dict()}

@@ -12,8 +12,14 @@ from edgekit.commands._json import print_json
 @click.option(
     "--model", metavar="MODEL", help="Where the weights are  [default: what the manifest names]"
 )
+@click.option(
+    "--adapter",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="The LoRA adapter that was merged into it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(artifact: Path, model: str | None, as_json: bool) -> None:
+def command(artifact: Path, model: str | None, adapter: Path | None, as_json: bool) -> None:
     """Compare ARTIFACT, run in its engine, with the model it was made of.
 
     For an artifact that was exported where its engine was not installed, or on another machine.
@@ -30,7 +36,7 @@ def command(artifact: Path, model: str | None, as_json: bool) -> None:
         from edgekit.progress import stage_printer
         from edgekit.verification import verify_artifact
 
-    manifest = verify_artifact(artifact, model, stage_printer())
+    manifest = verify_artifact(artifact, model, stage_printer(), adapter)
     if as_json:
         print_json({"artifact": str(artifact), **manifest})
     else:

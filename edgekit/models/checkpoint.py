@@ -18,13 +18,15 @@ from typing import Any, Protocol, TypeGuard
 import torch
 
 from edgekit.errors import EdgekitError, one_line
-from edgekit.files import refuse_irregular, sha256_of
+from edgekit.files import refuse_irregular, sha256_of, stand_in
 from edgekit.models.config import ModelConfig, load_json_object
+from edgekit.models.kinds import folder_without_weights
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_PACKED = ("I8", "U8", "I16", "I32", "I64", "F8_E4M3", "F8_E5M2", "F4")
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_DIMS = 8
 _PIECE = 1 << 20
@@ -76,7 +78,8 @@ class Checkpoint:
             return cls((file,), read_header(file))
         if (folder / INDEX_FILE).is_file():
             return _open_sharded(folder)
-        raise EdgekitError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}")
+        wanted = f"no {SINGLE_FILE} and no {INDEX_FILE}"
+        raise EdgekitError(f"{folder}: {folder_without_weights(folder, wanted)}")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every stored tensor by name."""
@@ -163,7 +166,8 @@ def read_header_and_metadata(
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise EdgekitError(f"{path}: truncated, or not a safetensors file")
+                what = stand_in(path) or "truncated, or not a safetensors file"
+                raise EdgekitError(f"{path}: {what}")
             raw = _parse_header(path, file.read(length))
     except OSError as error:
         raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
@@ -208,7 +212,7 @@ def _entry(
     if dtype is None:
         raise EdgekitError(
             f"{path}: tensor {_short(name)} has dtype {_short(info['dtype'])}; "
-            f"supported: {', '.join(dtypes)}"
+            f"supported: {', '.join(dtypes)}{_quantized(info['dtype'])}"
         )
     shape, offsets = info["shape"], info["data_offsets"]
     if not _naturals(shape) or len(shape) > _MAX_DIMS:
@@ -221,6 +225,17 @@ def _entry(
             f"{path}: tensor {_short(name)}: its data_offsets do not span its shape and dtype"
         )
     return TensorEntry(path, dtype, tuple(shape), start + begin, end - begin)
+
+
+def _quantized(dtype: object) -> str:
+    """Return what a type says that floats are not stored in."""
+    packed = isinstance(dtype, str) and dtype in _PACKED
+    return (
+        "; such are weights that are already quantized (GPTQ, AWQ, bitsandbytes, fp8): give the "
+        "original checkpoint"
+        if packed
+        else ""
+    )
 
 
 def _naturals(values: object) -> TypeGuard[list[int]]:
@@ -248,6 +263,10 @@ def _open_sharded(folder: Path) -> Checkpoint:
     if not isinstance(places, dict) or not places:
         raise EdgekitError(f"{index}: weight_map is missing or empty")
     shards = {_shard_path(folder, index, place): place for place in places.values()}
+    missing = sorted(path.name for path in shards if not path.exists())
+    if missing:
+        found = _listing(f"of {len(shards)} shards missing", missing)
+        raise EdgekitError(f"{folder}: {found}: download them again")
     entries = dict[str, TensorEntry]()
     for path in sorted(shards):
         header = read_header(path)

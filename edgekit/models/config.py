@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgekit.errors import EdgekitError, one_line
-from edgekit.files import refuse_irregular
+from edgekit.files import refuse_irregular, stand_in
 
 LAYER_TYPES = ("conv", "full_attention")
 
@@ -295,9 +295,16 @@ def _check_model_type(keys: _Keys) -> None:
         )
     if keys.raw.get("quantization_config") is not None:
         raise EdgekitError(
-            "config: quantization_config says the weights are already quantized; "
+            f"config: quantization_config says the weights are already quantized{_by(keys)}; "
             "give the original bf16, fp16 or fp32 checkpoint"
         )
+
+
+def _by(keys: _Keys) -> str:
+    """Return who quantized the weights, as transformers names methods."""
+    table = keys.raw["quantization_config"]
+    method = table.get("quant_method") if isinstance(table, dict) else None
+    return f" by {_show(method)}" if isinstance(method, str) else ""
 
 
 def _layer_types(keys: _Keys) -> tuple[str, ...]:
@@ -470,7 +477,8 @@ def load_json_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise EdgekitError(f"{path}: not valid JSON: {one_line(error, 120)}") from error
+        what = stand_in(path) or f"not valid JSON: {one_line(error, 120)}"
+        raise EdgekitError(f"{path}: {what}") from error
     if not isinstance(content, dict):
         raise EdgekitError(f"{path}: must hold a JSON object")
     return content

@@ -9,8 +9,10 @@ from edgekit.errors import EdgekitError
 from edgekit.models.catalogue import CatalogueModel, catalogue, find_model, unknown_model
 from edgekit.models.config import ModelConfig
 from edgekit.models.hub_name import one_revision, parse_hub_name
+from edgekit.models.kinds import file_kind, folder_without_config
 
 if TYPE_CHECKING:
+    from edgekit.models.adapter import Adapter
     from edgekit.models.checkpoint import WeightSource
 
 ARTIFACT_MANIFEST = "edgekit.json"
@@ -22,7 +24,8 @@ class ModelSource:
 
     `id` is the hub id, the catalogue name or the folder's name; `revision` the commit of a model
     from the hub, else None; `folder` holds the tokenizer's files, or is None for random weights
-    without a folder; `offline` takes the weights from the hub's local cache alone.
+    without a folder; `offline` takes the weights from the hub's local cache alone; `adapter` is
+    merged into them.
     """
 
     id: str
@@ -31,18 +34,34 @@ class ModelSource:
     folder: Path | None
     random_weights: bool = False
     offline: bool = False
+    adapter: "Adapter | None" = None
 
     @property
     def short_name(self) -> str:
         """What default names of outputs begin with: the last part of the id, in lower case."""
         return Path(self.id).name.lower()
 
+    def notes(self) -> list[str]:
+        """Return what a user should know of it: an adapter of another model."""
+        if self.adapter is None:
+            return []
+        found = self.adapter.of_another_model(self.id, *_names(self.id))
+        return [] if found is None else [found]
+
     @cached_property
     def checkpoint(self) -> "WeightSource":
-        """The weights; a model from the hub is downloaded when they are first asked for.
+        """The weights, with the adapter if there is one.
 
-        Their names and shapes are checked against the configuration.
+        A model from the hub is downloaded when they are first asked for. Their names and shapes are
+        checked against the configuration.
         """
+        if self.adapter is None:
+            return self._own_checkpoint()
+        from edgekit.models.adapter import Adapted
+
+        return Adapted(self._own_checkpoint(), self.adapter)
+
+    def _own_checkpoint(self) -> "WeightSource":
         # Weights need torch, which takes a second to import; names and shapes do not.
         from edgekit.models.checkpoint import Checkpoint
         from edgekit.models.random_weights import RandomCheckpoint
@@ -91,6 +110,7 @@ def resolve_model(
     revision: str | None = None,
     random_weights: bool = False,
     offline: bool = False,
+    adapter: Path | None = None,
 ) -> ModelSource:
     """Find a model by catalogue name, local folder or hub id, and read its configuration.
 
@@ -98,9 +118,17 @@ def resolve_model(
     also stand behind either, `NAME@REVISION`, or in the address of the model's page on the hub
     (`parse_hub_name`). Of a model on the hub the small files are downloaded, the weights with
     `ModelSource.checkpoint`; random weights of a catalogue name need the hub only for a `revision`
-    of its config.json.
+    of its config.json. `adapter` is the folder of a LoRA adapter, which must fit the model.
     """
-    name = name.strip()
+    source = _resolve(name.strip(), revision, random_weights, offline)
+    if adapter is None:
+        return source
+    from edgekit.models.adapter import Adapter
+
+    return replace(source, adapter=Adapter.open(adapter, source.config))
+
+
+def _resolve(name: str, revision: str | None, random_weights: bool, offline: bool) -> ModelSource:
     known = find_model(name)
     if known is not None:
         return _from_catalogue(known, revision, random_weights, offline)
@@ -110,7 +138,7 @@ def resolve_model(
             raise EdgekitError(f"{name}: is an exported artifact; give the model it was made of")
         if folder.is_dir():
             return _from_folder(_refuse_revision(str(folder), revision), folder, random_weights)
-        raise EdgekitError(f"{name}: is a file; give the folder that holds config.json")
+        raise EdgekitError(f"{name}: {file_kind(folder)}")
     word, _, named = name.rstrip("/").partition("@")
     known = find_model(word)
     if known is not None:
@@ -121,6 +149,12 @@ def resolve_model(
         raise unknown_model(name)
     revision = one_revision(name, found.revision, revision)
     return _from_hub(found.id, revision, random_weights, offline)
+
+
+def _names(hub_id: str) -> list[str]:
+    """Return the catalogue's names of a model."""
+    known = next((one for one in catalogue().values() if hub_id in (one.name, one.hub_id)), None)
+    return [] if known is None else [known.name, *known.aliases]
 
 
 def _local(name: str) -> Path | None:
@@ -145,7 +179,7 @@ def _from_catalogue(
 
 def _from_folder(name: str, folder: Path, random_weights: bool) -> ModelSource:
     if not (folder / "config.json").is_file():
-        raise EdgekitError(f"{folder}: holds no config.json, so it is not a model folder")
+        raise EdgekitError(f"{folder}: {folder_without_config(folder)}")
     return ModelSource(name, None, ModelConfig.load(folder), folder, random_weights)
 
 

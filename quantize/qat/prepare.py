@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from edgekit.errors import EdgekitError
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.traced import TracedTraining
-from edgekit.quantize.qat.training import is_prepared
+from edgekit.quantize.qat.training import is_prepared, prepared_parts
 from edgekit.quantize.qat.weight_only import Rounding, WeightTraining
 from edgekit.quantize.recipe import PRESETS, Recipe
 from edgekit.quantize.traced.schemes import LayerRecipe, LayerScheme
+from edgekit.quantize.wrappers import refuse_wrapped
 
 
 @overload
@@ -66,11 +67,13 @@ def prepare(
     `finalize()`. `steps`, the length of the training, gives static ranges their usual `milestones`.
     Start from a trained float model and train some hundreds of steps at least: ranges are averages
     over batches, which do not fit weights that still move far.
-    With `learn_scales` the optimizer must also get `parameters()` of what is returned. Raises
-    EdgekitError for a module that cannot be traced and a recipe that matches nothing.
+    With `learn_scales` the model is on its device already, and the optimizer must also get
+    `parameters()` of what is returned. Raises EdgekitError for a module that cannot be traced or
+    stands around another one (compiled, parallel), and for a recipe that matches nothing.
     """
     if not isinstance(model, nn.Module):
         raise EdgekitError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    refuse_wrapped(model, "; compile or wrap it afterwards")
     if is_prepared(model):
         raise EdgekitError("the module is prepared already: finalize() or remove() that first")
     if isinstance(example_inputs, Tensor):
@@ -86,6 +89,23 @@ def prepare(
     return TracedTraining(
         model, _layer_recipe(recipe), example_inputs, _when(steps, milestones), learn_scales
     )
+
+
+def training_of(model: nn.Module) -> TracedTraining | WeightTraining:
+    """Return the training of a prepared module: what `prepare` returned, or a copy's own.
+
+    `copy.deepcopy` of a prepared module copies its training too, and so does an `AveragedModel`
+    of it, whose `module` is such a copy: it evaluates and finalizes to codes of its own weights,
+    ranges and learned scales. The model may be around the prepared one, compiled or parallel.
+    EdgekitError where nothing in it is prepared.
+    """
+    found = {id(part.training): part.training for part in prepared_parts(model)}
+    if len(found) != 1:
+        what = "is not prepared" if not found else "holds several that are: give one of them"
+        raise EdgekitError(f"{type(model).__name__}: {what}")
+    (training,) = found.values()
+    assert isinstance(training, TracedTraining | WeightTraining)
+    return training
 
 
 def _when(steps: int | None, milestones: Milestones | None) -> Milestones:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from edgekit.quantize.observers import LEVELS, ActivationParameters
+from edgekit.quantize.qat.opaque import storable
 from edgekit.quantize.scales import ScaleGrid
 
 
@@ -115,7 +116,7 @@ class _Scales(Function):
     @staticmethod
     def forward(ctx: Context, scales: Tensor, grid: ScaleGrid) -> Tensor:
         # The grid's rounding reads the bits of positive numbers; a step may have gone below 0.
-        return grid.round(scales.clamp(0, grid.largest))
+        return storable(scales.clamp(0, grid.largest), grid)
 
     @staticmethod
     def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor, None]:

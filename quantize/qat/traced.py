@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from edgekit.errors import EdgekitError
@@ -21,6 +22,7 @@ from edgekit.quantize.observers import (
     MovingAverage,
     activation_parameters,
 )
+from edgekit.quantize.qat.carried import Carried
 from edgekit.quantize.qat.forward import Forward, LiveGraph
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.training import Prepared, Training
@@ -35,6 +37,11 @@ from edgekit.quantize.traced.trace import TracedModule, trace
 
 LARGEST_BATCH = 1 << 16
 """Largest batch in training where the module can be traced for any."""
+
+_NOT_COMPILED = (
+    "a module that was prepared with example_inputs keeps its ranges as numbers, which a compiled "
+    "graph cannot: it runs as it is where fullgraph is not asked for"
+)
 
 
 class TracedTraining(Training, Prepared):
@@ -67,7 +74,11 @@ class TracedTraining(Training, Prepared):
         self._edges = placement.edges
         self._samples = 0
         self._batches = 0
+        device = next((item.device for item in model.parameters()), torch.device("cpu"))
+        self._ranges = Carried(model, "qat_ranges", self._observed().to(device))
         self._add_quantizers(placement, learn_scales)
+        # As a function of the training: a copy's is the copy's.
+        self._uncompiled = torch.compiler.disable(TracedTraining._run, reason=_NOT_COMPILED)
         self._signature = inspect.signature(model.forward)
         model.forward = self._forward
 
@@ -93,6 +104,7 @@ class TracedTraining(Training, Prepared):
 
     def calibration(self) -> Calibration:
         """Return the observed ranges; EdgekitError names a tensor that has none."""
+        self._read_ranges()
         names = self._graph.placement.traced.names
         ranges = {}
         for node, observer in self._observers.items():
@@ -110,9 +122,18 @@ class TracedTraining(Training, Prepared):
         """Give the module its own forward pass again, codes or none."""
         if vars(self.model).get("forward") == self._forward:
             del self.model.forward
+        self._ranges.remove()
+        for quantizer in self._quantizers.values():
+            quantizer.remove()
+
+    @property
+    def training(self) -> Training:
+        """Itself."""
+        return self
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state beside the model's and the optimizer's: tensors and plain values."""
+        self._read_ranges()
         names = self._graph.placement.traced.names
         observed = {names[node]: observer.state() for node, observer in self._observers.items()}
         counts = {"samples": self._samples, "batches": self._batches}
@@ -126,6 +147,19 @@ class TracedTraining(Training, Prepared):
         for node, observer in self._observers.items():
             observer.restore([float(number) for number in observed[names[node]]])
         self._samples, self._batches = int(state["samples"]), int(state["batches"])
+        self._ranges.write(self._observed())
+
+    def _observed(self) -> Tensor:
+        """Return what the module carries: counts, then what each observer goes on from."""
+        counts = [float(self._samples), float(self._batches), 0.0, 0.0, 0.0]
+        return torch.tensor([counts, *(item.state() for item in self._observers.values())])
+
+    def _read_ranges(self) -> None:
+        """Go on from what the module carries, which may have been averaged or sent meanwhile."""
+        counts, *observed = self._ranges.values.tolist()
+        self._samples, self._batches = (round(count) for count in counts[:2])
+        for observer, state in zip(self._observers.values(), observed, strict=True):
+            observer.restore(state)
 
     def _add_quantizers(self, placement: Placement, learn_scales: bool) -> None:
         for name, (layer, rule) in placement.layers.items():
@@ -142,15 +176,22 @@ class TracedTraining(Training, Prepared):
             )
             self._quantizers[weight] = quantizer
             if learn_scales:
-                quantizer.learn(self._graph.layers[name].folded(self._graph.read)[0])
+                values = self._graph.layers[name].folded(self._graph.read)[0]
+                quantizer.learn(values, self.model, f"qat_scales_{len(self._quantizers)}")
 
     def _forward(self, *args: Any, **kwargs: Any) -> object:  # noqa: ANN401 - as the module's
-        inputs = self._inputs(args, kwargs)
+        return self._uncompiled(self, self._inputs(args, kwargs))
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> object:
         self._graph.placement.traced.check_inputs(inputs)
-        if self.observing:
+        self._read_ranges()
+        observing = self.observing
+        if observing:
             self._samples += len(inputs[0])
             self._batches += 1
         found = Forward(self._graph, self, inputs[0].device).run(*inputs)
+        if observing:
+            self._ranges.write(self._observed())
         return self._graph.placement.traced.results.structured(found)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -164,7 +205,7 @@ class TracedTraining(Training, Prepared):
     @property
     def rounding(self) -> bool:
         """Whether the forward pass rounds now."""
-        return not self.model.training or self.milestones.fake_quantizing(self.steps)
+        return not self.model.training or self.fake_quantizing
 
     @property
     def exact(self) -> bool:

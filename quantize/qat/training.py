@@ -1,7 +1,8 @@
 """What both kinds of quantization-aware training share: steps, and checkpoints of their own."""
 
+import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn, Self
 
 from torch import nn
 
@@ -14,15 +15,26 @@ _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeEr
 """What reading a state raises where something is missing or of another kind."""
 
 
-def is_prepared(model: nn.Module) -> bool:
-    """Whether a module, or one inside it, is in training through quantization already."""
-    forwards = (vars(part).get("forward") for part in model.modules())
-    owners = (getattr(forward, "__self__", None) for forward in forwards)
-    return any(isinstance(owner, Prepared) for owner in owners)
-
-
 class Prepared:
     """What has put its own forward pass in a module's place."""
+
+    @property
+    def training(self) -> "Training":
+        """The training that it serves."""
+        raise NotImplementedError
+
+
+def prepared_parts(model: nn.Module) -> Iterator[Prepared]:
+    """Yield what has put its own forward pass in the place of the module's or of one inside it."""
+    for part in model.modules():
+        owner = getattr(vars(part).get("forward"), "__self__", None)
+        if isinstance(owner, Prepared):
+            yield owner
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether a module, or one inside it, is in training through quantization."""
+    return any(True for _ in prepared_parts(model))
 
 
 class Training:
@@ -30,7 +42,8 @@ class Training:
 
     `model` stays the object that it was: its parameters, their names and its optimizers are those
     of the float model; only its forward pass rounds. `recipe` is the recipe's name and `rules` its
-    rules as text, by which checkpoints are told apart.
+    rules as text, by which checkpoints are told apart. A `copy.deepcopy` of the model has a
+    training of its own, which `training_of` finds.
     """
 
     def __init__(
@@ -39,19 +52,28 @@ class Training:
         self.model = model
         self.recipe = recipe
         self.milestones = milestones
-        self.steps = 0
         self._rules = rules
         self._quantizers: dict[str, WeightQuantizer] = {}
+        self._go_to(0)
 
     def step(self) -> None:
-        """Count one step of the optimizer: what `milestones` say begins or ends by itself."""
-        self.steps += 1
+        """Count one step of the optimizer: what `milestones` say begins or ends by itself.
+
+        EdgekitError where learned scales are no longer those that `parameters` gave.
+        """
+        for quantizer in self._quantizers.values():
+            quantizer.check_learned()
+        self._go_to(self.steps + 1)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the learned scales, for the optimizer; none unless they are learned."""
+        """Yield the learned scales, for the optimizer; none unless they are learned.
+
+        The model is on its device by then, as for its own parameters. Of several processes
+        (`DistributedDataParallel`) the first one's gradients teach them.
+        """
         for quantizer in self._quantizers.values():
             if quantizer.learned is not None:
-                yield quantizer.learned
+                yield quantizer.learned.as_parameter()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state beside the model's and the optimizer's: tensors and plain values."""
@@ -96,12 +118,35 @@ class Training:
                 "learn_scales"
             )
         self._restore(state)
+        self._go_to(int(state["steps"]))
         for name, quantizer in self._quantizers.items():
             quantizer.restore(weights[name])
-        self.steps = int(state["steps"])
+
+    def _go_to(self, step: int) -> None:
+        """Be at a step.
+
+        What it decides is set here: a compiled forward pass that read the number itself would be
+        compiled anew for each.
+        """
+        self.steps = step
+        self.fake_quantizing = self.milestones.fake_quantizing(step)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Take over what a kind of training keeps besides."""
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled, with the model: forward passes that were replaced would be lost."""
+        raise EdgekitError(
+            "a prepared model is not pickled: save its state_dict() and that of what prepare() "
+            "returned, or finalize() first"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy it with its model."""
+        result = type(self).__new__(type(self))
+        memo[id(self)] = result
+        vars(result).update(copy.deepcopy(vars(self), memo))
+        return result
 
 
 def _learned(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...] | None]:

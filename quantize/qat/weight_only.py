@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.qat.milestones import Milestones
@@ -64,7 +65,7 @@ class WeightTraining(Training):
         EdgekitError, as long as there are gradients to tell by, where a weight got a gradient
         although the module that holds it did not run: another module reads it, past the rounding.
         """
-        if self.milestones.fake_quantizing(self.steps):
+        if self.fake_quantizing:
             for layer in self._layers:
                 layer.check_not_bypassed()
         super().step()
@@ -109,6 +110,14 @@ class WeightTraining(Training):
         """Give the modules their own forward passes again, codes or none."""
         for layer in self._layers:
             layer.remove()
+        for quantizer in self._quantizers.values():
+            quantizer.remove()
+
+    def _go_to(self, step: int) -> None:
+        super()._go_to(step)
+        if step % RANGE_EVERY == 0:
+            for quantizer in self._quantizers.values():
+                quantizer.renew()
 
     def _add(
         self, row: Resolved, weight: Tensor, learn: bool, round_inputs: Rounding | None
@@ -116,6 +125,7 @@ class WeightTraining(Training):
         name, scheme = row.tensor, row.scheme
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
+        _refuse_computed(name, module, leaf)
         # Tied weights of one scheme are rounded to the same codes: one quantizer, one set of
         # learned scales.
         source = self._shared.get(name, name)
@@ -130,7 +140,7 @@ class WeightTraining(Training):
                     "learned: leave learn_scales out"
                 )
             if learn:
-                quantizer.learn(weight)
+                quantizer.learn(weight, self.model, f"qat_scales_{len(self._quantizers)}")
             self._quantizers[source] = quantizer
         rounding = None if isinstance(module, nn.Embedding) else round_inputs
         layer = _Layer(module, leaf, self._quantizers[source], self, rounding)
@@ -146,6 +156,23 @@ def _refuse_codebooks(recipe: Recipe, rows: Sequence[Resolved]) -> None:
                 "through quantization does not take: it takes float, w8, w4, w8gN, w4gN, w4gNa, "
                 "w5g32 and w6g16"
             )
+
+
+def _refuse_computed(name: str, module: nn.Module, leaf: str) -> None:
+    """Refuse a tensor that a weight is computed from: the weight itself would not be rounded.
+
+    As torch's parametrizations do, and its older `weight_norm`, `spectral_norm` and `prune`, which
+    compute it in a hook before the forward pass.
+    """
+    hooks = module._forward_pre_hooks.values()
+    made = [getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks]
+    by_hook = any(isinstance(each, str) and leaf.startswith(f"{each}_") for each in made)
+    if by_hook or isinstance(module, ParametrizationList):
+        raise EdgekitError(
+            f"{name}: the module's weight is computed from it (a parametrization): make it a plain "
+            "parameter first, as torch.nn.utils.parametrize.remove_parametrizations does, or give "
+            "it float"
+        )
 
 
 def _tied(weights: Mapping[str, Tensor]) -> dict[str, str]:
@@ -175,19 +202,24 @@ class _Layer(Prepared):
         self._inner = module.forward
         module.forward = self.forward
 
+    @property
+    def training(self) -> WeightTraining:
+        """The training of which this is a part."""
+        return self._training
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the module's own
         """Run the module's own forward pass with the rounded weight in place of its parameter."""
         training = self._module.training
-        self._used |= training
-        if training and not self._training.milestones.fake_quantizing(self._training.steps):
+        if training:
+            self._used = True
+        if training and not self._training.fake_quantizing:
             return self._inner(*args, **kwargs)
         if self._round_inputs is not None and args:
             args = (rounded(args[0], self._round_inputs), *args[1:])
         weight = getattr(self._module, self._leaf)
         # In inference ranges are always of the weight as it is now: no counter of torch's sees all
         # that may be written into it, such as an average of weights that is swapped in.
-        period = self._training.steps // RANGE_EVERY if training else None
-        values, _ = self._quantizer.fake(weight, period)
+        values, _ = self._quantizer.fake(weight, keep=training)
         # What stands in the instance's own dictionary hides the parameter of that name.
         vars(self._module)[self._leaf] = values
         try:

@@ -4,12 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from edgekit.errors import EdgekitError
-from edgekit.quantize.affine import as_ranges, choose, from_ranges, quantize, quantize_with
+from edgekit.quantize.affine import as_ranges, from_ranges, quantize, quantize_with
 from edgekit.quantize.grid import Grid
+from edgekit.quantize.qat.carried import Carried
+from edgekit.quantize.qat.opaque import choose_ranges
 from edgekit.quantize.qat.straight_through import fake_quantize_rows, round_scales
 from edgekit.quantize.ranges import Parameters, RangeMethod
 from edgekit.quantize.tensor import QuantizedTensor, scales_shape
@@ -33,32 +34,39 @@ class WeightQuantizer:
         method: RangeMethod,
     ) -> None:
         self.name = name
-        self.learned: nn.Parameter | None = None
+        self.learned: Carried | None = None
         self._grid, self._axis, self._group_size, self._method = grid, axis, group_size, method
         self._searches = method == "mse"  # which costs as much as ten roundings
         self._zeros: Tensor | None = None
-        self._kept: tuple[int, Parameters] | None = None
+        self._kept: Parameters | None = None
 
-    def learn(self, weight: Tensor) -> nn.Parameter:
+    def learn(self, weight: Tensor, owner: nn.Module, name: str) -> None:
         """Make the scales a parameter that starts at those of the scheme's range.
 
-        Zero points stay what they are at the start.
+        `owner` carries them under `name`. Zero points stay what they are at the start.
         """
         scales, self._zeros = self._choose(weight)
-        self.learned = nn.Parameter(scales)
-        return self.learned
+        self.learned = Carried(owner, name, nn.Parameter(scales))
 
-    def fake(self, weight: Tensor, period: int | None = None) -> tuple[Tensor, Tensor]:
+    def check_learned(self) -> None:
+        """Raise EdgekitError where learned scales are no parameter any more."""
+        if self.learned is not None and not isinstance(self.learned.values, nn.Parameter):
+            raise EdgekitError(
+                f"{self.name}: the model was moved or converted after its learned scales were "
+                "given to the optimizer: make the optimizer anew, with parameters() again"
+            )
+
+    def fake(self, weight: Tensor, keep: bool = False) -> tuple[Tensor, Tensor]:
         """Return what the weight's codes stand for, and the scales `[ranges]`.
 
-        Ranges that are searched for stay the same within a `period`, unless that is None.
-        EdgekitError for a weight that cannot be quantized.
+        With `keep`, ranges that are searched for stay the same until `renew`. EdgekitError for a
+        weight that cannot be quantized.
         """
         rows = as_ranges(weight, self._axis, self._group_size)
         if self.learned is not None:
-            scales, zeros = round_scales(self.learned, self._grid.scales), self._zeros
+            scales, zeros = round_scales(self.learned.values, self._grid.scales), self._zeros
         else:
-            scales, zeros = self._parameters(weight, period)
+            scales, zeros = self._parameters(weight, keep)
         # Each scale's gradient is balanced against those of its weights (section 2.2 there).
         step_gradient = 1 / math.sqrt(rows.shape[1] * self._grid.high)
         limits = (self._grid.low, self._grid.high)
@@ -78,7 +86,7 @@ class WeightQuantizer:
                     method=self._method,
                 )
             shape = scales_shape(tuple(weight.shape), self._axis, self._group_size)
-            scales = round_scales(self.learned.detach().cpu(), self._grid.scales)
+            scales = round_scales(self.learned.values.detach().cpu(), self._grid.scales)
             zeros = None if self._zeros is None else self._zeros.cpu().reshape(shape)
             return quantize_with(
                 weight,
@@ -94,34 +102,37 @@ class WeightQuantizer:
     def state(self) -> dict[str, Any]:
         """Return the learned scales, or the ranges that training keeps for some steps."""
         if self.learned is not None:
-            return {"learned": self.learned.detach().clone()}
-        if self._kept is None:
-            return {}
-        period, (scales, zeros) = self._kept
-        return {"kept": [period, scales, zeros]}
+            return {"learned": self.learned.values.detach().clone()}
+        return {} if self._kept is None else {"kept": list(self._kept)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
         if self.learned is not None:
-            with torch.no_grad():
-                self.learned.copy_(state["learned"])
+            self.learned.write(state["learned"])
         self._kept = None
         if "kept" in state:
-            period, scales, zeros = state["kept"]
+            scales, zeros = state["kept"]
             if not isinstance(scales, Tensor) or not isinstance(zeros, Tensor | None):
                 raise TypeError("kept ranges are no tensors")
-            self._kept = int(period), (scales, zeros)
+            self._kept = scales, zeros
 
-    def _parameters(self, weight: Tensor, period: int | None) -> Parameters:
-        if period is None or not self._searches:
+    def renew(self) -> None:
+        """Search for ranges anew when they are needed next."""
+        self._kept = None
+
+    def remove(self) -> None:
+        """Take learned scales out of the module that carries them."""
+        if self.learned is not None:
+            self.learned.remove()
+
+    def _parameters(self, weight: Tensor, keep: bool) -> Parameters:
+        if not keep or not self._searches:
             return self._choose(weight)
-        if self._kept is None or self._kept[0] != period:
-            self._kept = period, self._choose(weight)
-        return self._kept[1]
+        if self._kept is None:
+            self._kept = self._choose(weight)
+        return self._kept
 
     def _choose(self, weight: Tensor) -> Parameters:
-        try:
-            with torch.no_grad():
-                return choose(weight, self._grid, self._axis, self._group_size, self._method)
-        except ValueError as error:
-            raise EdgekitError(f"{self.name}: cannot be quantized: {error}") from error
+        return choose_ranges(
+            self.name, weight, self._grid, self._axis, self._group_size, self._method
+        )

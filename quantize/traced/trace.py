@@ -27,6 +27,7 @@ from torch.fx.node import map_arg
 from edgekit.errors import EdgekitError, one_line, text_of
 from edgekit.quantize.traced.operators import BATCH_NORM, arguments, aten, numbers, rank
 from edgekit.quantize.traced.results import Results
+from edgekit.quantize.wrappers import refuse_wrapped
 
 _TORCH = Path(torch.__file__).parent
 _OPERATOR = re.compile(r"\b(?:aten|prims|torchvision|torch\.ops\.\w+)[.:]+\w+(?:\.\w+)?")
@@ -240,6 +241,7 @@ def _check_values(module: nn.Module) -> None:
     """Refuse weights that are not there, and those of types that no engine's kernels have."""
     if not isinstance(module, nn.Module):
         raise EdgekitError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    refuse_wrapped(module)
     kind = type(module).__name__
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         check_dense(f"{kind}: {name}", tensor)

@@ -1,0 +1,112 @@
+"""What a path is that is not a model folder, and what to do with it."""
+
+import shlex
+from pathlib import Path
+
+from edgekit.files import first_bytes, stand_in
+
+ADAPTER_CONFIG = "adapter_config.json"
+_FINISHED = {".gguf": "llama.cpp", ".onnx": "ONNX Runtime", ".pte": "ExecuTorch"}
+_UNFINISHED = (".incomplete", ".partial", ".part", ".crdownload", ".download", ".aria2")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLE_ADVICE = "which can run code and is not loaded"
+_OTHERS = (".h5", ".msgpack")
+
+
+def file_kind(path: Path) -> str:
+    """Say what a file is that was given in a model's place."""
+    found = stand_in(path)
+    if found is not None:
+        return found
+    head, end = first_bytes(path, 512), path.suffix.lower()
+    if head.startswith(b"GGUF"):
+        return _finished(".gguf")
+    if end in _FINISHED:
+        return _finished(end)
+    if end == ".safetensors":
+        return "is a file of weights; give the folder that holds it together with its config.json"
+    if end in _PICKLES:
+        return f"is a pickle of torch's, {_PICKLE_ADVICE}; give a folder in Hugging Face layout"
+    if (
+        head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
+        or head[257:262] == b"ustar"
+    ):
+        return "is an archive: unpack it, and give the folder in it that holds config.json"
+    if path.name.endswith(_UNFINISHED):
+        return "is a download that did not finish: download it again"
+    return "is a file; give the folder that holds config.json"
+
+
+def folder_without_config(folder: Path) -> str:
+    """Say what a folder is that holds no config.json."""
+    return _named(folder) or "holds no config.json, so it is not a model folder"
+
+
+def folder_without_weights(folder: Path, wanted: str) -> str:
+    """Say what a folder with a config.json holds instead of the weights, `wanted`."""
+    return _named(folder) or _weights(folder) or wanted
+
+
+def _named(folder: Path) -> str | None:
+    """Return what some file of the folder says that it is."""
+    names = sorted(file.name for file in folder.iterdir())
+    if ADAPTER_CONFIG in names:
+        return (
+            "is an adapter, not a model: give the model that it was trained on, with "
+            f"--adapter {shlex.quote(str(folder))}{_base(folder)}"
+        )
+    if "model_index.json" in names:
+        return (
+            "is a pipeline of diffusers, not a language model: its parts export one by one, as "
+            "modules (FILE.py:FUNCTION)"
+        )
+    if any(name.startswith("consolidated.") for name in names):
+        return (
+            "holds its weights in the layout of their authors (consolidated.*), with other names: "
+            "give the same model in Hugging Face layout (config.json and model.safetensors)"
+        )
+    unfinished = [name for name in names if name.endswith(_UNFINISHED)]
+    if unfinished:
+        return f"{unfinished[0]} in it is a download that did not finish: download it again"
+    finished = [name for name in names if Path(name).suffix.lower() in _FINISHED]
+    if finished and not any(name.endswith(".safetensors") for name in names):
+        return f"{finished[0]} in it {_finished(Path(finished[0]).suffix.lower())}"
+    return None
+
+
+def _weights(folder: Path) -> str | None:
+    names = sorted(file.name for file in folder.iterdir())
+    stored = [name for name in names if name.endswith(".safetensors")]
+    if any("-of-" in name for name in stored):
+        return (
+            f"holds {stored[0]}, a shard, and no model.safetensors.index.json, which says what is "
+            "in each: download it too"
+        )
+    if stored:
+        return f"holds {stored[0]}, but no model.safetensors: if that is the model, rename it"
+    pickles = [name for name in names if name.endswith((*_PICKLES, *_OTHERS))]
+    if not pickles:
+        return None
+    kind = "a pickle" if pickles[0].endswith(_PICKLES) else "of another framework"
+    place, out = str(folder), f"{str(folder).rstrip('/')}-safetensors"
+    return (
+        f"holds its weights as {pickles[0]}, {kind}, {_PICKLE_ADVICE}: convert them once: "
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"M.from_pretrained({place!r}).save_pretrained({out!r}); "
+        f'T.from_pretrained({place!r}).save_pretrained({out!r})"'
+    )
+
+
+def _finished(end: str) -> str:
+    return (
+        f"is a finished model for {_FINISHED[end]}, which `edgekit run` and `bench` take; an "
+        "export starts from what it was made of (a folder with config.json and safetensors)"
+    )
+
+
+def _base(folder: Path) -> str:
+    from edgekit.models.config import load_json_object
+
+    base = load_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    known = isinstance(base, str) and base.isprintable() and base
+    return f"; that is {base:.100}" if known else ""
