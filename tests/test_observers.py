@@ -90,8 +90,6 @@ def test_an_activation_after_relu_starts_at_zero(method: str) -> None:
         ([torch.empty(0)], "empty"),
         ([torch.tensor([1.0, float("nan")])], "NaN"),
         ([torch.tensor([1.0, float("inf")])], "infinities"),
-        ([torch.zeros(4)], "is 0 everywhere"),
-        ([torch.full((4,), 1.5), torch.full((2,), 1.5)], "is 1.5 everywhere"),
     ],
 )
 def test_what_cannot_be_calibrated_with_is_refused(
@@ -123,10 +121,36 @@ def test_parameters_are_torchs_and_zero_is_exact(low: float, high: float) -> Non
     )
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (0.0, 1e-44), (0.0, float("inf"))])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1e-44), (0.0, float("inf")), (float("inf"), float("inf"))]
+)
 def test_a_range_without_a_scale_is_refused(low: float, high: float) -> None:
     with pytest.raises(ValueError, match="no usable scale"):
         activation_parameters(low, high)
+
+
+@pytest.mark.parametrize("method", OBSERVER_METHODS)
+@pytest.mark.parametrize("value", [0.0, 1.5, -0.3, 1e-30])
+def test_a_constant_has_a_code_exactly(method: str, value: float) -> None:
+    batches = [torch.full((4,), value), torch.full((2,), value)]
+    low, high = _range(method, batches)
+    assert low == high == batches[0][0]
+    parameters = activation_parameters(low, high)
+    for exact in (batches[0], torch.zeros(1)):
+        assert torch.equal(parameters.fake_quantize(exact), exact)
+
+
+@pytest.mark.parametrize("method", OBSERVER_METHODS)
+def test_a_mini_batch_in_parts_is_one_mini_batch(method: str) -> None:
+    batches, parts = _batches(3), observer(method)
+    for batch in batches:
+        for number, part in enumerate(batch.split(1500)):
+            parts.observe(part, number == 0)
+    assert parts.range() == _range(method, batches)
+
+
+def test_one_value_in_each_mini_batch_is_no_constant() -> None:
+    assert _range("moving-average", [torch.tensor([1.0]), torch.tensor([3.0])]) == (1.0, 3.0)
 
 
 def test_a_calibration_is_read_back(tmp_path: Path) -> None:

@@ -577,14 +577,51 @@ def test_values_that_are_not_finite_are_named() -> None:
 
 
 def test_a_value_that_is_the_same_everywhere_is_named() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).train()
+    nn.init.constant_(net.get_parameter("0.bias"), -1e3)
+    x = torch.randn(4, 3, 6, 6)
+    prepare(net, "w8a8", (x,))
+    with pytest.raises(EdgekitError, match="^training step 0: tensor '1' is 0 everywhere$"):
+        net(x)
+
+
+def test_a_residual_branch_may_begin_at_zero() -> None:
     block = _block().train()
-    with torch.no_grad():  # as residual branches may begin
+    with torch.no_grad():
         block.norm.weight.zero_()
         block.norm.bias.zero_()
-    x = torch.randn(4, 3, 6, 6)
-    prepare(block, "w8a8", (x,))
-    with pytest.raises(EdgekitError, match="^training step 0: tensor 'conv' is 0 everywhere$"):
-        block(x)
+    x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    qat = prepare(block, "w8a8", (x,))
+    optimizer = torch.optim.SGD(block.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (block(x) - 1).square().mean().backward()
+        optimizer.step()
+        qat.step()
+    assert float(block.norm.weight.abs().max()) > 0
+    expected = block.eval()(x)
+    (found,) = qat.finalize().simulate(x)
+    assert torch.equal(found, expected)
+
+
+def test_results_keep_the_modules_form() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> dict[str, object]:
+            return {"y": self.layer(x), "x": x, "none": None, "bias": self.layer.bias}
+
+    net = Two().train()
+    x = torch.randn(4, 3)
+    prepare(net, "w8a8", (x,))
+    found = net(x)
+    assert list(found) == ["y", "x", "none", "bias"]
+    assert torch.equal(found["x"], x)
+    assert found["bias"] is net.layer.bias
+    found["y"].sum().backward()
+    assert net.layer.weight.grad is not None
 
 
 def test_inputs_come_by_name_and_in_any_number() -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from typing import NamedTuple
 from functools import lru_cache
 
 import numpy as np
@@ -472,6 +473,136 @@ def test_a_dead_activation_is_named() -> None:
         EdgekitError, match="tensor '1' is 0 everywhere: the data does not exercise"
     ):
         calibrate(placement, [torch.randn(2, 3, 4, 4)])
+
+
+def test_larger_mini_batches_run_in_parts() -> None:
+    fixed, opened = (
+        place(fold_batch_norms(trace(make_net("separable"), (batch_for("separable", 2),), size)),
+              LayerRecipe.uniform("w8a8"))
+        for size in (None, 8)
+    )  # fmt: skip
+    batches = [batch_for("separable", 5, seed) for seed in range(3)]
+    found, expected = calibrate(fixed, batches), calibrate(opened, batches)
+    assert (found.samples, found.batches) == (15, 3)
+    for name, ends in expected.ranges.items():
+        assert found.ranges[name] == pytest.approx(ends, rel=1e-5, abs=1e-6)
+    with pytest.raises(EdgekitError, match=r"batch 1: input 'x' must be .*\[2, 3, 16, 16\]"):
+        calibrate(fixed, [batch_for("separable", 1)])
+
+
+def test_calibration_takes_inputs_by_name() -> None:
+    placement = place(trace(_Weighted(), (torch.ones(2, 3), torch.ones(2, 3)), 4), _W8A8)
+    x, y = torch.rand(3, 3), torch.rand(3, 3)
+    named = calibrate(placement, [{"y": y, "x": x}])
+    assert named == calibrate(placement, [(x, y)])
+    assert named.ranges["x"][1] == x.max()
+    with pytest.raises(EdgekitError, match="batch 1 must have a tensor for each input, x, y: it "):
+        calibrate(placement, [{"x": x}])
+
+
+_W8A8 = LayerRecipe.uniform("w8a8")
+
+
+class _Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = self.layer(x) * self.layer(y)
+        return result
+
+
+class _Factor(nn.Module):
+    """A layer, times or plus what no input reaches."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.norm = nn.LayerNorm(4)
+        self.scale = nn.Parameter(torch.zeros(4))
+        if kind == "weight":
+            nn.init.zeros_(self.first.weight)
+            nn.init.constant_(self.first.bias, 0.7)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.kind == "product":
+            y = y * self.scale
+        elif self.kind == "norm":
+            y = self.norm(y)
+        elif self.kind == "number":
+            y = y * 0
+        elif self.kind == "parameter":
+            y = self.scale.expand(x.shape[0], 4)
+        result: Tensor = self.last(y)
+        return result
+
+
+@pytest.mark.parametrize("kind", ["weight", "product", "norm", "number", "parameter"])
+def test_what_no_input_reaches_is_carried(kind: str) -> None:
+    torch.manual_seed(0)
+    net = _Factor(kind)
+    placement = place(trace(net, (torch.randn(2, 3),), 4), _W8A8)
+    network = quantize_module(placement, calibrate(placement, [torch.randn(4, 3)]))
+    x = torch.randn(3, 3)
+    (found,) = network.simulate(x)
+    step = max(edge.scale for edge in network.edges.values() if edge.scale < 0.1)
+    assert float((found - net(x)).abs().max()) < 2 * step
+
+
+def test_a_weight_that_is_read_otherwise_too_is_float_there() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.layer(x), self.layer.weight
+
+    net = Tied()
+    placement = place(trace(net, (torch.randn(2, 3),)), _W8A8)
+    network = quantize_module(placement, calibrate(placement, [torch.randn(2, 3)]))
+    assert torch.equal(network.simulate(torch.randn(2, 3))[1], net.layer.weight)
+
+
+class _Named(NamedTuple):
+    y: Tensor
+    size: int
+
+
+class _Structured(nn.Module):
+    def forward(self, x: Tensor) -> object:
+        return {"a": [x * 2, _Named(x + 1, x.shape[1])], "b.c": (None, x), 3: x - 1, "x": x.abs()}
+
+
+def test_results_have_the_names_of_their_places() -> None:
+    traced = trace(_Structured(), (torch.ones(2, 3),))
+    names = ("a.0", "a.1.y", "b.c.1", "output_3", "output_x")
+    assert traced.results.names == names
+    assert traced.results.constants == {"a.1.size": 3, "b.c.0": None}
+    x = torch.randn(2, 3)
+    found = traced.results.structured(QuantizedNetwork(traced, {}, {}, {}).simulate(x))
+    expected = _Structured()(x)
+    assert torch.equal(found["a"][0], x * 2)
+    assert torch.equal(found["a"][1].y, x + 1)
+    assert isinstance(found["a"][1], _Named)
+    assert found["a"][1].size == 3
+    assert list(found) == list(expected)
+    assert found["b.c"][0] is None
+    assert torch.equal(found["b.c"][1], x)
+    assert torch.equal(found[3], x - 1)
+
+
+def test_names_that_files_cannot_tell_apart_are_made_different() -> None:
+    class Alike(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, object]:
+            return {"a/b": x * 2, "a b": x * 3, "a_b": x * 4, "": x}
+
+    names = trace(Alike(), (torch.ones(2, 3),)).results.names
+    assert names == ("a_b", "a_b_2", "a_b_3", "_")
 
 
 def test_calibration_counts_what_it_saw(separable: Placement) -> None:
