@@ -13,7 +13,6 @@ Where other programs use the machine, what is left to this one is measured: a lo
 
 import ctypes
 import mmap
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from dataclasses import asdict, dataclass
 from threading import Barrier
 from typing import Any
 
+from edgekit.devices.cpus import usable_cpus
 from edgekit.devices.probe import Machine, probe
 from edgekit.errors import EdgekitError
 
@@ -59,7 +59,7 @@ class ReadBandwidth:
 def measure_read_bandwidth(
     threads: int | None = None, passes: int = 8, buffer_bytes: int | None = None
 ) -> ReadBandwidth:
-    """Measure with `threads` readers (default: the CPUs this process may use).
+    """Measure with `threads` readers (default: the CPUs this process can keep busy).
 
     Every kernel reads the whole buffer `passes` times; `buffer_bytes` defaults to
     `choose_buffer_bytes` of the probed machine. Takes well under a second on an idle PC. Raises
@@ -95,11 +95,6 @@ def choose_buffer_bytes(machine: Machine) -> int:
             f"above the last-level cache ({cache} bytes); free some memory"
         )
     return size
-
-
-def usable_cpus() -> int:
-    """Return how many CPUs this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def _fill(buffer: mmap.mmap, size: int) -> None:

@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.devices.cpuinfo import Processor, read_processors
-from edgekit.devices.rootfs import list_folder, meminfo_bytes, read_scaled, read_text
-
-CPU_FOLDER = "sys/devices/system/cpu"
+from edgekit.devices.rootfs import (
+    CPU_FOLDER,
+    list_folder,
+    meminfo_bytes,
+    read_scaled,
+    read_text,
+)
 
 
 @dataclass(frozen=True)

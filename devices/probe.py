@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.devices.conditions import CPU_FOLDER, Conditions, conditions
+from edgekit.devices.conditions import Conditions, conditions
 from edgekit.devices.cpuinfo import Processor, architecture, isa_features, read_processors
+from edgekit.devices.cpus import cpu_quota, physical_cores
 from edgekit.devices.rootfs import (
+    CPU_FOLDER,
     key_values,
     list_folder,
     meminfo_bytes,
@@ -51,7 +53,10 @@ class Cache:
 
 @dataclass(frozen=True)
 class Machine:
-    """The facts of one machine; None (and for `caches` empty) is what could not be read."""
+    """The facts of one machine; None (and for `caches` empty) is what could not be read.
+
+    `cpu_quota` is how many CPUs' time the process's control groups grant, None without a quota.
+    """
 
     device: str | None
     cpu: str | None
@@ -61,6 +66,7 @@ class Machine:
     clusters: tuple[Cluster, ...]
     physical_cores: int | None
     logical_cores: int | None
+    cpu_quota: float | None
     caches: tuple[Cache, ...]
     ram_bytes: int | None
     swap_bytes: int | None
@@ -95,8 +101,9 @@ def probe(root: Path = Path("/")) -> Machine:
         architecture=architecture(root, processors),
         isa=isa_features(processors),
         clusters=clusters,
-        physical_cores=_physical_cores(root, processors),
+        physical_cores=physical_cores((p.cpu for p in processors), root),
         logical_cores=len(processors) or None,
+        cpu_quota=cpu_quota(root),
         caches=_caches(root, processors),
         ram_bytes=memory.get("MemTotal"),
         swap_bytes=memory.get("SwapTotal"),
@@ -139,15 +146,6 @@ def _cpu_name(clusters: tuple[Cluster, ...], processors: tuple[Processor, ...]) 
     if not processors or processors[0].arm_ids is None:
         return processors[0].core if processors else None
     return " + ".join(f"{len(cluster.cpus)}x {cluster.core}" for cluster in clusters)
-
-
-def _physical_cores(root: Path, processors: tuple[Processor, ...]) -> int | None:
-    """Count the distinct sets of sibling threads (`core_id` alone repeats across clusters)."""
-    siblings = {
-        read_text(root, f"{CPU_FOLDER}/cpu{p.cpu}/topology/thread_siblings_list")
-        for p in processors
-    }
-    return None if not siblings or None in siblings else len(siblings)
 
 
 def _caches(root: Path, processors: tuple[Processor, ...]) -> tuple[Cache, ...]:

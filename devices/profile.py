@@ -1,13 +1,14 @@
 """Device profiles: what is known of a device before a program runs on it, one TOML file each.
 
-A profile holds published or measured figures with their source; nothing in it is derived from a
-core's name. The machine at hand is not a profile: it is probed (`edgekit.devices.probe`).
+A profile holds published or measured facts, each with its source; nothing in it is derived from a
+core's name, for vendors switch features off. The machine at hand is not a profile: it is probed
+(`edgekit.devices.probe`).
 """
 
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from edgekit.errors import EdgekitError
 
 LOCAL = "local"
 PROFILES_FOLDER = Path(__file__).parent / "profiles"
+
+# What needs a source, where it is given.
+FACTS = ("clusters", "isa", "peak_gb_per_s", "sustained_gb_per_s", "ram_gb", "page_size")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class ProfileCluster:
 
     def __post_init__(self) -> None:
         """Refuse wrong types and values that no CPU has."""
-        _require(isinstance(self.core, str) and bool(self.core), "core", self.core, "a name")
+        _require_text("core", self.core)
         _require(_is_count(self.count), "count", self.count, "an integer above 0")
         _require_positive("max_ghz", self.max_ghz)
 
@@ -38,36 +42,40 @@ class ProfileCluster:
 class DeviceProfile:
     """One device; bandwidth in GB/s (1e9 bytes), RAM in GiB as sold.
 
-    `isa` lists the features that the source states, in the probe's spellings: a feature that is
-    not in it may be absent or unstated, so ask the device itself. `ram_gb` holds the sizes that
-    are sold, smallest first; empty where they vary. `peak_gb_per_s` is the memory interface's
-    arithmetic limit, `sustained_gb_per_s` a measured streaming figure; None is unknown.
+    `isa` lists the features that a program finds, in the probe's spellings; `withheld` those that
+    the cores have but the device does not offer, each with the reason. `ram_gb` holds the sizes
+    that are sold, smallest first; empty where they vary. `peak_gb_per_s` is the memory interface's
+    arithmetic limit, `sustained_gb_per_s` a measured streaming figure; None is unknown, and where
+    both are `no_bandwidth` says why. `sources` names the source of each of `FACTS` that is given.
     """
 
     id: str
     name: str
     clusters: tuple[ProfileCluster, ...]
     isa: tuple[str, ...]
-    source: str
+    sources: Mapping[str, str]
     aliases: tuple[str, ...] = ()
+    withheld: Mapping[str, str] = field(default_factory=dict)
     peak_gb_per_s: float | None = None
     sustained_gb_per_s: float | None = None
+    no_bandwidth: str | None = None
     ram_gb: tuple[float, ...] = ()
     page_size: str | None = None
     note: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse wrong types, unknown ISA features and contradictory bandwidths."""
-        for key in ("id", "name", "source"):
-            value = getattr(self, key)
-            _require(isinstance(value, str) and bool(value), key, value, "a text")
-        for key in ("page_size", "note"):
+        """Refuse wrong types, unknown ISA features, contradictory bandwidths, unsourced facts."""
+        for key in ("id", "name"):
+            _require_text(key, getattr(self, key))
+        for key in ("page_size", "note", "no_bandwidth"):
             value = getattr(self, key)
             _require(value is None or isinstance(value, str), key, value, "a text")
         _require(self.id != LOCAL, "id", self.id, "another word: it means this machine")
         _require(bool(self.clusters), "clusters", self.clusters, "at least one [[clusters]]")
         self._check_lists()
+        self._check_withheld()
         self._check_bandwidth()
+        self._check_sources()
 
     def _check_lists(self) -> None:
         for alias in self.aliases:
@@ -79,6 +87,23 @@ class DeviceProfile:
         ordered = tuple(sorted(set(self.ram_gb)))
         _require(self.ram_gb == ordered, "ram_gb", list(self.ram_gb), "smallest first, each once")
 
+    def _check_withheld(self) -> None:
+        for feature, reason in self.withheld.items():
+            known = feature in ISA_FEATURES and feature not in self.isa
+            _require(known, "withheld", feature, "a feature that isa does not list")
+            _require_text(f"withheld.{feature}", reason)
+
+    def _check_sources(self) -> None:
+        for key, source in self.sources.items():
+            _require(key in FACTS and self._states(key), "sources", key, "of a fact that is given")
+            _require_text(f"sources.{key}", source)
+        bare = [key for key in FACTS if self._states(key) and key not in self.sources]
+        if bare:
+            raise EdgekitError(f"no source for {', '.join(bare)}: name it under [sources]")
+
+    def _states(self, key: str) -> bool:
+        return getattr(self, key) not in (None, ())
+
     def _check_bandwidth(self) -> None:
         peak, sustained = self.peak_gb_per_s, self.sustained_gb_per_s
         _require_positive("peak_gb_per_s", peak)
@@ -86,6 +111,10 @@ class DeviceProfile:
         if peak is not None and sustained is not None:
             allowed = f"at most the peak of {peak}"
             _require(sustained <= peak, "sustained_gb_per_s", sustained, allowed)
+        if (self.no_bandwidth is None) == (self.bandwidth is None):
+            raise EdgekitError(
+                "give peak_gb_per_s or sustained_gb_per_s, or no_bandwidth to say why there is none"
+            )
 
     @property
     def bandwidth(self) -> tuple[float, str] | None:
@@ -114,6 +143,9 @@ def parse_profile(raw: Mapping[str, Any]) -> DeviceProfile:
     """
     _check_keys(raw, DeviceProfile, "")
     values = dict(raw)
+    for key in ("sources", "withheld"):
+        if key in values:
+            _require(isinstance(values[key], dict), key, values[key], f"a table [{key}]")
     for key in ("isa", "aliases", "ram_gb", "clusters"):
         if key in values:
             _require(isinstance(values[key], list), key, values[key], "a list")
@@ -169,11 +201,15 @@ def _parse_cluster(raw: object) -> ProfileCluster:
 
 
 def _check_keys(raw: Mapping[str, Any], kind: type[Any], prefix: str) -> None:
-    known = [field.name for field in fields(kind)]
+    known = [each.name for each in fields(kind)]
     unknown = [f"{prefix}{key}" for key in raw if key not in known]
     if unknown:
         raise EdgekitError(f"unknown key {', '.join(unknown)}; allowed: {', '.join(known)}")
-    required = [field.name for field in fields(kind) if field.default is MISSING]
+    required = [
+        each.name
+        for each in fields(kind)
+        if each.default is MISSING and each.default_factory is MISSING
+    ]
     missing = [f"{prefix}{key}" for key in required if key not in raw]
     if missing:
         raise EdgekitError(f"missing key {', '.join(missing)}")
@@ -185,6 +221,10 @@ def _is_positive(value: object) -> bool:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and _is_positive(value)
+
+
+def _require_text(key: str, value: object) -> None:
+    _require(isinstance(value, str) and bool(value), key, value, "a text")
 
 
 def _require_positive(key: str, value: object) -> None:

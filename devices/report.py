@@ -10,6 +10,14 @@ from edgekit.tables import markdown_table, plain_table
 from edgekit.words import counted
 
 UNKNOWN = "unknown"
+_FACTS = {
+    "clusters": "CPU",
+    "isa": "ISA features",
+    "peak_gb_per_s": "peak bandwidth",
+    "sustained_gb_per_s": "sustained bandwidth",
+    "ram_gb": "RAM",
+    "page_size": "page size",
+}
 
 
 def describe_devices(name: str | None = None, as_json: bool = False) -> str:
@@ -59,9 +67,11 @@ def profile_text(profile: DeviceProfile) -> str:
             "sustained bandwidth": _unit(profile.sustained_gb_per_s, "GB/s"),
             "RAM": _ram_options(profile) + (" GB" if profile.ram_gb else ""),
             "page size": profile.page_size,
-            "source": profile.source,
         }
+        | ({"no bandwidth": profile.no_bandwidth} if profile.no_bandwidth else {})
+        | {f"no {feature}": reason for feature, reason in profile.withheld.items()}
         | ({"note": profile.note} if profile.note else {})
+        | {f"source of {_FACTS[key]}": source for key, source in profile.sources.items()}
     )
 
 
@@ -169,7 +179,9 @@ def _of(part: int | None, whole: int | None, what: str) -> str | None:
 def _cores(machine: Machine) -> str | None:
     if machine.logical_cores is None:
         return None
-    return f"{machine.physical_cores or UNKNOWN} physical, {machine.logical_cores} logical"
+    cores = f"{machine.physical_cores or UNKNOWN} physical, {machine.logical_cores} logical"
+    quota = machine.cpu_quota
+    return cores if quota is None else f"{cores}; a quota grants the time of {quota:.4g}"
 
 
 def _cluster(cluster: Cluster) -> str:

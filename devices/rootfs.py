@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+CPU_FOLDER = "sys/devices/system/cpu"
+
 
 def read_text(root: Path, path: str) -> str | None:
     """Return the file's text without outer blanks and NULs; None if missing or unreadable.

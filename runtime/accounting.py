@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgekit.devices.cpus import quota_groups, throttled_seconds
 from edgekit.runtime.record import Interference
 
 
@@ -13,26 +14,34 @@ class Clocks:
     """Seconds since some fixed moment.
 
     `wall`; `own` CPU time of this process; `busy` time of all CPUs, stolen time included;
-    `waited` time in which threads of this process were ready but not running. None where /proc
-    does not say.
+    `waited` time in which threads of this process were ready but not running; `throttled` time in
+    which the quota of a control group held CPUs of the group back. None where the kernel does not
+    say, or there is no quota.
     """
 
     wall: float
     own: float
     busy: float | None
     waited: float | None
+    throttled: float | None
 
     @classmethod
     def read(cls) -> "Clocks":
-        """Read all four now."""
-        return cls(time.perf_counter(), time.process_time(), _busy_seconds(), _waited_seconds())
+        """Read all of them now."""
+        return cls(
+            wall=time.perf_counter(),
+            own=time.process_time(),
+            busy=_busy_seconds(),
+            waited=_waited_seconds(),
+            throttled=throttled_seconds(quota_groups()),
+        )
 
 
 def interference(before: Clocks, after: Clocks, threads: int) -> Interference:
     """Return what else ran between two readings, as shares of the wall time between them."""
     wall = after.wall - before.wall
     own = after.own - before.own
-    other = waited = None
+    other = waited = throttled = None
     if before.busy is not None and after.busy is not None:
         cpus = os.cpu_count() or 1
         # /proc/stat counts in ticks: a tick per CPU is the reading's error, not another load.
@@ -40,7 +49,9 @@ def interference(before: Clocks, after: Clocks, threads: int) -> Interference:
         other = _share(after.busy - before.busy - own - slack, wall * cpus)
     if before.waited is not None and after.waited is not None:
         waited = _share(after.waited - before.waited, wall * threads)
-    return Interference(own=own / (wall * threads), other=other, waited=waited)
+    if before.throttled is not None and after.throttled is not None:
+        throttled = _share(after.throttled - before.throttled, wall * threads)
+    return Interference(own / (wall * threads), other, waited, throttled)
 
 
 def _share(part: float, whole: float) -> float:

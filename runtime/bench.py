@@ -15,10 +15,11 @@ from typing import Any
 from edgekit import __version__
 from edgekit.devices.bandwidth import measure_read_bandwidth
 from edgekit.devices.conditions import Conditions, conditions
+from edgekit.devices.cpus import default_threads
 from edgekit.devices.probe import Machine, probe
 from edgekit.errors import EdgekitError
 from edgekit.progress import Steps, no_steps
-from edgekit.runtime.engine import check_threads, physical_cores
+from edgekit.runtime.engine import check_threads
 from edgekit.runtime.gates import check_gates
 from edgekit.runtime.model_files import ModelFile, find_model_file
 from edgekit.runtime.record import (
@@ -54,9 +55,9 @@ def bench(
 
     An artifact is a folder that `edgekit export` wrote, or what `find_model_file` takes besides.
     A test is each of `prompts` (prefill) and `generates` (decode) at each of `depths`, in tokens;
-    0 skips one. `threads` defaults to the physical cores this process may use; `cooldown_s`
-    is slept before every repetition. Raises `EdgekitError` before anything is measured for a test
-    that an artifact's context cannot hold, and when an artifact's process dies.
+    0 skips one. `threads` defaults to the physical cores this process may use, by its quota;
+    `cooldown_s` is slept before every repetition. Raises `EdgekitError` before anything is measured
+    for a test that an artifact's context cannot hold, and when an artifact's process dies.
     """
     check_threads(threads)
     machine = probe()
@@ -65,7 +66,7 @@ def bench(
         generates=tuple(generates),
         depths=tuple(depths),
         repetitions=repetitions,
-        threads=physical_cores() if threads is None else threads,
+        threads=default_threads() if threads is None else threads,
         cooldown_s=cooldown_s,
         seed=seed,
     )
@@ -79,7 +80,7 @@ def describe_each(artifacts: Sequence[Path], threads: int | None = None) -> Reco
     """Return the record of no test: what the files say, which no engine has to load for it."""
     check_threads(threads)
     machine, now = probe(), conditions().to_dict()
-    used = physical_cores() if threads is None else threads
+    used = default_threads() if threads is None else threads
     bandwidth = measure_read_bandwidth(used)
     return Record(
         edgekit_version=__version__,

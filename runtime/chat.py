@@ -7,8 +7,14 @@ from edgekit.models.tokenizer import TextTokenizer
 from edgekit.runtime.engine import Engine
 from edgekit.runtime.generate import Generation, GenerationResult, generate
 from edgekit.runtime.sampling import SamplingParams
+from edgekit.words import counted
 
 Message = dict[str, str]
+
+COMMANDS = "/reset starts a new conversation, /exit ends it, /help says this"
+
+# The share of the context, 1/4, that old turns make room in for an answer, if it may be so long.
+_ROOM = 4
 
 # Far above the 4 of ordinary text: it only spares the tokenizer what cannot fit anyway.
 _BYTES_PER_TOKEN = 256
@@ -44,9 +50,14 @@ def prompt_ids(tokenizer: TextTokenizer, messages: Sequence[Message], context: i
 
 
 class Chat:
-    """Turns of a conversation; what the engine has processed is kept from turn to turn."""
+    """Turns of a conversation; what the engine has processed is kept from turn to turn.
+
+    Where a question and its answer would not fit the context behind all turns, the oldest are left
+    out: `forgotten` is how many turns, a question and its answer each, the last `ask` left out.
+    """
 
     messages: list[Message]
+    forgotten: int
     _asked: list[Message]
     _processed: list[int]
 
@@ -73,15 +84,15 @@ class Chat:
     def reset(self) -> None:
         """Start a new conversation."""
         self.messages = first_messages(self._system)
+        self.forgotten = 0
         self._forget()
 
     def ask(self, text: str) -> Generation:
-        """Prepare the answer to a question; `EdgekitError` where it does not fit the context.
+        """Prepare the answer to a question; `EdgekitError` where it alone does not fit the context.
 
         Until its answer is kept, a question leaves no trace in the conversation.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        ids = prompt_ids(self._tokenizer, messages, self.engine.context)
+        messages, ids, self.forgotten = self._prompt(text)
         if not self._continues(ids):
             self._forget()
         answer = generate(
@@ -106,6 +117,23 @@ class Chat:
             self._processed = answer.processed
         return result
 
+    def _prompt(self, text: str) -> tuple[list[Message], list[int], int]:
+        """Return messages that leave room for an answer, their ids, and how many turns are gone.
+
+        The system message and the question stay, however little room they leave.
+        """
+        context = self.engine.context
+        room = min(context // _ROOM, self._max_tokens or context)
+        system, question = first_messages(self._system), {"role": "user", "content": text}
+        alone = prompt_ids(self._tokenizer, [*system, question], context)
+        turns = self.messages[len(system) :]
+        for gone in range(0, len(turns), 2):
+            messages = [*system, *turns[gone:], question]
+            ids = self._tokenizer.encode(self._tokenizer.chat(messages), add_special=False)
+            if len(ids) + room <= context:
+                return messages, ids, gone // 2
+        return [*system, question], alone, len(turns) // 2
+
     def _continues(self, ids: list[int]) -> bool:
         """Whether a prompt goes on from what the engine holds.
 
@@ -126,11 +154,13 @@ def converse(
     write: Callable[[str], None],
     note: Callable[[str], None],
 ) -> None:
-    """Hold a conversation until `/exit`, the end of input or a full context.
+    """Hold a conversation until `/exit` or the end of input.
 
     `read` returns a line or raises `EOFError`; `write` takes the model's text, `note` a line
-    about it. Ctrl-C ends an answer, not the conversation.
+    about it. Ctrl-C ends an answer, not the conversation, and so does a full context: then the
+    oldest turns go, and `note` is told.
     """
+    note(COMMANDS)
     while True:
         try:
             if not _turn(chat, read, write, note):
@@ -157,20 +187,25 @@ def _turn(
         chat.reset()
         note("new conversation")
         return True
-    if not line:
-        return True
-    return line != "/exit" and _answer(chat, line, write, note)
+    if line == "/help":
+        note(COMMANDS)
+    elif line and line != "/exit":
+        _answer(chat, line, write, note)
+    return line != "/exit"
 
 
 def _answer(
     chat: Chat, question: str, write: Callable[[str], None], note: Callable[[str], None]
-) -> bool:
-    """Answer one question; False where the conversation cannot go on."""
+) -> None:
+    """Answer one question, or say why not."""
     try:
         answer = chat.ask(question)
     except EdgekitError as error:
-        note(f"{error}; /reset starts a new conversation")
-        return True
+        note(str(error))
+        return
+    if chat.forgotten:
+        context = chat.engine.context
+        note(f"to fit the context of {context}, {_oldest(chat.forgotten)} forgotten")
     try:
         for piece in answer:
             write(piece)
@@ -180,6 +215,8 @@ def _answer(
     write("\n")
     note(result.summary())
     if result.reason == "context":
-        note(f"the context of {chat.engine.context} tokens is full: the chat ends here")
-        return False
-    return True
+        note("the chat goes on: the oldest turns will be forgotten; /reset starts a new one")
+
+
+def _oldest(turns: int) -> str:
+    return "the oldest turn is" if turns == 1 else f"the {counted(turns, 'oldest turn')} are"

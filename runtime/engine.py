@@ -205,7 +205,7 @@ def import_engine(name: str) -> ModuleType:
 def load_engine(
     name: str, model_path: Path, threads: int | None = None, context: int | None = None
 ) -> Engine:
-    """Open a model file in the engine of that name, with one thread per physical core by default.
+    """Open a model file in the engine of that name, with `default_threads()` by default.
 
     `context` is the number of positions to make room for where the file leaves that open (GGUF,
     ONNX), by default what the file states, at most 2048. Raises `EdgekitError` for an unknown
@@ -263,22 +263,3 @@ def _does_not_fit(count: int, position: int, context: int) -> str:
         return f"prompt of {counted(count, 'token')} does not fit the context of {context}"
     tokens = counted(count, "token")
     return f"{tokens} after the {position} processed do not fit the context of {context}"
-
-
-def physical_cores() -> int:
-    """Return the number of physical cores this process may run on.
-
-    Two hardware threads of one core share its multipliers and its path to memory, so a second
-    one slows matrix work down more often than not.
-    """
-    allowed = os.sched_getaffinity(0)
-    siblings = {_siblings(cpu) for cpu in allowed}
-    return max(1, len(siblings))
-
-
-def _siblings(cpu: int) -> str:
-    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return str(cpu)  # no topology: count each hardware thread as a core

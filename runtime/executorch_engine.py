@@ -13,9 +13,10 @@ import torch
 from executorch.extension.pybindings import _C as binding
 from torch import Tensor
 
+from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError
 from edgekit.logits import Logits
-from edgekit.runtime.engine import OneSequenceEngine, TokenIds, physical_cores
+from edgekit.runtime.engine import OneSequenceEngine, TokenIds
 from edgekit.runtime.executorch_binding import (
     FORWARD,
     OPEN_ENGINES,
@@ -50,7 +51,7 @@ class ExecutorchEngine(OneSequenceEngine):
         self._path, self._stale = path, False
         check_program_file(path)
         with _reasons(path):
-            set_threads(threads or physical_cores())
+            set_threads(threads or default_threads())
             self._load(path)
         OPEN_ENGINES.add(self)
 

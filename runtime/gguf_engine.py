@@ -26,6 +26,7 @@ from typing import Any, Final
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
+from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError
 from edgekit.gguf_file import GgufFile
 from edgekit.logits import Logits
@@ -35,7 +36,6 @@ from edgekit.runtime.engine import (
     OneSequenceEngine,
     TokenIds,
     check_first,
-    physical_cores,
 )
 from edgekit.runtime.gguf_facts import open_checked, stated_context
 
@@ -69,7 +69,7 @@ class GgufEngine(OneSequenceEngine):
         llama_library.start()
         model = load_model(path, mapped=not _is_repacked(file))
         handle = llama.llama_init_from_model(
-            model, _context_params(self.context, threads or physical_cores())
+            model, _context_params(self.context, threads or default_threads())
         )
         if not handle:
             error = llama_library.failure(f"cannot make a context of {self.context} for {path}")

@@ -15,11 +15,12 @@ from typing import Any
 from edgekit import __version__
 from edgekit.artifact import MANIFEST, Artifact
 from edgekit.devices.conditions import Conditions, conditions
+from edgekit.devices.cpus import default_threads
 from edgekit.devices.probe import probe
 from edgekit.errors import EdgekitError
 from edgekit.progress import Steps, no_steps
 from edgekit.runtime.bench import DEFAULT_SEED, distinct_names
-from edgekit.runtime.engine import check_threads, physical_cores
+from edgekit.runtime.engine import check_threads
 from edgekit.runtime.gates import check_gates
 from edgekit.runtime.record import (
     SCHEMA_VERSION,
@@ -194,7 +195,7 @@ def bench_modules(
     takes. Raises `EdgekitError` for one that it does not take, and when an artifact's process dies.
     """
     check_threads(threads)
-    count = physical_cores() if threads is None else threads
+    count = default_threads() if threads is None else threads
     settings = ModuleSettings(batch, repetitions, count, cooldown_s, seed)
     subjects = [
         _Subject(name, Artifact.open(path), batch)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError
-from edgekit.runtime.engine import physical_cores
 from edgekit.runtime.executorch_binding import (
     FORWARD,
     OPEN_ENGINES,
@@ -36,7 +36,7 @@ class ExecutorchModule(ClosesItself):
         check_program_file(path)
         with chatter() as log:
             try:
-                set_threads(threads or physical_cores())
+                set_threads(threads or default_threads())
                 register_kernels()
                 self._program = load_program(path)
                 self._method: Any = self._program.load_method(FORWARD)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError, one_line
 from edgekit.onnx_file import OnnxFile
-from edgekit.runtime.engine import physical_cores
 from edgekit.runtime.module_engine import Array, ClosesItself, contiguous
 from edgekit.runtime.onnx_engine import open_session
 
@@ -22,7 +22,7 @@ class OnnxModule(ClosesItself):
         """Check and load a file."""
         OnnxFile.open(path)
         self._session: ort.InferenceSession | None = open_session(
-            path, threads or physical_cores(), exact_bytes=True
+            path, threads or default_threads(), exact_bytes=True
         )
         self._inputs = [item.name for item in self._session.get_inputs()]
 

@@ -18,6 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgekit.artifact import MANIFEST, Artifact
+from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError, one_line
 from edgekit.genai_config import GenaiConfig, is_genai_folder
 from edgekit.logits import Logits
@@ -28,7 +29,6 @@ from edgekit.runtime.engine import (
     OneSequenceEngine,
     TokenIds,
     check_first,
-    physical_cores,
 )
 from edgekit.runtime.onnx_batch import padded_logits
 from edgekit.runtime.onnx_decoder import Decoder, State, read_decoder
@@ -63,7 +63,7 @@ class OnnxEngine(OneSequenceEngine):
         self._decoder = decoder
         _check_memory(path, decoder, self.context)
         self._run: _Runner | None = _Runner(
-            open_session(path, threads or physical_cores()), decoder, self.context
+            open_session(path, threads or default_threads()), decoder, self.context
         )
 
     def _forward(self, tokens: TokenIds, position: int) -> Logits:

@@ -17,8 +17,8 @@ from edgekit.files import new_file
 
 SCHEMA_VERSION = 1
 
-# Above this share of the machine, work that is not the measurement is called interference.
-_OTHER_LOAD_LIMIT = 0.05
+# Above this share, work that is not the measurement is called interference, and a quota a limit.
+_VISIBLE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,30 @@ class Interference:
     `own`: CPU time of the engine's process over wall time x threads. A low value alone may be an
     engine that leaves its threads idle. `other`: busy and stolen time of all CPUs that was not
     the engine's, over wall time x CPUs. `waited`: time in which the engine's threads were ready
-    but another process had the CPU, over wall time x threads. None where the system does not say.
+    but did not run, over wall time x threads: another process had the CPU, or a quota held them
+    back. `throttled`: time in which the quota of a control group held CPUs back, over wall time x
+    threads. None where the system does not say, and `throttled` where there is no quota.
     """
 
     own: float
     other: float | None
     waited: float | None
+    throttled: float | None = None
+
+    @property
+    def waited_for_others(self) -> float:
+        """The share of waiting that the quota does not explain."""
+        return max(0.0, (self.waited or 0.0) - (self.throttled or 0.0))
 
     @property
     def visible(self) -> bool:
         """True when another load took more than 5 % of the CPUs or of the engine's turn."""
-        return max(self.other or 0.0, self.waited or 0.0) > _OTHER_LOAD_LIMIT
+        return max(self.other or 0.0, self.waited_for_others) > _VISIBLE_SHARE
+
+    @property
+    def limited(self) -> bool:
+        """True when the quota took more than 5 % of the engine's time."""
+        return (self.throttled or 0.0) > _VISIBLE_SHARE
 
     def to_dict(self) -> dict[str, Any]:
         """Return the shares and the verdict."""
@@ -72,7 +85,9 @@ class Interference:
             "own_cpu_share": self.own,
             "other_cpu_share": self.other,
             "waited_share": self.waited,
+            "throttled_share": self.throttled,
             "visible": self.visible,
+            "limited_by_quota": self.limited,
         }
 
 

@@ -46,8 +46,10 @@ def machine_line(
     """Return the CPU, the threads and the order of the repetitions in one line."""
     isa = ", ".join(machine["isa"] or ()) or "ISA features unreadable"
     order = ", interleaved" if interleaved else ""
+    quota = machine["cpu_quota"]
+    granted = "" if quota is None else f" (a quota grants the time of {quota:.4g} CPUs)"
     return (
-        f"{machine['cpu'] or 'unknown CPU'} ({isa}); {counted(threads, 'thread')}; "
+        f"{machine['cpu'] or 'unknown CPU'} ({isa}); {counted(threads, 'thread')}{granted}; "
         f"{counted(repetitions, 'repetition')}{order}; {made}"
     )
 
@@ -158,16 +160,25 @@ def disturbances(record: Record) -> list[str]:
 
 
 def load_note(samples: Sequence[Surrounded]) -> list[str]:
-    """Say how much of the CPUs another load took, where it is visible."""
+    """Say how much of the CPUs another load took, and a quota of the threads' time, if visible."""
+    all_of_them = counted(len(samples), "repetition")
     seen = [sample.interference for sample in samples if sample.interference.visible]
-    if not seen:
-        return []
-    other = max(one.other or 0.0 for one in seen)
-    waited = max(one.waited or 0.0 for one in seen)
-    return [
-        f"! other load was visible in {len(seen)} of {counted(len(samples), 'repetition')}: up to "
-        + f"{other:.0%} of the CPUs, and threads waited up to {waited:.0%} of their time"
-    ]
+    held = [sample.interference for sample in samples if sample.interference.limited]
+    notes = []
+    if seen:
+        other = max(one.other or 0.0 for one in seen)
+        waited = max(one.waited_for_others for one in seen)
+        notes.append(
+            f"! other load was visible in {len(seen)} of {all_of_them}: up to "
+            f"{other:.0%} of the CPUs, and threads waited up to {waited:.0%} of their time"
+        )
+    if held:
+        most = max(one.throttled or 0.0 for one in held)
+        notes.append(
+            f"the CPU quota of this control group held the threads back in {len(held)} of "
+            f"{all_of_them}: up to {most:.0%} of their time"
+        )
+    return notes
 
 
 def gate_notes(samples: Sequence[Surrounded]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
+from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError
 from edgekit.last_words import engine_on, engine_works
 from edgekit.logits import Logits
@@ -17,7 +18,6 @@ from edgekit.runtime.engine import (
     TokenIds,
     check_first,
     check_tokens,
-    physical_cores,
 )
 
 
@@ -41,7 +41,7 @@ class TorchEngine(OneSequenceEngine):
         """Run `module`, whose state holds `context` positions; `name` is what errors call it."""
         with engine_on(self.name, Path(name)):
             super().__init__()
-        torch.set_num_threads(threads or physical_cores())
+        torch.set_num_threads(threads or default_threads())
         self.context = self.longest_chunk = self.default_chunk = context
         self.vocab_size = vocab_size
         self._module: nn.Module | None = module.eval()

@@ -168,6 +168,7 @@ def test_pc(pc: Path) -> None:
         clusters=(Cluster("A Processor @ 2.80GHz", (0, 1, 2, 3), None, None, None),),
         physical_cores=2,
         logical_cores=4,
+        cpu_quota=None,
         caches=(
             Cache(1, "data", 48 * 1024, 2),
             Cache(1, "instruction", 32 * 1024, 2),

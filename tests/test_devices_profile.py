@@ -1,5 +1,7 @@
 """The bundled device profiles are sound, and a wrong profile is refused by its key."""
 
+import re
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def raw_profile(**changes: object) -> dict[str, Any]:
         "isa": ["neon", "dotprod"],
         "peak_gb_per_s": 10,
         "ram_gb": [4, 8],
-        "source": "its data sheet",
+        "sources": dict.fromkeys(("clusters", "isa", "peak_gb_per_s", "ram_gb"), "its data sheet"),
         "clusters": [{"core": "Cortex-A76", "count": 4, "max_ghz": 2.4}],
     }
     return {key: value for key, value in (good | changes).items() if value is not None}
@@ -52,14 +54,59 @@ def test_names_and_aliases_are_unique() -> None:
 def test_raspberry_pi_5_as_published() -> None:
     profile = find_profile("Pi5")
     assert profile.id == "raspberry-pi-5"
-    assert (profile.peak_gb_per_s, profile.sustained_gb_per_s) == (17.1, 11.4)
-    assert profile.bandwidth == (11.4, "sustained")
-    assert profile.isa == ("neon", "dotprod")
+    assert (profile.peak_gb_per_s, profile.sustained_gb_per_s) == (17.1, 12.6)
+    assert profile.bandwidth == (12.6, "sustained")
+    assert profile.isa == ("neon", "fp16", "dotprod")
     assert profile.cpu == "4x Cortex-A76 2.4 GHz"
 
 
-def test_unknown_bandwidth_stays_unknown() -> None:
-    assert find_profile("pixel-9").bandwidth is None
+def test_unknown_bandwidth_stays_unknown_and_says_why() -> None:
+    profile = find_profile("pixel-9")
+    assert profile.bandwidth is None
+    assert "publishes neither" in (profile.no_bandwidth or "")
+
+
+def test_equal_cores_have_equal_features_but_for_what_a_vendor_withholds() -> None:
+    """Of devices that share a core: in all of them the sets of cores are of one generation."""
+    for one, other in combinations(bundled_profiles(), 2):
+        shared = {c.core for c in one.clusters} & {c.core for c in other.clusters}
+        if shared:
+            of_one, of_other = ({*p.isa, *p.withheld} for p in (one, other))
+            assert of_one == of_other, (shared, one.id, other.id)
+
+
+def test_features_that_imply_others_come_with_them() -> None:
+    """Arm's architecture: the matrix product needs dot products, SVE2 needs SVE, all need NEON."""
+    implied = {
+        "dotprod": "neon",
+        "fp16": "neon",
+        "i8mm": "dotprod",
+        "bf16": "dotprod",
+        "sve": "fp16",
+        "sve2": "sve",
+        "sve_i8mm": "sve",
+        "sve_bf16": "sve",
+        "avx2": "avx",
+        "avx512f": "avx2",
+        "avx512_vnni": "avx512f",
+        "avx512_bf16": "avx512f",
+    }
+    for profile in bundled_profiles():
+        for feature in profile.isa:
+            assert implied.get(feature, feature) in profile.isa, (profile.id, feature)
+
+
+def test_a_published_peak_is_its_own_arithmetic() -> None:
+    """Where the source states rate and width, as in `LPDDR5X-7500, of 128 bits: 7.5 x 16`."""
+    seen = 0
+    for profile in bundled_profiles():
+        source = profile.sources.get("peak_gb_per_s", "")
+        factors = re.search(r": ([\d.]+) x (\d+)", source)
+        if factors:
+            seen += 1
+            product = float(factors[1]) * float(factors[2])
+            assert profile.peak_gb_per_s == pytest.approx(product, abs=0.05), profile.id
+    assert seen >= 4
 
 
 def test_unknown_device_names_the_nearest() -> None:
@@ -72,6 +119,7 @@ def test_unknown_device_names_the_nearest() -> None:
 def test_minimal_profile() -> None:
     profile = parse_profile(raw_profile())
     assert profile.clusters[0].count == 4
+    assert profile.withheld == {}
     assert profile.aliases == ()
     assert profile.bandwidth == (10, "peak")
 
@@ -80,7 +128,15 @@ def test_minimal_profile() -> None:
     ("changes", "message"),
     [
         ({"colour": "red", "speed": 1}, r"unknown key colour, speed; allowed: id, name"),
-        ({"name": None, "source": None}, r"missing key name, source"),
+        ({"name": None, "sources": None}, r"missing key name, sources"),
+        ({"sources": "its data sheet"}, r"sources is 'its data sheet'; .*a table \[sources\]"),
+        ({"sources": {}}, r"no source for clusters, isa, peak_gb_per_s, ram_gb: name it"),
+        ({"page_size": "4 KiB"}, r"no source for page_size"),
+        ({"peak_gb_per_s": None, "no_bandwidth": "secret"}, r"sources is 'peak_gb_per_s'"),
+        ({"no_bandwidth": "it is secret"}, r"give peak_gb_per_s .*or no_bandwidth"),
+        ({"withheld": {"dotprod": "off"}}, r"withheld is 'dotprod'; .*isa does not list"),
+        ({"withheld": {"sve3": "off"}}, r"withheld is 'sve3'"),
+        ({"withheld": {"sve": ""}}, r"withheld.sve is ''"),
         ({"id": 7}, r"id is 7"),
         ({"id": "local"}, r"id is 'local'; it must be another word"),
         ({"name": ""}, r"name is ''"),

@@ -1,6 +1,5 @@
 """The engine protocol, on torch and on ExecuTorch, over one small stateful module."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 from edgekit.errors import EdgekitError
-from edgekit.runtime.engine import OneSequenceEngine, load_engine, physical_cores
+from edgekit.runtime.engine import OneSequenceEngine, load_engine
 from edgekit.runtime.executorch_binding import check_program_file
 from edgekit.runtime.executorch_engine import ExecutorchEngine
 from edgekit.runtime.torch_engine import TorchEngine
@@ -268,10 +267,6 @@ def test_load_engine_knows_its_engines(program: Path) -> None:
     engine = load_engine("executorch", program, threads=1)
     assert (engine.name, engine.context, engine.vocab_size) == ("executorch", CONTEXT, VOCAB)
     engine.close()
-
-
-def test_physical_cores_are_at_most_the_allowed_threads() -> None:
-    assert 1 <= physical_cores() <= len(os.sched_getaffinity(0))
 
 
 def test_metadata_is_read(program: Path) -> None:

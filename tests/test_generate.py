@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgekit.errors import EdgekitError
 from edgekit.models.tokenizer import Tokenizer
-from edgekit.runtime.chat import Chat, converse, prompt_ids
+from edgekit.runtime.chat import COMMANDS, Chat, converse, prompt_ids
 from edgekit.runtime.generate import Generation, GenerationResult, StopScanner, generate
 from edgekit.runtime.sampling import SamplingParams
 from edgekit.runtime.torch_engine import TorchEngine
@@ -306,18 +306,20 @@ def test_an_answer_that_was_not_kept_leaves_no_trace(tokenizer: Tokenizer) -> No
 
 
 def test_chat_in_a_terminal(tokenizer: Tokenizer) -> None:
-    terminal = Terminal("Who?", "  ", "/reset", "And you?", "/exit", "never read")
+    terminal = Terminal("Who?", "  ", "/help", "/reset", "And you?", "/exit", "never read")
     chat = make_chat(tokenizer, {"Who?": "Ann.", "And you?": "Bob."})
     terminal.hold(chat)
     assert terminal.text == "Ann.\nBob.\n"
     assert "new conversation" in terminal.notes
+    assert terminal.notes.count(COMMANDS) == 2, "at the start and for /help"
     assert [message["content"] for message in chat.messages] == ["Be brief.", "And you?", "Bob."]
 
 
 def test_end_of_input_ends_the_chat(tokenizer: Tokenizer) -> None:
     terminal = Terminal(KeyboardInterrupt())
     terminal.hold(make_chat(tokenizer, {}))
-    assert (terminal.text, terminal.notes) == ("", ["Ctrl-D or /exit ends the chat"])
+    assert terminal.text == ""
+    assert terminal.notes == [COMMANDS, "Ctrl-D or /exit ends the chat"]
 
 
 def test_input_that_is_not_utf8_is_not_the_end(tokenizer: Tokenizer) -> None:
@@ -325,7 +327,7 @@ def test_input_that_is_not_utf8_is_not_the_end(tokenizer: Tokenizer) -> None:
     terminal = Terminal(broken, "Who?")
     terminal.hold(make_chat(tokenizer, {"Who?": "Ann."}))
     assert terminal.text == "Ann.\n"
-    assert terminal.notes[0] == "the input is not UTF-8: invalid start byte at byte 0"
+    assert terminal.notes[1] == "the input is not UTF-8: invalid start byte at byte 0"
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(tokenizer: Tokenizer) -> None:
@@ -340,24 +342,64 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(tokenizer: Tokenizer) -> Non
     terminal.hold(chat)
     assert terminal.text == "An\nBob.\n"
     assert chat.messages[2]["content"] == "An"
-    assert "interrupted" in terminal.notes[0]
+    assert "interrupted" in terminal.notes[1]
 
 
 def test_a_question_that_does_not_fit_leaves_no_trace(tokenizer: Tokenizer) -> None:
     terminal = Terminal("x" * CONTEXT, "Who?")
     chat = make_chat(tokenizer, {"Who?": "Ann."})
     terminal.hold(chat)
-    assert "does not fit the context of 300; /reset starts a new" in terminal.notes[0]
+    assert terminal.notes[1].endswith("does not fit the context of 300")
     assert terminal.text == "Ann.\n"
     assert len(chat.messages) == 3
 
 
-def test_a_full_context_ends_the_chat(tokenizer: Tokenizer) -> None:
-    terminal = Terminal("Go", "never read")
-    terminal.hold(make_chat(tokenizer, {"Go": "y" * CONTEXT}))
+def test_a_full_context_does_not_end_the_chat(tokenizer: Tokenizer) -> None:
+    terminal = Terminal("Go", "Who?")
+    chat = make_chat(tokenizer, {"Go": "y" * CONTEXT, "Who?": "Ann."})
+    terminal.hold(chat)
     assert terminal.text.startswith("yyyy")
-    assert terminal.notes[-1] == "the context of 300 tokens is full: the chat ends here"
-    assert "ended because the context is full" in terminal.notes[-2]
+    assert terminal.text.endswith("y\nAnn.\n")
+    assert "ended because the context is full" in terminal.notes[1]
+    assert terminal.notes[2].startswith("the chat goes on: the oldest turns will be forgotten")
+    assert terminal.notes[3] == "to fit the context of 300, the oldest turn is forgotten"
+    assert [message["content"] for message in chat.messages] == ["Be brief.", "Who?", "Ann."]
+
+
+def test_the_oldest_turns_make_room_for_an_answer(tokenizer: Tokenizer) -> None:
+    """A turn is 70 to 80 of 300 tokens here; an answer gets at least a quarter of them."""
+    answers = {f"{name}?": f"{name}{'.' * 20}" for name in "ABCDEF"}
+    terminal = Terminal(*answers)
+    chat = make_chat(tokenizer, answers)
+    terminal.hold(chat)
+    assert terminal.text == "".join(f"{answer}\n" for answer in answers.values())
+    assert not any("full" in note for note in terminal.notes)
+    assert sum("the oldest turn is forgotten" in note for note in terminal.notes) >= 3
+    contents = [message["content"] for message in chat.messages]
+    assert contents[0] == "Be brief."
+    assert contents[-2:] == ["F?", answers["F?"]]
+    assert "A?" not in contents
+
+
+def test_no_more_turns_go_than_an_answer_needs(tokenizer: Tokenizer) -> None:
+    answers = {f"{name}?": name for name in "ABCDEF"}
+    short, long = make_chat(tokenizer, answers, max_tokens=4), make_chat(tokenizer, answers)
+    for chat in (short, long):
+        Terminal(*answers).hold(chat)
+    assert len(short.messages) > len(long.messages)
+    ids = prompt_ids(tokenizer, short.messages[:-1], CONTEXT)
+    assert CONTEXT - 60 < len(ids) <= CONTEXT - 4
+
+
+def test_turns_that_went_come_back_where_the_answer_is_not_kept(tokenizer: Tokenizer) -> None:
+    chat = make_chat(tokenizer, {"Go": "y" * CONTEXT, "Who?": "Ann."})
+    full = chat.ask("Go")
+    list(full)
+    chat.keep(full)
+    before = list(chat.messages)
+    assert chat.forgotten == 0
+    chat.ask("Who?")
+    assert (chat.forgotten, chat.messages) == (1, before)
 
 
 def test_a_generation_that_was_not_run_is_an_interrupted_one(tokenizer: Tokenizer) -> None:

@@ -69,7 +69,7 @@ def record_of(*artifacts: ArtifactResult) -> Record:
     return Record(
         edgekit_version="0.1.0",
         timestamp_utc="2026-01-02T03:04:05+00:00",
-        machine={"cpu": "a CPU", "isa": ("avx2",), "caches": ()},
+        machine={"cpu": "a CPU", "isa": ("avx2",), "cpu_quota": None, "caches": ()},
         settings=Settings((8,), (4,), (0,), 2, 2, 0.0, 0),
         conditions_before={},
         conditions_after={},
@@ -179,20 +179,42 @@ def test_interference_is_visible_above_five_percent(
     assert Interference(1.0, other, waited).visible is visible
 
 
+@pytest.mark.parametrize(
+    ("other", "waited", "throttled", "visible", "limited"),
+    [
+        (0.0, 0.5, 0.5, False, True),
+        (0.0, 0.5, 0.48, False, True),
+        (0.0, 0.5, 0.2, True, True),
+        (0.3, 0.5, 0.5, True, True),
+        (0.0, 0.04, 0.04, False, False),
+        (0.0, 0.0, 0.5, False, True),
+        (None, None, None, False, False),
+    ],
+)
+def test_waiting_for_a_quota_is_not_another_load(
+    other: float | None, waited: float | None, throttled: float | None, visible: bool, limited: bool
+) -> None:
+    seen = Interference(0.5, other, waited, throttled)
+    assert (seen.visible, seen.limited) == (visible, limited)
+    assert seen.to_dict()["throttled_share"] == throttled
+    assert seen.to_dict()["limited_by_quota"] is limited
+
+
 def test_interference_is_what_the_clocks_leave_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr("os.sysconf", lambda name: 100)
-    before = Clocks(wall=10.0, own=1.0, busy=50.0, waited=0.5)
-    after = Clocks(wall=12.0, own=4.0, busy=55.04, waited=0.7)
+    before = Clocks(wall=10.0, own=1.0, busy=50.0, waited=0.5, throttled=3.0)
+    after = Clocks(wall=12.0, own=4.0, busy=55.04, waited=0.7, throttled=3.12)
     seen = interference(before, after, threads=2)
     assert seen.own == pytest.approx(0.75)  # 3 s of 2 s x 2 threads
     assert seen.other == pytest.approx(0.25)  # 5.04 - 3 - 0.04 (a tick per CPU) of 2 s x 4 CPUs
     assert seen.waited == pytest.approx(0.05)  # 0.2 s of 2 s x 2 threads
+    assert seen.throttled == pytest.approx(0.03)  # 0.12 s of 2 s x 2 threads
 
 
 def test_interference_is_unknown_without_a_kernel_that_says() -> None:
-    seen = interference(Clocks(0.0, 0.0, None, None), Clocks(1.0, 1.0, None, None), threads=1)
-    assert (seen.own, seen.other, seen.waited) == (1.0, None, None)
+    before, after = Clocks(0.0, 0.0, None, None, None), Clocks(1.0, 1.0, None, None, None)
+    assert interference(before, after, threads=1) == Interference(1.0, None, None, None)
 
 
 def conditions_of(celsius: float | None, swap: int | None) -> Conditions:

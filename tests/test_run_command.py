@@ -30,9 +30,13 @@ def run(*arguments: object, stdin: bytes | None = None) -> Result:
 
 
 def run_json(*arguments: object) -> dict[str, Any]:
+    """Return the last line; those before it are the pieces of its text."""
     done = run(*arguments, "--json")
     assert (done.exit_code, done.stderr) == (0, "")
-    facts: dict[str, Any] = json.loads(done.stdout)
+    *pieces, facts = map(json.loads, done.stdout.splitlines())
+    assert all(set(piece) == {"piece"} and piece["piece"] for piece in pieces)
+    assert "".join(piece["piece"] for piece in pieces) == facts["text"]
+    assert isinstance(facts, dict)
     return facts
 
 
@@ -59,6 +63,19 @@ def test_text_on_stdout_and_figures_on_stderr(tiny_artifact: Path) -> None:
     assert done.stdout.endswith("\n")
     assert "tok/s" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_json_has_a_line_for_every_piece(tiny_artifact: Path) -> None:
+    done = run(tiny_artifact, PROMPT, "-n", 12, "--raw", "--temp", 0, "--json")
+    assert len(done.stdout.splitlines()) > 8
+
+
+@pytest.mark.slow
+def test_json_arrives_while_the_text_is_made(tiny_artifact: Path) -> None:
+    with started(tiny_artifact, PROMPT, *ENDLESS, "--json", stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert set(json.loads(process.stdout.readline())) == {"piece"}
+        assert process.poll() is None, "the text has no end before the context's"
 
 
 def test_json_holds_the_streamed_text(tiny_artifact: Path) -> None:

@@ -1,5 +1,7 @@
 """Markdown tables, and the benchmark record printed with them."""
 
+from dataclasses import replace
+
 import pytest
 
 from edgekit.devices.bandwidth import ReadBandwidth
@@ -95,7 +97,7 @@ def record_of(*artifacts: ArtifactResult, cache_bytes: int = 1_000_000) -> Recor
     return Record(
         edgekit_version="0.1.0",
         timestamp_utc="2026-01-02T03:04:05+00:00",
-        machine={"cpu": "a CPU", "isa": ("avx2", "fma"), "caches": (cache,)},
+        machine={"cpu": "a CPU", "isa": ("avx2", "fma"), "cpu_quota": None, "caches": (cache,)},
         settings=Settings((32,), (2,), (0,), 1, 1, 0.0, 0),
         conditions_before={},
         conditions_after={},
@@ -134,6 +136,22 @@ def test_other_load_marks_the_figures_it_touched() -> None:
     assert speeds["a", "pp32"] == "2000"
     assert speeds["b", "pp32"] == "2000 !"
     assert "! other load was visible in 2 of 4 repetitions: up to 20% of the CPUs" in text
+
+
+def test_a_quota_is_not_called_another_load() -> None:
+    record = record_of(artifact("a", other=0.0, temperature=None))
+    held = Interference(own=0.5, other=0.0, waited=0.49, throttled=0.48)
+    tests = tuple(
+        replace(test, samples=tuple(replace(one, interference=held) for one in test.samples))
+        for test in record.artifacts[0].tests
+    )
+    artifacts = (replace(record.artifacts[0], tests=tests),)
+    machine = {**record.machine, "cpu_quota": 0.5}
+    text = render(replace(record, artifacts=artifacts, machine=machine))
+    assert "1 thread (a quota grants the time of 0.5 CPUs); 1 repetition" in text
+    quota = "the CPU quota of this control group held the threads back in 2 of 2 repetitions: up to"
+    assert f"{quota} 48% of their time" in text
+    assert "!" not in text
 
 
 def test_a_failed_gate_is_shown() -> None:

@@ -2,8 +2,8 @@
 
 import inspect
 import re
-from typing import NamedTuple
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pytest

@@ -5,7 +5,10 @@ from pathlib import Path
 import click
 
 threads_option = click.option(
-    "-t", "--threads", type=int, help="CPU threads, 4 per CPU at most  [default: physical cores]"
+    "-t",
+    "--threads",
+    type=int,
+    help="CPU threads, 4 per CPU at most  [default: physical cores, fewer under a CPU quota]",
 )
 tokenizer_option = click.option(
     "--tokenizer",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit.commands._engine_options import threads_option, tokenizer_option
-from edgekit.commands._json import print_json
+from edgekit.commands._json import print_json_line
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
@@ -44,7 +44,12 @@ if TYPE_CHECKING:
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @tokenizer_option
 @threads_option
-@click.option("--json", "as_json", is_flag=True, help="Text and figures as JSON, at the end.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="A line of JSON per piece of text, then one with all text and the figures.",
+)
 def command(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Generate text from ARTIFACT, a folder that `edgekit export` wrote.
 
@@ -52,7 +57,8 @@ def command(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -
 
     PROMPT is one message to the model. It is read from standard input where that is not a
     terminal or PROMPT is `-`; in a terminal without a PROMPT a chat begins. The text ends where
-    the model ends it, at --max-tokens, at a --stop or with the context.
+    the model ends it, at --max-tokens, at a --stop or with the context; a chat then goes on
+    without its oldest turns.
     """
     with _interruptible(as_json):
         _run(artifact, prompt, as_json, options)
@@ -160,10 +166,10 @@ def _stream(answer: "Generation") -> None:
 
 
 def _print_json(path: Path, engine: "Engine", answer: "Generation") -> None:
-    for _ in answer:
-        pass
+    for piece in answer:
+        print_json_line({"piece": piece})
     facts = {"artifact": str(path), "engine": engine.name, "version": engine.version}
-    print_json(facts | answer.result().to_dict())
+    print_json_line(facts | answer.result().to_dict())
 
 
 def _converse(chat: "Chat") -> None:
@@ -172,7 +178,6 @@ def _converse(chat: "Chat") -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (its import gives `input` line editing)
 
-    click.echo("/reset starts a new conversation, /exit ends it", err=True)
     converse(chat, lambda: input("> "), _write, lambda line: click.echo(line, err=True))
 
 

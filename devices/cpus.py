@@ -1,0 +1,136 @@
+"""The CPUs a process may use: physical cores, its affinity, and the quota of its control groups.
+
+A quota bounds CPU time, not CPUs: all CPUs are there, but once the group's threads have run for
+their share of a period (100 ms by default) all of them stand still until the next begins.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from edgekit.devices.rootfs import CPU_FOLDER, key_values, read_int, read_text
+
+_SLASH = Path("/")
+
+
+@dataclass(frozen=True)
+class QuotaGroup:
+    """A control group with a quota: `cpus` of CPU time per time, and its folder below a root."""
+
+    cpus: float
+    folder: str
+
+    def throttled_seconds(self, root: Path = _SLASH) -> float | None:
+        """Return for how long the quota has held the group's CPUs in all; None if unreadable.
+
+        It is the sum over the CPUs on which a thread of the group was stopped.
+        """
+        counters = key_values(
+            (read_text(root, f"{self.folder}/cpu.stat") or "").splitlines(), separator=" "
+        )
+        for name, per_second in (("throttled_usec", 1e6), ("throttled_time", 1e9)):  # v2, v1
+            if counters.get(name, "").isdigit():
+                return int(counters[name]) / per_second
+        return None
+
+
+def default_threads(root: Path = _SLASH) -> int:
+    """Return the threads an engine gets where nobody says: one per physical core, by the quota."""
+    usable = usable_cpus(root)
+    return min(usable, physical_cores(os.sched_getaffinity(0), root) or usable)
+
+
+def usable_cpus(root: Path = _SLASH) -> int:
+    """Return how many CPUs this process can keep busy, by its affinity and its quota.
+
+    Part of a CPU counts as one: with 1.5, two threads do one and a half times the work of one.
+    """
+    cpus, quota = len(os.sched_getaffinity(0)), cpu_quota(root)
+    return cpus if quota is None else min(cpus, math.ceil(quota))
+
+
+def physical_cores(cpus: Iterable[int], root: Path = _SLASH) -> int | None:
+    """Return the number of physical cores among logical CPUs; None if one's is unreadable.
+
+    Two hardware threads of one core share its multipliers and its path to memory, so a second
+    one slows matrix work down more often than not. Sets of siblings are counted, for `core_id`
+    repeats across clusters.
+    """
+    siblings = {
+        read_text(root, f"{CPU_FOLDER}/cpu{cpu}/topology/thread_siblings_list") for cpu in cpus
+    }
+    return None if not siblings or None in siblings else len(siblings)
+
+
+def cpu_quota(root: Path = _SLASH) -> float | None:
+    """Return how many CPUs' time the process below `root` may use; None without a quota."""
+    return min((group.cpus for group in quota_groups(root)), default=None)
+
+
+def quota_groups(root: Path = _SLASH) -> tuple[QuotaGroup, ...]:
+    """Return the groups with a quota that hold the process, in both versions' hierarchies.
+
+    Every ancestor's quota holds too, as far up as the process can see.
+    """
+    found = ((folder, _quota(root, folder)) for folder in _group_folders(root))
+    return tuple(QuotaGroup(cpus, folder) for folder, cpus in found if cpus is not None)
+
+
+def throttled_seconds(groups: Iterable[QuotaGroup], root: Path = _SLASH) -> float | None:
+    """Return for how long quotas have held this process back, as the group that did most says."""
+    seconds = (group.throttled_seconds(root) for group in groups)
+    return max((each for each in seconds if each is not None), default=None)
+
+
+def _quota(root: Path, folder: str) -> float | None:
+    """Read `cpu.max` (v2: `50000 100000` or `max 100000`) or the two files of v1 (-1 is none)."""
+    words = (read_text(root, f"{folder}/cpu.max") or "").split()
+    if len(words) == 2:
+        quota = int(words[0]) if words[0].isdigit() else None
+        period = int(words[1]) if words[1].isdigit() else None
+    else:
+        quota = read_int(root, f"{folder}/cpu.cfs_quota_us")
+        period = read_int(root, f"{folder}/cpu.cfs_period_us")
+    return quota / period if quota and period and quota > 0 and period > 0 else None
+
+
+def _group_folders(root: Path) -> Iterator[str]:
+    """Yield the folders of the process's groups that may bound the CPU, each before its parent."""
+    paths = dict(_memberships(root))
+    for is_v2, top, mount in _mounts(root):
+        path = paths.get(is_v2)
+        if path is None:
+            continue
+        # A container may see a part of the tree only (`top` is mounted), and its path from outside.
+        inner = path.relative_to(top) if path.is_relative_to(top) else PurePosixPath()
+        if ".." in inner.parts:  # the process is outside the part that this namespace shows
+            inner = PurePosixPath()
+        for part in (inner, *inner.parents):
+            yield str(mount / part)
+
+
+def _memberships(root: Path) -> Iterator[tuple[bool, PurePosixPath]]:
+    """Read /proc/self/cgroup, `number:controllers:path`: v2's line has no controllers."""
+    for line in (read_text(root, "proc/self/cgroup") or "").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            yield True, PurePosixPath(path)
+        elif "cpu" in controllers.split(","):
+            yield False, PurePosixPath(path)
+
+
+def _mounts(root: Path) -> Iterator[tuple[bool, PurePosixPath, PurePosixPath]]:
+    """Read from /proc/self/mountinfo (proc(5)) what is mounted where: v2's tree, v1's of `cpu`."""
+    for line in (read_text(root, "proc/self/mountinfo") or "").splitlines():
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(), after.split()
+        if len(fields) < 5 or len(kind) < 3:
+            continue
+        top, mount = PurePosixPath(fields[3]), PurePosixPath(fields[4].lstrip("/"))
+        if kind[0] == "cgroup2":
+            yield True, top, mount
+        elif kind[0] == "cgroup" and "cpu" in kind[2].split(","):
+            yield False, top, mount
