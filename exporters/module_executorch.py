@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401  registers embedding_*
 import torch
@@ -190,12 +191,13 @@ def _quantize_value(node: Node, parameters: ActivationParameters) -> None:
 def _copy_returned_inputs(module: GraphModule) -> None:
     """Return a copy of an input: the caller's memory is no output's."""
     last = module.graph.output_node()
+    returned = cast("tuple[Node, ...]", last.args[0])
     with module.graph.inserting_before(last):
         found = [
             module.graph.call_function(torch.ops.aten.clone.default, (node,))
             if node.op == "placeholder"
             else node
-            for node in last.args[0]  # type: ignore[union-attr]
+            for node in returned
         ]
     last.args = (tuple(found),)
 

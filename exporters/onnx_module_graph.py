@@ -172,7 +172,7 @@ class ModuleGraph:
             if first in self._finish:
                 self._finish[node] = self._finish[first]
         elif node.target in _CONSTANTS and not node.all_input_nodes:
-            value = node.target(*node.args, **node.kwargs)  # type: ignore[operator]
+            value = node.target(*node.args, **node.kwargs)
             result = self.constant(value, value.dtype)
         elif node.target == aten.scalar_tensor.default and isinstance(node.args[0], Node):
             result = self.size(node.args[0])

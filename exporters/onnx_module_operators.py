@@ -97,7 +97,7 @@ def _as_type(writer: Writer, node: Node, name: str, dtype: torch.dtype) -> str:
 def _element_type(node: Node, dtype: torch.dtype) -> int:
     if dtype not in ELEMENT_TYPES:
         raise EdgekitError(f"target onnx has no form of {dtype}{at(node)}")
-    return ELEMENT_TYPES[dtype]
+    return int(ELEMENT_TYPES[dtype])
 
 
 def _convert(writer: Writer, node: Node, names: list[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Protocol, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.devices.cpus import share_cpus_well
 from edgekit.errors import EdgekitError
 from edgekit.last_words import NO_ENGINE, engine_at_work, engine_on, engine_works
 from edgekit.logits import Logits
@@ -189,6 +190,7 @@ def import_engine(name: str) -> ModuleType:
     """
     if name not in ENGINES:
         raise EdgekitError(f"unknown engine {name!r}; the engines are {', '.join(sorted(ENGINES))}")
+    share_cpus_well()
     check_first_load(name)
     try:
         return importlib.import_module(ENGINES[name])

@@ -135,9 +135,12 @@ def test_a_quota_bounds_the_threads_and_is_told(tmp_path: Path) -> None:
     assert "1 logical; a quota grants the time of 0.5" in machine_text(machine)
 
 
-def test_part_of_a_cpu_counts_as_one(tmp_path: Path) -> None:
-    root = tree(tmp_path, "0::/\n", V2_MOUNT, **{"sys/fs/cgroup/cpu.max": "110000 100000\n"})
-    assert usable_cpus(root) == min(2, len(os.sched_getaffinity(0)))
+@pytest.mark.parametrize(("quota", "cpus"), [(10_000, 1), (190_000, 1), (200_000, 2), (990_000, 9)])
+def test_part_of_a_cpu_counts_only_where_there_is_no_whole_one(
+    tmp_path: Path, quota: int, cpus: int
+) -> None:
+    root = tree(tmp_path, "0::/\n", V2_MOUNT, **{"sys/fs/cgroup/cpu.max": f"{quota} 100000\n"})
+    assert usable_cpus(root) == min(cpus, len(os.sched_getaffinity(0)))
 
 
 def test_physical_cores_are_sets_of_siblings(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_kernels_that_saturate_are_refused(written: tuple[str, Path]) -> None:
 
 def _constant(model: onnx.ModelProto, name: str) -> NDArray[Any]:
     (found,) = (item for item in model.graph.initializer if item.name == name)
-    return numpy_helper.to_array(found)
+    return np.asarray(numpy_helper.to_array(found))
 
 
 def _replace(model: onnx.ModelProto, node: onnx.NodeProto, place: int, value: NDArray[Any]) -> None:

@@ -245,9 +245,10 @@ class Forward(Interpreter):
             return live.call(args, weight, bias), None
         given = self._state.parameters_of(live.layer.input.name)
         units = bias_scales(live.layer, scales, given, per_channel=len(scales) > 1)
-        whole = None if bias is None else bias_codes(bias.detach(), units)
+        whole = None
         if bias is not None:
-            bias = rounded(bias, lambda _: bias_of_codes(whole, units))
+            codes = whole = bias_codes(bias.detach(), units)
+            bias = rounded(bias, lambda _: bias_of_codes(codes, units))
         shape = [1] * weight.ndim
         shape[live.layer.channel_axis] = -1
         steps = (weight.detach() / scales.detach().view(shape)).round_()

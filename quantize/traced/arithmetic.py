@@ -9,7 +9,7 @@ and contrib_ops/cpu/quantization/qlinear_pool.cc. Other kernels (NEON's and XNNP
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,8 +87,8 @@ class Kernels:
         `args` are the node's arguments with values in place of nodes. The kernel of a layer or an
         addition that a clamp follows ends in the clamp.
         """
-        if node.target in CLAMPS and node.args[0] in self._before_clamp:
-            return self._clamp(node, self._before_clamp.pop(node.args[0]))
+        if node.target in CLAMPS and (before := cast(Node, node.args[0])) in self._before_clamp:
+            return self._clamp(node, self._before_clamp.pop(before))
         leaving = self._edge(end_of_chain(node))
         if node.op != "call_function" or leaving is None:
             return None
@@ -100,14 +100,18 @@ class Kernels:
     def _layer(
         self, node: Node, args: tuple[Any, ...], layer: LayerCodes, leaving: ActivationParameters
     ) -> Unrounded:
-        entering = self._edge(node.args[0])
+        entering = self._edge(cast(Node, node.args[0]))
         assert entering is not None
         return of_layer(node, steps_of(args[0], entering), args[3:], layer, leaving)
 
     def _on(
         self, node: Node, args: tuple[Any, ...], leaving: ActivationParameters
     ) -> Unrounded | None:
-        pair = {aten.add.Tensor: of_sum, aten.mul.Tensor: of_product}.get(node.target)
+        pairs: dict[object, Callable[..., Unrounded]] = {
+            aten.add.Tensor: of_sum,
+            aten.mul.Tensor: of_product,
+        }
+        pair = pairs.get(node.target)
         operands = node.args[: 2 if pair else 1]
         edges = [self._edge(item) if isinstance(item, Node) else None for item in operands]
         entering = [edge for edge in edges if edge is not None]
@@ -116,7 +120,7 @@ class Kernels:
         steps = [steps_of(item, edge) for item, edge in zip(args, entering, strict=False)]
         if pair is not None:
             return pair(*steps, entering, leaving)
-        return of_average(node, *steps, leaving) if node.target in AVERAGES else None
+        return of_average(node, steps[0], leaving) if node.target in AVERAGES else None
 
     def _clamp(self, node: Node, found: Unrounded) -> Unrounded:
         parameters = self._edge(node)

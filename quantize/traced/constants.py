@@ -4,6 +4,8 @@ A residual branch whose last factor is still zero, a class token of zeros: what 
 them is all that there is, while a value that merely was the same in all data may vary in others.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
@@ -57,7 +59,7 @@ class _Constants(Interpreter):
         if node.target in _SHAPES_ONLY or self.found.issuperset(tensors):
             return True
         named = arguments(node) if node.target in _FACTORS else {}
-        return any(self._is_zero(named[name]) for name in _FACTORS.get(node.target, ()))
+        return any(self._is_zero(named[name]) for name in _FACTORS.get(cast(Any, node.target), ()))
 
     def _is_zero(self, factor: object) -> bool:
         if isinstance(factor, Node):

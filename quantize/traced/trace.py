@@ -368,7 +368,7 @@ def _flat(
     structure = program.call_spec.out_spec
     assert structure is not None
     returned = last.args[0] if isinstance(last.args[0], list | tuple) else last.args
-    leaves = [
+    leaves: list[Any] = [
         _as_tensor(module, item, last) if isinstance(item, Node) else item for item in returned
     ]
     inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
