@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from edgekit.devices.rootfs import CPU_FOLDER, key_values, read_int, read_text
 
 _SLASH = Path("/")
+_SPINS = "10000"
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,30 @@ def default_threads(root: Path = _SLASH) -> int:
 
 
 def usable_cpus(root: Path = _SLASH) -> int:
-    """Return how many CPUs this process can keep busy, by its affinity and its quota.
+    """Return how many CPUs this process can keep busy all the time, by its affinity and its quota.
 
-    Part of a CPU counts as one: with 1.5, two threads do one and a half times the work of one.
+    Part of a CPU counts for nothing beside a whole one. Two threads under a quota of 1.5 are
+    stopped in turn and wait for each other: lfm2-tiny decoded with 0.7 of the speed of one thread,
+    under a quota of 0.5 with half of it (llama.cpp and ExecuTorch, Linux 6.18).
     """
     cpus, quota = len(os.sched_getaffinity(0)), cpu_quota(root)
-    return cpus if quota is None else min(cpus, math.ceil(quota))
+    return cpus if quota is None else min(cpus, max(1, math.floor(quota)))
+
+
+def share_cpus_well() -> None:
+    """Let the OpenMP libraries that are loaded from now on leave CPUs to others; users may differ.
+
+    torch and llama.cpp bring OpenMP. By GCC's default a thread that waits for the others spins
+    300,000 times before it sleeps, and takes the CPU from the very thread that it waits for where
+    there is another load. Beside three endless loops on each of two CPUs, which leave a fourth, 7 %
+    of LFM2-350M's decoding speed in llama.cpp were left, with 10,000 spins 20 %; no spin at all is
+    far slower on quiet CPUs (`benchmarks/beside_load.py`). Under a quota there are no more threads
+    than it grants.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+    if cpu_quota() is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(default_threads()))
 
 
 def physical_cores(cpus: Iterable[int], root: Path = _SLASH) -> int | None:

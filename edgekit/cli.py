@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from edgekit import __version__
+from edgekit.devices.cpus import share_cpus_well
 from edgekit.errors import EdgekitError, Terminated, text_of
 
 COMMANDS = (
@@ -66,6 +67,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - what click's own returns
         """Run the command; an error ends it with one line and an exit status."""
+        share_cpus_well()  # before any command loads torch or an engine
         with _errors_in_one_line():
             return super().invoke(ctx)
 

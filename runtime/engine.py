@@ -12,6 +12,7 @@ from typing import Protocol, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.devices.cpus import share_cpus_well
 from edgekit.errors import EdgekitError
 from edgekit.logits import Logits
 from edgekit.words import counted
@@ -178,6 +179,7 @@ def import_engine(name: str) -> ModuleType:
     """Import the engine of that name; EngineMissing where its run time is not installed."""
     if name not in ENGINES:
         raise EdgekitError(f"unknown engine {name!r}; the engines are {', '.join(sorted(ENGINES))}")
+    share_cpus_well()
     try:
         return importlib.import_module(ENGINES[name])
     except ModuleNotFoundError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from brain_surgeon import NEAREST, steps_from_elimination
 from command_line import done, run
 from gguf_models import small_model
 from torch import Tensor
@@ -91,7 +92,7 @@ def test_the_steps_and_the_file(model: Path, text: Path, tmp_path: Path) -> None
 def test_the_first_linear_sees_the_quantized_embedding(
     model: Path, whole: Path, text: Path
 ) -> None:
-    """The codes of one matrix made by hand: nothing but the embedding and a norm are before it."""
+    """The inputs of one matrix made by hand: nothing but the embedding and a norm are before it."""
     source = resolve_model(str(model))
     contents, name = load_quantized(whole), "model.layers.0.conv.in_proj.weight"
     embedding = contents[EMBEDDING]
@@ -105,14 +106,14 @@ def test_the_first_linear_sees_the_quantized_embedding(
         x = table[list(tokens)]
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + source.config.norm_eps) * norm
 
-    inputs = Inputs(64)
-    tables = embedding.dequantize(), source.checkpoint.tensor(EMBEDDING).float()
-    for chunk in module.read_texts(source, text).calibration:
-        inputs.add_inputs(*(normed(table, chunk) for table in tables))
-    expected = gptq(source.checkpoint.tensor(name), inputs, Scheme.parse("w4g32"))
+    tokens = [token for chunk in module.read_texts(source, text).calibration for token in chunk]
+    seen = normed(embedding.dequantize(), tokens)
+    exact = normed(source.checkpoint.tensor(EMBEDDING).float(), tokens)
+    weight, scheme = source.checkpoint.tensor(name).float(), Scheme.parse("w4g32")
     found = contents[name]
     assert isinstance(found, QuantizedTensor)
-    assert float((found.codes == expected.codes).float().mean()) > 0.99
+    assert steps_from_elimination(found, weight, seen, exact @ weight.t(), scheme) < NEAREST
+    assert steps_from_elimination(found, weight, exact, exact @ weight.t(), scheme) > NEAREST
 
 
 def test_export_does_the_same_in_one_go(

@@ -135,9 +135,12 @@ def test_a_quota_bounds_the_threads_and_is_told(tmp_path: Path) -> None:
     assert "1 logical; a quota grants the time of 0.5" in machine_text(machine)
 
 
-def test_part_of_a_cpu_counts_as_one(tmp_path: Path) -> None:
-    root = tree(tmp_path, "0::/\n", V2_MOUNT, **{"sys/fs/cgroup/cpu.max": "110000 100000\n"})
-    assert usable_cpus(root) == min(2, len(os.sched_getaffinity(0)))
+@pytest.mark.parametrize(("quota", "cpus"), [(10_000, 1), (190_000, 1), (200_000, 2), (990_000, 9)])
+def test_part_of_a_cpu_counts_only_where_there_is_no_whole_one(
+    tmp_path: Path, quota: int, cpus: int
+) -> None:
+    root = tree(tmp_path, "0::/\n", V2_MOUNT, **{"sys/fs/cgroup/cpu.max": f"{quota} 100000\n"})
+    assert usable_cpus(root) == min(cpus, len(os.sched_getaffinity(0)))
 
 
 def test_physical_cores_are_sets_of_siblings(tmp_path: Path) -> None:
@@ -194,3 +197,24 @@ def test_a_real_control_group_of_half_a_core(half_a_core: Path) -> None:
     command = [sys.executable, "-c", LIVE, str(half_a_core)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("0.5 1\n", "")
+
+
+WAITING = """
+import os
+from edgekit.devices.cpus import share_cpus_well
+share_cpus_well()
+print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_NUM_THREADS"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_waiting_is_short_unless_the_user_says_otherwise(given: dict[str, str], said: str) -> None:
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    environment = {key: value for key, value in os.environ.items() if key not in ours} | given
+    command = [sys.executable, "-c", WAITING]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    threads = "None" if cpu_quota() is None else str(default_threads())
+    assert done.stdout == f"{said} {threads}\n"

@@ -367,8 +367,8 @@ def test_a_full_context_does_not_end_the_chat(tokenizer: Tokenizer) -> None:
 
 
 def test_the_oldest_turns_make_room_for_an_answer(tokenizer: Tokenizer) -> None:
-    """A turn is 70 to 80 of 300 tokens here; an answer gets at least a quarter of them."""
-    answers = {f"{name}?": f"{name}{'.' * 20}" for name in "ABCDEF"}
+    """A turn is 84 of 300 tokens here; an answer gets at least a quarter of them."""
+    answers = {f"{name}?": f"{name}{'.' * 60}" for name in "ABCDEF"}
     terminal = Terminal(*answers)
     chat = make_chat(tokenizer, answers)
     terminal.hold(chat)
@@ -382,7 +382,7 @@ def test_the_oldest_turns_make_room_for_an_answer(tokenizer: Tokenizer) -> None:
 
 
 def test_no_more_turns_go_than_an_answer_needs(tokenizer: Tokenizer) -> None:
-    answers = {f"{name}?": name for name in "ABCDEF"}
+    answers = {f"{name}?": name for name in "ABCDEFGHIJKLMN"}
     short, long = make_chat(tokenizer, answers, max_tokens=4), make_chat(tokenizer, answers)
     for chat in (short, long):
         Terminal(*answers).hold(chat)

@@ -57,7 +57,8 @@ def test_every_position_is_what_transformers_computes(
     logits = engine.score(some_tokens(LENGTH), 0)
     assert logits.shape == expected.shape
     assert divergence(logits, expected) < 1e-5
-    assert (logits.argmax(-1) == expected.argmax(-1)).mean() > 0.98
+    chosen = np.take_along_axis(expected, logits.argmax(-1)[:, None], -1)[:, 0]
+    assert (expected.max(-1) - chosen).max() < 0.05, "the best token, or one as good"
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 7, 1 << 20])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from brain_surgeon import NEAREST, steps_from_elimination
 from torch import Tensor
 
 from edgekit.quantize.gptq import Inputs, gptq
@@ -34,41 +35,13 @@ def seen(samples: Tensor, exact: Tensor | None = None) -> Inputs:
     return inputs
 
 
-def by_elimination(
-    weight: Tensor, samples: Tensor, scales: Tensor, low: Tensor, high: Tensor
-) -> Tensor:
-    """Optimal Brain Surgeon, in float64: after each column, invert what is left of H anew."""
-    hessian = (samples.t() @ samples / len(samples)).double()
-    order = hessian.diagonal().argsort(descending=True).tolist()
-    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(COLUMNS)
-    left, result = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
-    while order:
-        inverse = torch.linalg.inv(hessian[order][:, order])
-        column, *rest = order
-        scale = scales[:, column]
-        code = (left[:, column] / scale).round().clamp(low[:, column], high[:, column])
-        result[:, column] = code * scale
-        error = (left[:, column] - result[:, column]) / inverse[0, 0]
-        left[:, rest] -= error[:, None] * inverse[0, 1:]
-        order = rest
-    return result
-
-
 @pytest.mark.parametrize("name", ["w4", "w4g32", "w5g32", "w8", "w4g32a"])
 def test_it_is_optimal_brain_surgeon(weight: Tensor, samples: Tensor, name: str) -> None:
     scheme = Scheme.parse(name)
-    found = gptq(weight, seen(samples), scheme)
-    scales = found.scales.reshape(ROWS, -1)
-    size = COLUMNS // scales.shape[1]
-    spread = scales.repeat_interleave(size, dim=1).double()
-    zeros = torch.zeros(1) if found.zero_points is None else found.zero_points
-    shift = zeros.double().expand(scales.shape).repeat_interleave(size, dim=1)
-    expected = by_elimination(
-        weight, samples, spread, scheme.grid.low - shift, scheme.grid.high - shift
-    )
-    # A value on the edge between two codes may fall to either side of it.
-    same = (found.dequantize() - expected).abs() < 1e-6
-    assert same.double().mean() > 0.995
+    found, wanted = gptq(weight, seen(samples), scheme), samples @ weight.t()
+    assert steps_from_elimination(found, weight, samples, wanted, scheme) < NEAREST
+    rounded = scheme.quantize(weight)
+    assert steps_from_elimination(rounded, weight, samples, wanted, scheme) > 2 * NEAREST
 
 
 @pytest.mark.parametrize("name", ["w4", "w4g32"])
@@ -118,14 +91,23 @@ def test_it_makes_up_for_what_the_residual_lacks(weight: Tensor, samples: Tensor
     assert float((found - wanted).norm() / wanted.norm()) < 0.02
 
 
-def test_outputs_may_be_given_instead_of_exact_inputs(weight: Tensor, samples: Tensor) -> None:
-    """A layer's outputs on the float model's inputs, and those inputs: the same codes."""
+@pytest.mark.parametrize("way", ["inputs", "outputs"])
+def test_outputs_may_be_given_instead_of_exact_inputs(
+    weight: Tensor, samples: Tensor, way: str
+) -> None:
+    """A layer's outputs on the float model's inputs, and those inputs: both are made up for."""
     scheme = Scheme.parse("w4g32")
     exact = samples + correlated(torch.Generator().manual_seed(3)) / 10
+    wanted = exact @ weight.t()
     inputs = Inputs(COLUMNS)
-    inputs.add_outputs(samples, exact @ weight.t())
-    found, expected = (gptq(weight, each, scheme) for each in (inputs, seen(samples, exact)))
-    assert float((found.codes == expected.codes).float().mean()) > 0.995
+    if way == "inputs":
+        inputs.add_inputs(samples, exact)
+    else:
+        inputs.add_outputs(samples, wanted)
+    found = gptq(weight, inputs, scheme)
+    assert steps_from_elimination(found, weight, samples, wanted, scheme) < NEAREST
+    unaware = gptq(weight, seen(samples), scheme)
+    assert steps_from_elimination(unaware, weight, samples, wanted, scheme) > 2 * NEAREST
 
 
 @pytest.mark.parametrize("way", ["inputs", "outputs"])
