@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from edgekit.devices.rootfs import CPU_FOLDER, key_values, read_int, read_text
 
 _SLASH = Path("/")
+_SPINS = "10000"
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ def share_cpus_well() -> None:
     """Let the OpenMP libraries that are loaded from now on leave CPUs to others; users may differ.
 
     torch and llama.cpp bring OpenMP. By GCC's default a thread that waits for the others spins
-    300,000 times before it sleeps. Beside another load this keeps from the CPU the very thread that
-    is waited for: with three endless loops on each of two CPUs a fourth of lfm2-tiny's speed in
-    llama.cpp is its share, 4 % were left of decoding, with 10,000 spins 14 %. On quiet CPUs these
-    were no slower, and no spin at all four times slower (`benchmarks/beside_load.py`). Under a
-    quota there are also no more threads than it grants.
+    300,000 times before it sleeps, and takes the CPU from the very thread that it waits for where
+    there is another load. Beside three endless loops on each of two CPUs, which leave a fourth, 7 %
+    of LFM2-350M's decoding speed in llama.cpp were left, with 10,000 spins 20 %; no spin at all is
+    far slower on quiet CPUs (`benchmarks/beside_load.py`). Under a quota there are no more threads
+    than it grants.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     if cpu_quota() is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(default_threads()))
 

@@ -197,3 +197,24 @@ def test_a_real_control_group_of_half_a_core(half_a_core: Path) -> None:
     command = [sys.executable, "-c", LIVE, str(half_a_core)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("0.5 1\n", "")
+
+
+WAITING = """
+import os
+from edgekit.devices.cpus import share_cpus_well
+share_cpus_well()
+print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_NUM_THREADS"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_waiting_is_short_unless_the_user_says_otherwise(given: dict[str, str], said: str) -> None:
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    environment = {key: value for key, value in os.environ.items() if key not in ours} | given
+    command = [sys.executable, "-c", WAITING]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    threads = "None" if cpu_quota() is None else str(default_threads())
+    assert done.stdout == f"{said} {threads}\n"
