@@ -191,3 +191,26 @@ def test_an_artifact_is_no_model(tmp_path: Path) -> None:
     assert ARTIFACT_MANIFEST == MANIFEST
     with pytest.raises(EdgekitError, match="is an exported artifact; give the model"):
         resolve_model(str(tmp_path / "artifact"))
+
+
+def test_a_folder_is_found_by_any_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell completes it, and with the `~` that it leaves alone in quotes."""
+    folder = make_folder(tmp_path / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine/", "./mine", " mine\n", "~/mine", "~/mine/", f"{folder}//"):
+        source = resolve_model(name)
+        assert (source.id, source.folder and source.folder.resolve()) == ("mine", folder)
+    for name in ("~/other", "~nobody-of-that-name/mine", "mine\0"):
+        with pytest.raises(EdgekitError, match="unknown model"):
+            resolve_model(name)
+
+
+def test_a_revision_behind_a_name_is_one_of_the_hub() -> None:
+    for name in ("lfm2-tiny@main", "LFM2-TINY@v1/"):
+        with pytest.raises(EdgekitError, match="lfm2-tiny: is a local folder; --revision is for"):
+            resolve_model(name)
+    assert resolve_model("LFM2-1.2B/", random_weights=True).id == "LiquidAI/LFM2-1.2B"
+    for name in ("lfm2-350m@v1", "https://huggingface.co/LiquidAI/LFM2-350M/tree/v1"):
+        with pytest.raises(EdgekitError, match="names revision 'v1', --revision 'v2': give one"):
+            resolve_model(name, "v2")

@@ -163,6 +163,40 @@ def test_what_files_say_needs_no_engine(tiny_artifact: Path, tmp_path: Path) -> 
     assert "pip install 'edgekit[" in needed.stderr
 
 
+def test_perplexities_of_other_tokens_are_told_apart(
+    comparison: Comparison, tiny_artifact: Path, tmp_path: Path
+) -> None:
+    """One artifact reads the text as more tokens: of bytes alone both say the same thing."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_artifact, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][:100]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    options = {"context": 64, "chunks": 1, "prompt": 0, "generate": 0, "threads": 1}
+    found = compare([tiny_artifact, other], TEXT, **options)  # type: ignore[arg-type]
+    assert not found.same_tokens
+    headers, rows = found.table()
+    for one, row in zip(found.artifacts, rows, strict=True):
+        assert one.evaluation is not None
+        cells = dict(zip(headers, row, strict=True))
+        assert cells["perplexity*"] == f"{one.evaluation.perplexity.value:.4f}"
+        assert cells["bits/byte"] == f"{one.evaluation.bits_per_byte:.4f}"
+    note = "* perplexities of different tokens, for vocabularies differ: they do not compare;"
+    assert note in found.text()
+    assert note in page(found)
+    assert "bits per byte against bytes" in page(found)
+    assert "perplexity against bytes" not in page(found)
+    assert found.to_dict()["same_tokens"] is False
+    assert comparison.same_tokens
+    assert "bits/byte" not in comparison.text()
+
+
+def test_one_repetition_has_no_deviation(tiny_artifact: Path) -> None:
+    done = run(tiny_artifact, "-p", 4, "-n", 2, "-r", 1, "-t", 1)
+    assert done.exit_code == 0, done.stderr
+    assert "±" not in done.stdout
+
+
 def test_bits_per_weight_are_those_of_inspect(tmp_path: Path) -> None:
     """And those of gguf-py: bytes of tensors, without tokenizer and metadata."""
     artifact = export_model("lfm2-tiny", tmp_path / "a", target="gguf", context=64)

@@ -125,7 +125,7 @@ def test_a_null_multiplier_switches_the_rounding_off() -> None:
     [
         ({"model_type": None}, "model_type is missing"),
         ({"model_type": "lfm2_moe"}, "mixture of experts; only dense text models"),
-        ({"model_type": "lfm3"}, "model_type 'lfm3' is not supported; supported is lfm2 ("),
+        ({"model_type": "lfm3"}, "model_type 'lfm3' is not supported; supported: lfm2, dense"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"vocab_size": "65536"}, "vocab_size must be an integer, not '65536'"),

@@ -183,3 +183,10 @@ def test_file_is_named_after_its_id(tmp_path: Path) -> None:
     file.write_text((PROFILES_FOLDER / "pixel-9.toml").read_text(encoding="utf-8"))
     with pytest.raises(EdgekitError, match=r"else\.toml: id is 'pixel-9'"):
         load_profile(file)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    source = PROFILES_FOLDER / "raspberry-pi-5.toml"
+    file = tmp_path / source.name
+    file.write_bytes(b"\xef\xbb\xbf" + source.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_profile(file) == load_profile(source)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -164,10 +165,38 @@ def test_json_and_table(text_file: Path, tiny_artifact: Path) -> None:
     assert f"{facts['divergence']['kld']['percentiles']['99.9']:.6f}" in table
 
 
+def test_bits_per_byte_are_of_the_scored_text(text_file: Path) -> None:
+    """Of what the scored tokens decode to, counted by the tokenizer's own decoder."""
+    found = evaluate("lfm2-tiny", TEXT, context=64, chunks=2, threads=1)
+    tokenizer = Tokenizer.load(FOLDER)
+    ids = tokenizer.encode_plain(TEXT.removesuffix("\n"))
+    scored = [ids[start + 33 : start + 64] for start in (0, 64)]
+    count = sum(len(tokenizer.decode(part).encode()) for part in scored)
+    bits = found.tokens * math.log2(found.perplexity.value)
+    assert found.tokens == sum(map(len, scored))
+    assert found.bits_per_byte == pytest.approx(bits / count)
+    table = run("lfm2-tiny", "--text", text_file, "--context", 64, "--chunks", 2, "-t", 1).stdout
+    assert f"| bits per byte of text | {found.bits_per_byte:.4f} |" in re.sub(" +", " ", table)
+
+
+def test_a_score_of_few_tokens_has_no_error(tiny_artifact: Path, text_file: Path) -> None:
+    """Of one token there is no deviation, and `± 0` would say that it is exact."""
+    arguments = (tiny_artifact, "--text", text_file, "--reference", "lfm2-tiny", "--context", 4)
+    arguments = (*arguments, "--chunks", 1, "-t", 1)
+    facts = json.loads(run(*arguments, "--json").stdout)
+    assert facts["tokens"] == 1
+    assert facts["perplexity"]["error"] is None
+    assert {facts["divergence"][key]["error"] for key in ("kld", "delta_p", "same_top")} == {None}
+    text = run(*arguments).stdout
+    assert "1 token scored" in text
+    assert "±" not in text
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", ["is empty"]),
+        ("abc".encode("utf-16"), ["is not UTF-8 but UTF-16"]),
         (b"\n", ["has 1 token,", "a chunk is 512"]),
         (b"short", ["tokens, but a chunk is 512", "smaller --context"]),
         (b"abc\xffdef", ["is not UTF-8", "byte 0xff at offset 3"]),

@@ -1,8 +1,11 @@
 """Files of users: outputs whole or absent, and nothing read that has no writer or no end."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,15 @@ import pytest
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.imatrix import Imatrix
-from edgekit.files import check_file, check_output_file, new_file, read_text
+from edgekit.files import (
+    check_file,
+    check_output_file,
+    new_file,
+    not_written,
+    read_text,
+    remove_unfinished,
+    unfinished,
+)
 from edgekit.models.checkpoint import read_header
 from edgekit.models.config import load_json_object
 from edgekit.quantize.calibration import Calibration
@@ -126,3 +137,90 @@ def test_a_text_may_come_through_a_pipe_that_somebody_writes_to(tmp_path: Path) 
     (tmp_path / "text").write_text("a file")
     with (tmp_path / "text").open() as file:
         assert read_text(Path(f"/dev/fd/{file.fileno()}")) == "a file"
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [(b"\xef\xbb\xbfa\r\nb", "a\r\nb"), ("ä".encode(), "ä"), (b"a\xef\xbb\xbf", "a\ufeff")],
+)
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, data: bytes, text: str) -> None:
+    (tmp_path / "t").write_bytes(data)
+    assert read_text(tmp_path / "t") == text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_another_encoding_is_named(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "t").write_bytes("a text".encode(encoding))
+    with pytest.raises(EdgekitError, match="t: is not UTF-8 but UTF-16 or UTF-32: save it as"):
+        read_text(tmp_path / "t")
+
+
+def test_what_is_unfinished_goes_where_a_library_ends_the_process(tmp_path: Path) -> None:
+    with unfinished(tmp_path / "file") as file, unfinished(tmp_path / "folder") as folder:
+        file.touch()
+        (folder / "deep").mkdir(parents=True)
+        assert len(list(tmp_path.iterdir())) == 2
+        remove_unfinished()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_by_whose_file_had_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's name tells it; else the fuller of two disks, and they may be one."""
+    temporary, out = tmp_path / "temporary", tmp_path / "outputs" / "out"
+    temporary.mkdir()
+    out.parent.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+    def said(number: int, file: Path | int | None) -> str:
+        return str(not_written(out, OSError(number, os.strerror(number), file)))
+
+    there = f"{temporary}: no space left on the device, and temporary files are kept there: "
+    here = f"{out}: cannot be written: "
+    assert said(errno.ENOSPC, temporary / "x").startswith(there)
+    assert "set TMPDIR to another folder" in said(errno.ENOSPC, temporary / "x")
+    assert said(errno.ENOSPC, out / "x") == f"{here}no space left on the device"
+    assert said(errno.ENOSPC, None) == f"{here}no space left on the device"
+    assert said(errno.ENOSPC, 7) == f"{here}no space left on the device"
+    assert said(errno.EDQUOT, temporary / "x").startswith(f"{temporary}: the quota is used up, and")
+    assert said(errno.EROFS, temporary / "x") == f"{here}Read-only file system"
+    assert said(errno.EMFILE, None).startswith(f"{here}too many files are open (`ulimit -n`")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["export", "lfm2-tiny", "--target", "executorch", "-o"],
+            "no space left on the device, and",
+        ),
+        (["export", "lfm2-tiny", "--target", "onnx", "-o"], "could not write the profile of a run"),
+    ],
+)
+def test_a_full_tmpdir_is_named(tmp_path: Path, arguments: list[str], words: str) -> None:
+    """A real one: a file system with room for an empty file, mounted for that process alone."""
+    full, out = tmp_path / "full", tmp_path / "outputs" / "out"
+    full.mkdir()
+    out.parent.mkdir()
+    script = (
+        'mount -t tmpfs -o size=1m none "$0" && { head -c 1040000 /dev/zero >"$0/fill"; } '
+        '2>/dev/null; exec "$@"'
+    )
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, str(full)]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], check=False).returncode:
+        pytest.skip("this system lets no user mount a file system of their own")
+    done = subprocess.run(
+        [*command, sys.executable, "-m", "edgekit", *arguments, str(out)],
+        env=os.environ | {"TMPDIR": str(full)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2, done.stderr
+    assert last.startswith(f"edgekit: {full}: ")
+    assert words in last
+    assert "set TMPDIR to another folder" in last
+    assert list(out.parent.iterdir()) == []

@@ -266,6 +266,11 @@ def u32(name: str, value: int) -> tuple[str, int, bytes]:
     return name, make.UINT32, struct.pack("<I", value & 0xFFFFFFFF)
 
 
+def each(name: str, *values: int) -> tuple[str, int, bytes]:
+    packed = struct.pack(f"<{len(values)}i", *values)
+    return name, make.ARRAY, make.array(make.INT32, len(values), packed)
+
+
 def f32(name: str, value: float) -> tuple[str, int, bytes]:
     return name, make.FLOAT32, struct.pack("<f", value)
 
@@ -282,6 +287,8 @@ def f32(name: str, value: float) -> tuple[str, int, bytes]:
         (u32("lfm2.attention.head_count", 0), "head_count is 0"),
         (u32("lfm2.attention.head_count", 3), "does not divide"),
         (u32("lfm2.attention.head_count_kv", 3), "3 heads for keys and values"),
+        (each("lfm2.attention.head_count_kv", 0, 0), "its layers are all convolutions"),
+        (each("lfm2.attention.head_count_kv", 2, 2), "its layers are all attention"),
         (u32("lfm2.attention.value_length", 32), "value_length is 32, not 16"),
         (u32("lfm2.rope.dimension_count", 5), "dimension_count is 5"),
         (f32("lfm2.attention.layer_norm_rms_epsilon", -1.0), "epsilon is -1.0"),

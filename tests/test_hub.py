@@ -336,6 +336,24 @@ def test_a_hub_id_resolves_to_a_model(hub: Hub, tmp_path: Path) -> None:
     assert json.loads(result(process)) == ["org/mini", COMMIT, COMMIT, 256]
 
 
+@pytest.mark.parametrize(
+    ("name", "commit"),
+    [
+        ("https://huggingface.co/org/mini/", COMMIT),
+        ("hf://org/mini@v1", OLDER),
+        ("org/mini@v1", OLDER),
+        ("https://huggingface.co/org/mini/blob/v1/config.json", OLDER),
+        (f"lfm2-350m@{OLDER}", OLDER),
+    ],
+)
+def test_a_model_is_found_by_what_people_paste(
+    hub: Hub, tmp_path: Path, name: str, commit: str
+) -> None:
+    hub.files[COMMIT]["config.json"] = hub.files[OLDER]["config.json"] = TINY.read_bytes()
+    code = f"edgekit.models.source.resolve_model({name!r}, random_weights=True).revision"
+    assert json.loads(result(run(hub, tmp_path, code, imports="edgekit.models.source"))) == commit
+
+
 PLAN = "edgekit.model_export.plan_export('org/mini', 'executorch', {recipe}, {context})"
 UNIFORM = "edgekit.quantize.recipe.uniform(edgekit.quantize.scheme.Scheme.parse({!r}))"
 

@@ -319,3 +319,24 @@ def test_the_table_counts_shared_codes_once() -> None:
     assert by_name[LINEAR]["sqnr_db"] == 40.12
     assert by_name[OTHER]["sqnr_db"] is None
     json.dumps(entries, allow_nan=False)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(
+    "name_and_text",
+    [
+        ("r.toml", "[[rules]]\npattern = '.*'\nscheme = 'w8'\n"),
+        ("r.json", '{"rules": [{"pattern": ".*",\n "scheme": "w8"}]}\n'),
+    ],
+)
+def test_what_editors_of_other_systems_write(
+    tmp_path: Path, name_and_text: tuple[str, str], mark: bytes, end: str
+) -> None:
+    name, text = name_and_text
+    (tmp_path / name).write_bytes(mark + text.replace("\n", end).encode())
+    assert Recipe.load(tmp_path / name).rules == uniform(Scheme.parse("w8")).rules
+    (tmp_path / name).write_bytes(text.encode("utf-16"))
+    assert load_error(tmp_path / name).endswith(
+        "is not UTF-8 but UTF-16 or UTF-32: save it as UTF-8"
+    )

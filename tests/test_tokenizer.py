@@ -320,6 +320,47 @@ def test_a_template_may_lie_in_the_tokenizers_configuration(tmp_path: Path, foun
     assert newer.render([]) == "new"
 
 
+@pytest.mark.parametrize(
+    "found", ["old", [{"name": "rag", "template": "x"}, {"name": "default", "template": "old"}]]
+)
+def test_a_template_may_lie_where_processors_had_it(tmp_path: Path, found: object) -> None:
+    """And the tokenizer's own goes before it, as in AutoTokenizer."""
+    write_json(tmp_path / "chat_template.json", {"chat_template": found})
+    for more in ({}, {"chat_template": None}):
+        write_json(tmp_path / "tokenizer_config.json", more)
+        template = ChatTemplate.load(tmp_path)
+        assert template is not None
+        assert template.render([]) == "old"
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": "own"})
+    own = ChatTemplate.load(tmp_path)
+    assert own is not None
+    assert own.render([]) == "own"
+
+
+def test_further_templates_leave_the_default_alone(tmp_path: Path) -> None:
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("tools")
+    assert ChatTemplate.load(tmp_path) is None
+    (tmp_path / "chat_template.jinja").write_text("default")
+    template = ChatTemplate.load(tmp_path)
+    assert template is not None
+    assert template.render([]) == "default"
+
+
+def test_a_templates_lines_may_end_as_they_like(tmp_path: Path) -> None:
+    """And a byte order mark is no part of it."""
+    text = "{% for m in messages %}\n<{{ m.content }}>\n{% endfor %}"
+    for written in (text, text.replace("\n", "\r\n"), "\ufeff" + text):
+        (tmp_path / "chat_template.jinja").write_bytes(written.encode())
+        template = ChatTemplate.load(tmp_path)
+        assert template is not None
+        assert template.render([{"content": "a"}]) == "<a>\n"
+    (tmp_path / "chat_template.jinja").write_bytes(text.encode("utf-16"))
+    with pytest.raises(EdgekitError, match="chat_template.jinja: is not UTF-8 but UTF-16"):
+        ChatTemplate.load(tmp_path)
+
+
 @pytest.mark.parametrize("found", [7, [], [{"name": "rag", "template": "x"}], {"a": "b"}])
 def test_a_template_of_another_type_is_refused(tmp_path: Path, found: object) -> None:
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": found})

@@ -11,7 +11,6 @@ import click
 
 from edgekit.commands._recipe_options import RecipeChoice
 from edgekit.errors import EdgekitError, Interrupted
-from edgekit.sizes import parse_size
 
 if TYPE_CHECKING:
     from edgekit.mixed import Mixed
@@ -134,6 +133,8 @@ def quality_dict(mixed: "Mixed | None", made: "Made | None") -> dict[str, Any]:
 
 
 def _bytes(text: str) -> int:
+    from edgekit.sizes import parse_size
+
     size = parse_size(text)
     if size is None:
         raise EdgekitError(f"--target-size {text!r:.40}: must be a size such as 500MB or 1.5GiB")

@@ -9,7 +9,6 @@ import click
 from edgekit.commands._json import print_json
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
 from edgekit.errors import EdgekitError
-from edgekit.sizes import parse_size
 
 if TYPE_CHECKING:
     from edgekit.devices.fit import Fit
@@ -25,6 +24,8 @@ def _positive(ctx: click.Context, param: click.Parameter, value: float | None) -
 
 
 def _ram_bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    from edgekit.sizes import parse_size
+
     if value is None:
         return None
     size = parse_size(value, unit="GiB")
