@@ -289,8 +289,8 @@ def _check_model_type(keys: _Keys) -> None:
         )
     if kind != "lfm2":
         raise EdgekitError(
-            f"config: model_type {_show(kind)} is not supported; supported: lfm2, dense text models. "
-            "Of others a torch module can be exported: edgekit export FILE.py:FUNCTION"
+            f"config: model_type {_show(kind)} is not supported; supported: lfm2, dense text "
+            "models. Of others a torch module can be exported: edgekit export FILE.py:FUNCTION"
         )
     if keys.raw.get("quantization_config") is not None:
         raise EdgekitError(
