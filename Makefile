@@ -65,11 +65,11 @@ $(VENV)/.installed-dev: pyproject.toml $(VENV)/.llama-build | $(BIN)/python
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" $(BIN)/python -m pip install -qq --editable ".[all,dev]"
 	@touch $@ $(VENV)/.installed
 
-# What llama.cpp is compiled for and by which flags (runtime/llama_build.py). Where that is not what
+# What llama.cpp is compiled for and by which flags (runtime/engines/gguf/build.py). Where that is not what
 # this environment's was compiled by, and where AMX makes it matter, it is compiled anew: pip would
 # keep what is installed, and in its cache has wheels that it made by other flags.
 $(VENV)/.llama-build: FORCE | $(BIN)/python
-	@$(BIN)/python -m edgekit.runtime.llama_build >$@.new
+	@$(BIN)/python -m edgekit.runtime.engines.gguf.build >$@.new
 	@if ! cmp -s $@.new $@; then \
 		if test -e $@ || grep -q '^amx=yes' $@.new; then \
 			$(BIN)/python -m pip uninstall -qq --yes llama-cpp-python; \

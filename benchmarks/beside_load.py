@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from edgekit.common.tables import markdown_table
 from edgekit.devices.cpus import default_threads
+from edgekit.runtime.bench.record import Shape, rate
+from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
 from edgekit.runtime.model_files import find_model_file
-from edgekit.runtime.record import Shape, rate
-from edgekit.runtime.worker_process import WorkerProcess, worker_processes
-from edgekit.tables import markdown_table
 
 SHAPES = (Shape("pp", 128), Shape("tg", 32))
 AT_LEAST_NS = 500_000_000  # a short burst may get more than its share of a busy CPU

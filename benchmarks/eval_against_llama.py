@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.measure import run
-from edgekit.tables import markdown_table
+from edgekit.common.tables import markdown_table
 
 PERPLEXITY_BOUND = 0.005
 TRIES = 5

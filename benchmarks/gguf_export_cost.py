@@ -38,7 +38,7 @@ PEERS = ("Q8_0", "Q4_K_M")
 
 def export_and_time(model: str, recipe: str, output: Path) -> None:
     """Export and print, as JSON, the seconds of each stage: what the measured process does."""
-    from edgekit.api import export_model
+    from edgekit.workflows.api import export_model
 
     marks = [("importing", 0.0), ("planning", time.perf_counter())]
     export_model(

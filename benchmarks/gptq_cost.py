@@ -30,9 +30,9 @@ HERE = Path(__file__).parent
 
 def quantize_and_time(folder: Path, text: Path, output: Path) -> None:
     """Quantize and print, as JSON, at which CPU second each step began: the measured process."""
-    from edgekit.calibrated import quantize_calibrated, read_texts, workspace_of
     from edgekit.models.source import resolve_model
     from edgekit.quantize.recipe import preset
+    from edgekit.workflows.calibrate import quantize_calibrated, read_texts, workspace_of
 
     start = time.process_time()
     begun: dict[str, float] = {}

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import table
-from edgekit.exporters.imatrix import Imatrix
-from edgekit.files import read_text
-from edgekit.importance import imatrix_of_text
+from edgekit.common.files import read_text
+from edgekit.exporters.gguf.llama.imatrix import Imatrix
 from edgekit.models.source import resolve_model
+from edgekit.workflows.importance import imatrix_of_text
 
 EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")
 

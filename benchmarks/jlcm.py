@@ -30,8 +30,6 @@ from torch import Tensor
 
 from benchmarks.machine import facts
 from benchmarks.report import table
-from edgekit.calibrated import CHUNK, MOST_CHUNKS, is_linear, read_texts
-from edgekit.gains import measure
 from edgekit.models.eager import float_reader
 from edgekit.models.layerwise import Choose, layer_codes
 from edgekit.models.reorder import grouped_orders, reordered
@@ -44,7 +42,9 @@ from edgekit.quantize.gptq import gptq
 from edgekit.quantize.recipe import Recipe, in_layers, resolve, tied_shapes, uniform, with_ranges
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
-from edgekit.runtime.evaluate import cut, tokenize
+from edgekit.runtime.evaluation.evaluate import cut, tokenize
+from edgekit.workflows.calibrate import CHUNK, MOST_CHUNKS, is_linear, read_texts
+from edgekit.workflows.gains import measure
 
 MODEL = "lfm2-tiny"
 METHODS: dict[str, Choose | None] = {

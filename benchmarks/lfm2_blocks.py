@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  # registers quantized_decomposed
 
 import edgekit
-from edgekit.exporters.onnx import OPSET
-from edgekit.exporters.onnx_contrib import ContribBlocks
-from edgekit.exporters.onnx_graph import CONTRIB, OnnxGraph, new_data_file
-from edgekit.exporters.xnnpack_blocks import XnnpackBlocks
-from edgekit.exporters.xnnpack_lowering import delegate, plan_memory, write_program
+from edgekit.exporters.executorch.blocks import XnnpackBlocks
+from edgekit.exporters.executorch.lowering import delegate, plan_memory, write_program
+from edgekit.exporters.onnx.contrib import ContribBlocks
+from edgekit.exporters.onnx.decoder import OPSET
+from edgekit.exporters.onnx.graph import CONTRIB, OnnxGraph, new_data_file
 from edgekit.models.catalogue import find_model
 from edgekit.models.lfm2 import FeedForward
 from edgekit.models.weights import ReadWeight, floats, row_block

@@ -42,7 +42,7 @@ from benchmarks.lfm2_blocks import (
 )
 from benchmarks.lfm2_static_quality import TODAY, measure
 from benchmarks.report import table
-from edgekit.runtime.module_engine import load_module
+from edgekit.runtime.engines.network_engine import load_module
 
 TOKENS = (512, 1)
 CALLS = {512: 1, 1: 9}

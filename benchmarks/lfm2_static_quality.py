@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.jlcm import chunks as first_chunks
+from edgekit.metrics.divergence import divergence, join, perplexity, score_rows
 from edgekit.models.activations import per_block, per_token
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import EagerBlocks, float_reader
@@ -22,7 +23,6 @@ from edgekit.quantize.observers import Observer, activation_parameters, observer
 from edgekit.quantize.recipe import Recipe, resolve, tied_shapes
 from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.schemes import LayerScheme
-from edgekit.runtime.divergence import divergence, join, perplexity, score_rows
 
 MODEL = "lfm2-tiny"
 CHUNK = 512

@@ -25,17 +25,17 @@ import torch
 
 from benchmarks.machine import facts
 from benchmarks.report import table
-from edgekit.artifact import Artifact
-from edgekit.exporters.weights import stored_size
-from edgekit.gains import measure
+from edgekit.exporters.readback import stored_size
+from edgekit.formats.artifact.read import Artifact
+from edgekit.metrics.divergence import divergence, join, perplexity, score_rows
 from edgekit.models.codes import CodesFile
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.quantize.tensor import Weight
-from edgekit.runtime.divergence import divergence, join, perplexity, score_rows
-from edgekit.runtime.evaluate import cut, evaluate_each, tokenize
+from edgekit.runtime.evaluation.evaluate import cut, evaluate_each, tokenize
+from edgekit.workflows.gains import measure
 
 MODEL = "lfm2-tiny"
 CALIBRATION_CHARACTERS = 400_000

@@ -29,8 +29,8 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks import machine
 from benchmarks.measure import run
 from benchmarks.report import table
-from edgekit.exporters.onnx_contrib import INT8_ACTIVATIONS
-from edgekit.exporters.onnx_packing import pack_matrix
+from edgekit.exporters.onnx.contrib import INT8_ACTIVATIONS
+from edgekit.exporters.onnx.packing import pack_matrix
 from edgekit.quantize.packing import pack
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, as_rows

@@ -43,8 +43,8 @@ class Edgekit:
     """edgekit's onnx engine."""
 
     def __init__(self, folder: Path, positions: int, threads: int) -> None:
-        from edgekit.genai_config import GenaiConfig
-        from edgekit.runtime.onnx_engine import OnnxEngine
+        from edgekit.formats.onnx.genai_config import GenaiConfig
+        from edgekit.runtime.engines.onnx.decoder import OnnxEngine
 
         self._engine = OnnxEngine(GenaiConfig.open(folder).model_path, threads)
         if self._engine.context < positions:

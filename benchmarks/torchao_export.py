@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from benchmarks.machine import facts
 from benchmarks.report import table
 from edgekit.errors import one_line
-from edgekit.exporters.inspect import inspect
-from edgekit.exporters.reference_text import TEXT
+from edgekit.exporters.inspect.report import inspect
+from edgekit.exporters.verify.reference_text import TEXT
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from edgekit.devices.rootfs import CPU_FOLDER, key_values, read_int, read_text
+from edgekit.devices.probe.rootfs import CPU_FOLDER, key_values, read_int, read_text
 
 _SLASH = Path("/")
 _SPINS = "10000"

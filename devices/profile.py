@@ -2,7 +2,7 @@
 
 A profile holds published or measured facts, each with its source; nothing in it is derived from a
 core's name, for vendors switch features off. The machine at hand is not a profile: it is probed
-(`edgekit.devices.probe`).
+(`edgekit.devices.probe.machine`).
 """
 
 import difflib
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgekit.devices.cpuinfo import ISA_FEATURES
+from edgekit.devices.probe.cpuinfo import ISA_FEATURES
 from edgekit.errors import EdgekitError
 
 LOCAL = "local"

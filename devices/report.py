@@ -3,11 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from edgekit.devices.fit import GIB, USABLE_RAM, Fit
-from edgekit.devices.probe import Cache, Cluster, Machine, probe
+from edgekit.common.plural import counted
+from edgekit.common.tables import markdown_table, plain_table
+from edgekit.devices.probe.machine import Cache, Cluster, Machine, probe
 from edgekit.devices.profile import LOCAL, DeviceProfile, bundled_profiles, find_profile
-from edgekit.tables import markdown_table, plain_table
-from edgekit.words import counted
+from edgekit.runtime.fit import GIB, USABLE_RAM, Fit
 
 UNKNOWN = "unknown"
 _FACTS = {

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING
 from edgekit.errors import EdgekitError, VerificationError
 
 if TYPE_CHECKING:
-    from edgekit.api import export, export_model
-    from edgekit.artifact import Artifact
+    from edgekit.formats.artifact.read import Artifact
     from edgekit.models.tokenizer import Tokenizer
-    from edgekit.module_export import export_module, export_network
     from edgekit.quantize.qat.milestones import Milestones
     from edgekit.quantize.qat.prepare import prepare, training_of
     from edgekit.quantize.recipe import Recipe
     from edgekit.quantize.traced.schemes import LayerRecipe
-    from edgekit.runtime.bench import bench
-    from edgekit.runtime.engine import Engine, load_engine
-    from edgekit.runtime.evaluate import evaluate
-    from edgekit.runtime.generate import generate
-    from edgekit.runtime.module_engine import load_module
-    from edgekit.runtime.sampling import SamplingParams
+    from edgekit.runtime.bench.run import bench
+    from edgekit.runtime.engines.engine import Engine, load_engine
+    from edgekit.runtime.engines.network_engine import load_module
+    from edgekit.runtime.evaluation.evaluate import evaluate
+    from edgekit.runtime.generation.generate import generate
+    from edgekit.runtime.generation.sampling import SamplingParams
+    from edgekit.workflows.api import export, export_model
+    from edgekit.workflows.export_network import export_module, export_network
 
 # onnxruntime's wheels report to Microsoft by default, from their import on (its Privacy.md); what
 # runs on a user's machine is nobody else's business unless the user says so.
@@ -60,22 +60,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Artifact": "edgekit.artifact",
-    "Engine": "edgekit.runtime.engine",
+    "Artifact": "edgekit.formats.artifact.read",
+    "Engine": "edgekit.runtime.engines.engine",
     "LayerRecipe": "edgekit.quantize.traced.schemes",
     "Milestones": "edgekit.quantize.qat.milestones",
     "Recipe": "edgekit.quantize.recipe",
-    "SamplingParams": "edgekit.runtime.sampling",
+    "SamplingParams": "edgekit.runtime.generation.sampling",
     "Tokenizer": "edgekit.models.tokenizer",
-    "bench": "edgekit.runtime.bench",
-    "evaluate": "edgekit.runtime.evaluate",
-    "export": "edgekit.api",
-    "export_model": "edgekit.api",
-    "export_module": "edgekit.module_export",
-    "export_network": "edgekit.module_export",
-    "generate": "edgekit.runtime.generate",
-    "load_engine": "edgekit.runtime.engine",
-    "load_module": "edgekit.runtime.module_engine",
+    "bench": "edgekit.runtime.bench.run",
+    "evaluate": "edgekit.runtime.evaluation.evaluate",
+    "export": "edgekit.workflows.api",
+    "export_model": "edgekit.workflows.api",
+    "export_module": "edgekit.workflows.export_network",
+    "export_network": "edgekit.workflows.export_network",
+    "generate": "edgekit.runtime.generation.generate",
+    "load_engine": "edgekit.runtime.engines.engine",
+    "load_module": "edgekit.runtime.engines.network_engine",
     "prepare": "edgekit.quantize.qat.prepare",
     "training_of": "edgekit.quantize.qat.prepare",
 }

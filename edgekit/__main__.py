@@ -6,7 +6,7 @@ import sys
 from io import TextIOWrapper
 from pathlib import Path
 
-from edgekit.interrupts import clean_up_on_sigterm, interrupts_end_the_process
+from edgekit.common.interrupts import clean_up_on_sigterm, interrupts_end_the_process
 from edgekit.supervisor import is_work, supervise
 
 

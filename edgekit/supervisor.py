@@ -3,7 +3,7 @@
 `supervise` forks before anything is imported. The child does the work; the parent, which holds
 nothing but Python, waits, passes signals on and ends as the child did. Where the child crashed, it
 removes what is half-written and says which engine was at work on which file
-(edgekit/last_words.py).
+(edgekit/common/last_words.py).
 
 What C and C++ write to descriptor 2 is held back for a moment: of what a library says while it
 crashes, the one line quotes the last. Python's own stderr stays what it was.
@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from edgekit.last_words import SharedWords, Words, leave_words_in
+from edgekit.common.last_words import SharedWords, Words, leave_words_in
 
 _PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 _WAITED_FOR = _PASSED_ON | {signal.SIGCHLD}
@@ -129,7 +129,7 @@ def _end_as(code: int, words: Words, shown: _Shown, hidden: int) -> NoReturn:
     if words.partial or words.folders:
         _remove(words)
     if code < 0 and -code not in _NO_CRASH:
-        from edgekit.crash import crash_line
+        from edgekit.runtime.engines.crash import crash_line
 
         line = crash_line(-code, words, shown.not_shown() + _end_of(hidden))
         start = "\n" if os.isatty(2) else ""  # whatever stands on the terminal's line

@@ -22,14 +22,14 @@ from torch import Tensor
 from transformers import Lfm2ForCausalLM
 
 import edgekit
+from edgekit.common.files import new_file
 from edgekit.errors import EdgekitError
-from edgekit.files import new_file
+from edgekit.metrics.divergence import divergence, join, perplexity, score_rows
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.quantize.qat.distill import kl_divergence, top_k_divergence
 from edgekit.quantize.qat.weight_only import WeightTraining
-from edgekit.runtime.divergence import divergence, join, perplexity, score_rows
-from edgekit.runtime.evaluate import cut, tokenize
+from edgekit.runtime.evaluation.evaluate import cut, tokenize
 
 MODEL = "lfm2-tiny"
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

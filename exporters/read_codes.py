@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.weights import read_weights
+from edgekit.exporters.readback import read_weights
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.recipe import EMBEDDING, HEAD, Resolved
 from edgekit.quantize.scales import SMALLEST_SCALE

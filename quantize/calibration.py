@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit.common.files import new_file, os_reason, refuse_irregular
 from edgekit.errors import EdgekitError
-from edgekit.files import new_file, os_reason, refuse_irregular
 from edgekit.quantize.observers import OBSERVER_METHODS
 
 FORMAT_VERSION = 1

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from edgekit.common.files import decode_text, refuse_irregular
+from edgekit.common.limits import TooCostly, bounded
 from edgekit.errors import EdgekitError
-from edgekit.files import decode_text, refuse_irregular
-from edgekit.limits import TooCostly, bounded
 from edgekit.quantize.methods import Method
 from edgekit.quantize.ranges import RANGE_METHODS, RangeMethod
 from edgekit.quantize.scheme import FLOAT, Scheme

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from edgekit.common.files import check_file, new_file
 from edgekit.errors import EdgekitError, one_line
-from edgekit.files import check_file, new_file
 from edgekit.quantize import super_blocks
 from edgekit.quantize.methods import RECORDED
 from edgekit.quantize.packing import pack, unpack

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edgekit.common.tables import plain_table
 from edgekit.quantize.recipe import Resolved, shared_rows
-from edgekit.tables import plain_table
 
 
 def total_bytes(rows: Sequence[Resolved], tied: Mapping[str, str]) -> int:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgekit.devices.fit import EMBEDDING, HABITS, HEAD, Fit, predict
 from edgekit.errors import EdgekitError
 from edgekit.models.config import ModelConfig
-from edgekit.runtime.gguf_facts import file_traffic, open_checked
+from edgekit.runtime.engines.gguf.facts import file_traffic, open_checked
+from edgekit.runtime.fit import EMBEDDING, HABITS, HEAD, Fit, predict
 from edgekit.runtime.model_files import find_model_file
 
 

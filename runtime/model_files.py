@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.artifact import MANIFEST, TARGET_OF, Artifact
+from edgekit.common.files import stand_in
 from edgekit.errors import EdgekitError
-from edgekit.files import stand_in
-from edgekit.genai_config import GenaiConfig, is_genai_folder
+from edgekit.formats.artifact.read import MANIFEST, TARGET_OF, Artifact
+from edgekit.formats.onnx.file import OnnxFile
+from edgekit.formats.onnx.genai_config import GenaiConfig, is_genai_folder
 from edgekit.models.tokenizer import TOKENIZER_FILE, TextTokenizer, Tokenizer
-from edgekit.onnx_file import OnnxFile
-from edgekit.runtime.engine import DEFAULT_CONTEXT, Engine, import_engine, load_engine
+from edgekit.runtime.engines.engine import DEFAULT_CONTEXT, Engine, import_engine, load_engine
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ModelFile:
             return Tokenizer.load(_tokenizer_file(given))
         if self.manifest is None and self.engine == "gguf":
             import_engine(self.engine)  # which says what is wrong with llama.cpp, if anything is
-            from edgekit.runtime.gguf_tokenizer import GgufTokenizer
+            from edgekit.runtime.engines.gguf.tokenizer import GgufTokenizer
 
             return GgufTokenizer(self.path)
         beside = self.place if self.place.is_dir() else self.path.parent
@@ -142,7 +142,7 @@ def _bare_file(place: Path) -> ModelFile:
         )
     if engine != "gguf":
         return ModelFile(place, place, engine)
-    from edgekit.runtime.gguf_facts import open_checked, stated_context
+    from edgekit.runtime.engines.gguf.facts import open_checked, stated_context
 
     longest = stated_context(open_checked(place))
     return ModelFile(place, place, engine, min(longest, DEFAULT_CONTEXT), longest)

@@ -103,8 +103,8 @@ def test_installed_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) 
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     _run([*pip, "--target", str(site), str(wheel)], elsewhere)
     script = (
-        "import edgekit, edgekit.devices.profile, edgekit.exporters.artifact\n"
-        "import edgekit.runtime.bench\n"
+        "import edgekit, edgekit.devices.profile, edgekit.formats.artifact.write\n"
+        "import edgekit.runtime.bench.run\n"
         "from edgekit.quantize.recipe import preset\n"
         "from edgekit.models.source import resolve_model\n"
         "preset('int4')\n"

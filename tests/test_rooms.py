@@ -60,9 +60,9 @@ def test_imports_are_absolute() -> None:
         ("quantize", "edgekit.quantize.tensor", True),
         ("quantize", "edgekit.models.config", False),
         ("quantize", "torchao", False),
-        ("runtime", "edgekit.exporters.artifact", False),
-        ("devices", "edgekit.runtime.record", False),
-        ("exporters", "edgekit.runtime.engine", False),
+        ("runtime", "edgekit.formats.artifact.write", False),
+        ("devices", "edgekit.runtime.bench.record", False),
+        ("exporters", "edgekit.runtime.engines.engine", False),
         ("edgekit/models", "edgekit.commands.run", False),
     ],
 )

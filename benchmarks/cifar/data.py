@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgekit.common.files import new_file
 from edgekit.errors import EdgekitError
-from edgekit.files import new_file
 
 CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),

@@ -29,12 +29,12 @@ from benchmarks.cifar.data import Cifar, Split, load
 from benchmarks.cifar.finetune import finetune
 from benchmarks.cifar.nets import NETS
 from benchmarks.cifar.train import add_data_options, load_net
+from edgekit.common.files import new_file
 from edgekit.errors import EdgekitError
-from edgekit.exporters.module_target import find_module_target
-from edgekit.files import new_file
-from edgekit.module_export import export_network, place_module
+from edgekit.exporters.contract.network_target import find_module_target
 from edgekit.quantize.traced.calibrate import calibrate
 from edgekit.quantize.traced.network import QuantizedNetwork, quantize_module
+from edgekit.workflows.export_network import export_network, place_module
 
 
 @dataclass(frozen=True)

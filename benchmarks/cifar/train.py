@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from benchmarks.cifar.data import DEFAULT_CACHE, SIZE, Cifar, Split, load, normalise
 from benchmarks.cifar.nets import NETS, make_net
+from edgekit.common.files import new_file
 from edgekit.errors import EdgekitError
-from edgekit.files import new_file
 
 BATCH = 64
 PAD = 4

@@ -31,7 +31,7 @@ from benchmarks.peers.shapes import (
     Shape,
     random_weight,
 )
-from edgekit.exporters.gguf_names import gguf_name
+from edgekit.exporters.gguf.names import gguf_name
 
 QUANTIZED = {
     "q8_0": ["Q8_0"],

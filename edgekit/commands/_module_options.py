@@ -13,9 +13,9 @@ from edgekit.errors import EdgekitError
 if TYPE_CHECKING:
     from edgekit.commands._quality_options import QualityChoice
     from edgekit.commands._recipe_options import RecipeChoice
-    from edgekit.module_export import Data
+    from edgekit.networks.user_code import Factory
     from edgekit.quantize.traced.placement import Placement
-    from edgekit.user_code import Factory
+    from edgekit.workflows.export_network import Data
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class ModuleChoice:
         self, factory: "Factory", choice: "RecipeChoice", codes: Path | None = None
     ) -> "tuple[str, Placement]":
         """Make the module, trace it, apply the recipe or the codes; return its name with that."""
-        from edgekit.module_export import place_module
-        from edgekit.module_source import example_inputs, make_module
+        from edgekit.networks.source import example_inputs, make_module
+        from edgekit.workflows.export_network import place_module
 
         recipe = choice.layer_recipe()
         example = example_inputs(self.example_shape, self.example_dtype)
@@ -58,7 +58,7 @@ def refuse_for_a_module(**given: object) -> None:
 
 def calibration_data(chosen: "QualityChoice", placement: "Placement") -> "Data":
     """Return the calibration data; EdgekitError where some are needed and none are named."""
-    from edgekit.module_data import open_data
+    from edgekit.networks.data import open_data
 
     if chosen.calibrate is not None:
         if chosen.method is not None and chosen.calibrate.endswith(".json"):

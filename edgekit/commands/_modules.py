@@ -14,10 +14,10 @@ from edgekit.commands._size import size_line
 from edgekit.errors import QuantizationWarning
 
 if TYPE_CHECKING:
-    from edgekit.module_export import Quantized
-    from edgekit.progress import Progress
+    from edgekit.common.progress import Progress
+    from edgekit.networks.user_code import Factory
     from edgekit.quantize.traced.placement import Placement
-    from edgekit.user_code import Factory
+    from edgekit.workflows.export_network import Quantized
 
 
 def export_module_of(
@@ -34,16 +34,16 @@ def export_module_of(
     as_json: bool,
 ) -> None:
     """Export the module that a function returns, or show what would be stored."""
-    from edgekit.interrupts import interrupts_end_the_process
-    from edgekit.quiet import quiet_imports
+    from edgekit.common.interrupts import interrupts_end_the_process
+    from edgekit.common.quiet import quiet_imports
 
     with interrupts_end_the_process(), quiet_imports():
-        from edgekit.exporters import verify_module
-        from edgekit.exporters.artifact import check_output
-        from edgekit.exporters.module_target import find_module_target, rows_text
-        from edgekit.module_export import export_network
-        from edgekit.progress import stage_printer
-        from edgekit.quality import Quality, check_exclusions
+        from edgekit.common.progress import stage_printer
+        from edgekit.exporters.contract.network_target import find_module_target, rows_text
+        from edgekit.exporters.verify import network as verify_module
+        from edgekit.formats.artifact.write import check_output
+        from edgekit.workflows.export_network import export_network
+        from edgekit.workflows.quality import Quality, check_exclusions
 
     chosen.refuse_budget()
     check_exclusions(Quality(), choice.option if choice.given else None, codes=codes is not None)
@@ -93,14 +93,14 @@ def quantize_module_of(
     as_json: bool,
 ) -> None:
     """Write the codes of a module's weights, and beside them the calibration."""
-    from edgekit.interrupts import interrupts_end_the_process
-    from edgekit.quiet import quiet_imports
+    from edgekit.common.interrupts import interrupts_end_the_process
+    from edgekit.common.quiet import quiet_imports
 
     with interrupts_end_the_process(), quiet_imports():
-        from edgekit.exporters.module_target import rows_text
-        from edgekit.files import check_output_file
-        from edgekit.module_codes import save_codes
-        from edgekit.progress import stage_printer
+        from edgekit.common.files import check_output_file
+        from edgekit.common.progress import stage_printer
+        from edgekit.exporters.contract.network_target import rows_text
+        from edgekit.networks.codes import save_codes
 
     chosen.refuse_budget()
     path = output or Path(f"{_last(factory)}-{choice.label}.safetensors")
@@ -135,7 +135,7 @@ def _plan(
     codes: Path | None = None,
 ) -> "tuple[str, Placement, list[dict[str, Any]]]":
     """Return the module's name, what is to be quantized in it, and the table of that."""
-    from edgekit.exporters.module_target import tensor_rows
+    from edgekit.exporters.contract.network_target import tensor_rows
 
     progress("tracing")
     name, placement = module.place(factory, choice, codes)
@@ -143,14 +143,14 @@ def _plan(
 
 
 def _quantize(placement: "Placement", chosen: QualityChoice, progress: "Progress") -> "Quantized":
-    from edgekit.module_export import quantize_placement
+    from edgekit.workflows.export_network import quantize_placement
 
     data = calibration_data(chosen, placement)
     return quantize_placement(placement, data, chosen.method or "moving-average", progress)
 
 
 def _show_plan(name: str, rows: list[dict[str, Any]], as_json: bool) -> None:
-    from edgekit.exporters.module_target import rows_text
+    from edgekit.exporters.contract.network_target import rows_text
 
     if as_json:
         total = sum(row["bytes"] for row in rows)

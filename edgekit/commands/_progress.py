@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from edgekit.progress import Steps
+    from edgekit.common.progress import Steps
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def progress_line() -> "Iterator[Steps]":
 
     On a terminal it rewrites one line, cleared at the end however the work ends.
     """
-    from edgekit.progress import Log, somebody_looks
+    from edgekit.common.progress import Log, somebody_looks
 
     if not somebody_looks():
         log = Log()

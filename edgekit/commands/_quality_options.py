@@ -13,9 +13,9 @@ from edgekit.commands._recipe_options import RecipeChoice
 from edgekit.errors import EdgekitError, Interrupted
 
 if TYPE_CHECKING:
-    from edgekit.mixed import Mixed
-    from edgekit.quality import Quality
-    from edgekit.quantization import Made
+    from edgekit.workflows.mixed_precision import Mixed
+    from edgekit.workflows.quality import Quality
+    from edgekit.workflows.quantize import Made
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class QualityChoice:
 
     def of_a_model(self, choice: RecipeChoice, codes: bool = False) -> "Quality":
         """Return what is asked for a language model; EdgekitError where it contradicts the rest."""
-        from edgekit.quality import Budget, Quality, check_exclusions
         from edgekit.quantize.methods import Method
+        from edgekit.workflows.quality import Budget, Quality, check_exclusions
 
         size = None if self.target_size is None else _bytes(self.target_size)
         budget = None if (self.bits, size) == (None, None) else Budget(size, self.bits)
@@ -133,7 +133,7 @@ def quality_dict(mixed: "Mixed | None", made: "Made | None") -> dict[str, Any]:
 
 
 def _bytes(text: str) -> int:
-    from edgekit.sizes import parse_size
+    from edgekit.common.sizes import parse_size
 
     size = parse_size(text)
     if size is None:

@@ -11,7 +11,7 @@ import click
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
-    from edgekit.exporters.llama_formats import LlamaFormat
+    from edgekit.exporters.gguf.llama.formats import LlamaFormat
     from edgekit.quantize.recipe import Recipe
     from edgekit.quantize.traced.schemes import LayerRecipe
 
@@ -46,7 +46,7 @@ class RecipeChoice:
     @property
     def llama_format(self) -> "LlamaFormat | None":
         """Which of llama.cpp's own formats was asked for, if one was."""
-        from edgekit.exporters.llama_formats import find_format
+        from edgekit.exporters.gguf.llama.formats import find_format
 
         return None if self.scheme is None else find_format(self.scheme)
 
@@ -55,7 +55,7 @@ class RecipeChoice:
 
         EdgekitError for one of llama.cpp's own formats, which edgekit does not quantize to.
         """
-        from edgekit.exporters.llama_formats import check_format
+        from edgekit.exporters.gguf.llama.formats import check_format
         from edgekit.quantize.recipe import Recipe
 
         if self.llama_format is not None:

@@ -11,7 +11,7 @@ from edgekit.commands._progress import progress_line
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
-    from edgekit.runtime.record import Saved
+    from edgekit.runtime.bench.record import Saved
 
 
 def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -124,15 +124,15 @@ def command(
     Of modules the latency of a run is measured, in bursts of a tenth of a second a repetition;
     -p, -n and -d are not for them.
     """
-    from edgekit.files import check_output_file
-    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.common.files import check_output_file
+    from edgekit.common.interrupts import interrupts_end_the_process
 
     if output is not None:  # before the measuring, which may take long
         check_output_file(output, force)
 
     with interrupts_end_the_process():
-        from edgekit.runtime.bench import bench
-        from edgekit.runtime.module_bench import all_modules
+        from edgekit.runtime.bench.network import all_modules
+        from edgekit.runtime.bench.run import bench
 
     if all_modules(artifacts):
         _bench_modules(artifacts, batch, repetitions, threads, cooldown_s, seed, as_json, output)
@@ -151,7 +151,7 @@ def command(
             seed=seed,
             progress=show,
         )
-    from edgekit.runtime.table import render
+    from edgekit.runtime.bench.tables import render
 
     _show(record, lambda: render(record), as_json, output)
 
@@ -177,8 +177,8 @@ def _bench_modules(
     as_json: bool,
     output: Path | None,
 ) -> None:
-    from edgekit.runtime.module_bench import bench_modules
-    from edgekit.runtime.module_table import render
+    from edgekit.runtime.bench.network import bench_modules
+    from edgekit.runtime.bench.network_tables import render
 
     context = click.get_current_context()
     for name in ("prompts", "generates", "depths"):

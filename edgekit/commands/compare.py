@@ -79,16 +79,16 @@ def command(
     repetition in turn; -p 0 -n 0 skips them, and then no engine has to be installed, but for
     quality. Weights are read back from the files.
     """
-    from edgekit.files import check_output_file, new_file, read_text
-    from edgekit.interrupts import interrupts_end_the_process
-    from edgekit.quiet import quiet_imports
+    from edgekit.common.files import check_output_file, new_file, read_text
+    from edgekit.common.interrupts import interrupts_end_the_process
+    from edgekit.common.quiet import quiet_imports
 
     if output is not None:  # before the measuring, which may take long
         check_output_file(output, force)
     text = None if text_file is None else read_text(text_file)
     with interrupts_end_the_process(), quiet_imports():
-        from edgekit.compare import compare
-        from edgekit.compare_page import page
+        from edgekit.workflows.compare import compare
+        from edgekit.workflows.compare_page import page
     with progress_line() as show:
         found = compare(
             artifacts,

@@ -8,7 +8,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def command(name: str | None, as_json: bool) -> None:
     """List the known devices and this machine ("local"), or the facts of one."""
-    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.common.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
         from edgekit.devices.report import describe_devices

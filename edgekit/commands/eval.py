@@ -44,12 +44,12 @@ def command(
     figures of `llama-perplexity --kl-divergence` follow: divergence of the next token's
     distribution, change of the right token's probability, equal most likely tokens.
     """
-    from edgekit.files import read_text
-    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.common.files import read_text
+    from edgekit.common.interrupts import interrupts_end_the_process
 
     text = read_text(text_file)
     with interrupts_end_the_process():
-        from edgekit.runtime.evaluate import evaluate
+        from edgekit.runtime.evaluation.evaluate import evaluate
     with progress_line() as show:
         result = evaluate(
             artifact,
@@ -64,6 +64,6 @@ def command(
     if as_json:
         print_json(result.to_dict())
     else:
-        from edgekit.runtime.evaluation_table import render
+        from edgekit.runtime.evaluation.table import render
 
         click.echo(render(result))

@@ -21,8 +21,8 @@ from edgekit.commands._recipe_options import RecipeChoice, recipe_options_of_any
 from edgekit.commands._size import size_line
 
 if TYPE_CHECKING:
-    from edgekit.model_export import Plan
-    from edgekit.quantization import Made
+    from edgekit.workflows.export import Plan
+    from edgekit.workflows.quantize import Made
 
 
 @click.command("export", short_help="Export a model for an engine and verify the file.")
@@ -105,11 +105,11 @@ def command(
     goes to executorch or onnx, activations quantized too by what --calibrate shows. With --codes
     the weights' codes are those of the file, and --calibrate is still needed.
     """
-    from edgekit.interrupts import interrupts_end_the_process
-    from edgekit.quiet import quiet_imports
+    from edgekit.common.interrupts import interrupts_end_the_process
+    from edgekit.common.quiet import quiet_imports
 
     with interrupts_end_the_process():
-        from edgekit.user_code import Factory
+        from edgekit.networks.user_code import Factory
 
     factory = Factory.parse(model)
     if factory is not None:
@@ -138,11 +138,11 @@ def command(
     module.refuse_for_a_model()
     quality = chosen.of_a_model(choice, codes is not None)
     with interrupts_end_the_process(), quiet_imports():
-        from edgekit.exporters.artifact import check_output
-        from edgekit.exporters.llama_formats import format_recipe
-        from edgekit.exporters.target import Options
-        from edgekit.model_export import plan_export
+        from edgekit.exporters.contract.target import Options
+        from edgekit.exporters.gguf.llama.formats import format_recipe
+        from edgekit.formats.artifact.write import check_output
         from edgekit.quantize.recipe import warnings
+        from edgekit.workflows.export import plan_export
 
     if output is not None and not dry_run:
         check_output(output, force)  # a budget is measured before the plan is there
@@ -196,8 +196,8 @@ def _export(
     plan: "Plan", folder: Path, force: bool, as_json: bool
 ) -> "tuple[dict[str, Any], Made | None]":
     """Choose the codes, where that was asked for, and export them."""
-    from edgekit.model_export import export_plan, with_codes
-    from edgekit.progress import stage_printer
+    from edgekit.common.progress import stage_printer
+    from edgekit.workflows.export import export_plan, with_codes
 
     with ExitStack() as stack:
         with progress_line() as show:
@@ -218,7 +218,7 @@ def _show_plan(plan: "Plan", as_json: bool) -> None:
 
 
 def _show_result(folder: Path, manifest: dict[str, Any]) -> None:
-    from edgekit.exporters.verify import figures_text
+    from edgekit.exporters.verify.decoder import figures_text
 
     found = manifest["verification"]
     if found["verified"]:

@@ -11,7 +11,7 @@ from edgekit.commands._recipe_options import RecipeChoice, recipe_options
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
-    from edgekit.devices.fit import Fit
+    from edgekit.runtime.fit import Fit
 
 LOCAL = "local"
 
@@ -24,7 +24,7 @@ def _positive(ctx: click.Context, param: click.Parameter, value: float | None) -
 
 
 def _ram_bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    from edgekit.sizes import parse_size
+    from edgekit.common.sizes import parse_size
 
     if value is None:
         return None
@@ -115,7 +115,7 @@ def _predict(
     model: str, choice: RecipeChoice, context: int | None, depth: int
 ) -> "tuple[Fit, str, str]":
     """Return the prediction, the model's name and the recipe's."""
-    from edgekit.artifact import MANIFEST
+    from edgekit.formats.artifact.read import MANIFEST
 
     if (Path(model) / MANIFEST).is_file():
         return _predict_artifact(Path(model), choice, context, depth)
@@ -140,14 +140,14 @@ def _predict_artifact(
 def _predict_model(
     model: str, choice: RecipeChoice, context: int | None, depth: int
 ) -> "tuple[Fit, str]":
-    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.common.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.devices.fit import predict
-        from edgekit.exporters.stored import stored_rows
-        from edgekit.exporters.target import Options, find_target
+        from edgekit.exporters.contract.stored import stored_rows
+        from edgekit.exporters.contract.target import Options, find_target
         from edgekit.models.source import resolve_model
         from edgekit.quantize.recipe import resolve, tied_shapes
+        from edgekit.runtime.fit import predict
 
     source = resolve_model(model, random_weights=True)
     shapes, tied = tied_shapes(source.config.tensor_shapes())
@@ -168,8 +168,8 @@ def _target(device: str, ram: int | None, bandwidth: float | None) -> _Target:
 
 
 def _profile(name: str) -> _Target:
-    from edgekit.devices.fit import GIB
     from edgekit.devices.profile import find_profile
+    from edgekit.runtime.fit import GIB
 
     profile = find_profile(name)
     ram = tuple(int(size * GIB) for size in profile.ram_gb)
@@ -177,7 +177,7 @@ def _profile(name: str) -> _Target:
 
 
 def _this_machine() -> _Target:
-    from edgekit.devices.probe import probe
+    from edgekit.devices.probe.machine import probe
 
     ram = probe().ram_bytes
     return _Target(LOCAL, () if ram is None else (ram,), None)
@@ -185,9 +185,9 @@ def _this_machine() -> _Target:
 
 def _measure() -> tuple[float, str]:
     """Measure; the load is told because other programs' reading lowers the figure."""
-    from edgekit.devices.bandwidth import measure_read_bandwidth
-    from edgekit.devices.conditions import conditions
-    from edgekit.words import counted
+    from edgekit.common.plural import counted
+    from edgekit.devices.probe.bandwidth import measure_read_bandwidth
+    from edgekit.devices.probe.conditions import conditions
 
     load = conditions().load_average
     try:

@@ -9,7 +9,7 @@ from edgekit.commands._json import print_json
 from edgekit.commands._progress import progress_line
 
 if TYPE_CHECKING:
-    from edgekit.exporters.imatrix import Imatrix
+    from edgekit.exporters.gguf.llama.imatrix import Imatrix
     from edgekit.models.source import ModelSource
 
 
@@ -53,9 +53,9 @@ def command(
     `edgekit export MODEL --target gguf --scheme Q4_K_M --imatrix FILE`, or llama-quantize, gives
     the columns that see large inputs the smaller errors.
     """
-    from edgekit.files import check_output_file, read_text
-    from edgekit.interrupts import interrupts_end_the_process
-    from edgekit.words import counted
+    from edgekit.common.files import check_output_file, read_text
+    from edgekit.common.interrupts import interrupts_end_the_process
+    from edgekit.common.plural import counted
 
     text = read_text(text_file)
     with interrupts_end_the_process():
@@ -89,10 +89,10 @@ def _measure(
     source: "ModelSource", text: str, dataset: str, context: int, chunks: int | None
 ) -> "Imatrix":
     """Run the model, and show its progress."""
-    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.common.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.importance import imatrix_of_text
+        from edgekit.workflows.importance import imatrix_of_text
 
     with progress_line() as show:
         return imatrix_of_text(source, text, dataset, context=context, chunks=chunks, progress=show)

@@ -48,10 +48,10 @@ def command(
         return
     if scheme is not None or text_file is not None:
         raise EdgekitError("--scheme and --text are for --sensitivity")
-    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.common.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.exporters.inspect import inspect
+        from edgekit.exporters.inspect.report import inspect
 
     if _is_model(artifact):
         raise EdgekitError(
@@ -67,8 +67,8 @@ def command(
 
 def _is_model(path: Path) -> bool:
     """Whether a path is a name of the catalogue's, or a model's folder, and no artifact."""
-    from edgekit.artifact import MANIFEST
-    from edgekit.genai_config import is_genai_folder
+    from edgekit.formats.artifact.read import MANIFEST
+    from edgekit.formats.onnx.genai_config import is_genai_folder
     from edgekit.models.catalogue import find_model
 
     if path.is_dir():
@@ -78,13 +78,13 @@ def _is_model(path: Path) -> bool:
 
 
 def _sensitivity(name: str, scheme: str, text_file: Path | None, as_json: bool) -> None:
-    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.common.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.exporters.reference_text import TEXT
-        from edgekit.files import read_text
+        from edgekit.common.files import read_text
+        from edgekit.exporters.verify.reference_text import TEXT
         from edgekit.quantize.scheme import Scheme
-        from edgekit.sensitivity import sensitivity
+        from edgekit.workflows.sensitivity import sensitivity
 
     parsed = Scheme.parse(scheme)
     text = TEXT if text_file is None else read_text(text_file)

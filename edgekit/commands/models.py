@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of the table.")
 def command(as_json: bool) -> None:
     """List the models known by name: parameters, licence, hub id, and what is local."""
-    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.common.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():  # nothing is written: all of it may be cut short
         from edgekit.models.source import list_models
@@ -28,7 +28,7 @@ def command(as_json: bool) -> None:
 
 
 def _table(rows: "list[ModelRow]") -> str:
-    from edgekit.tables import plain_table
+    from edgekit.common.tables import plain_table
 
     lines = [("name", "parameters", "licence", "hub id", "local")]
     for row in rows:

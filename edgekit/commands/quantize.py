@@ -13,11 +13,11 @@ from edgekit.commands._quality_options import QualityChoice, quality_options, re
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options_of_any
 
 if TYPE_CHECKING:
-    from edgekit.mixed import Mixed
     from edgekit.models.source import ModelSource
-    from edgekit.quality import Quality
-    from edgekit.quantization import Made
     from edgekit.quantize.recipe import Recipe
+    from edgekit.workflows.mixed_precision import Mixed
+    from edgekit.workflows.quality import Quality
+    from edgekit.workflows.quantize import Made
 
 
 @click.command("quantize", short_help="Write the quantized tensors as safetensors.")
@@ -71,10 +71,10 @@ def command(
     command goes on after a kill. --bits or --target-size choose a scheme for each matrix by what
     it costs (`edgekit inspect --sensitivity`), within a budget.
     """
-    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.common.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.user_code import Factory
+        from edgekit.networks.user_code import Factory
 
     factory = Factory.parse(model)
     if factory is not None:
@@ -93,7 +93,7 @@ def command(
     module.refuse_for_a_model()
     quality = chosen.of_a_model(choice)
     with interrupts_end_the_process():
-        from edgekit.files import check_output_file
+        from edgekit.common.files import check_output_file
         from edgekit.models.source import resolve_model
         from edgekit.quantize.recipe import preset, warnings
 
@@ -125,9 +125,9 @@ def command(
 def _choose(
     source: "ModelSource", recipe: "Recipe", quality: "Quality"
 ) -> "tuple[Recipe, Mixed | None]":
-    from edgekit.mixed import EVERYWHERE
-    from edgekit.quantization import choose_recipe, smaller_schemes
     from edgekit.quantize.scheme import Scheme
+    from edgekit.workflows.mixed_precision import EVERYWHERE
+    from edgekit.workflows.quantize import choose_recipe, smaller_schemes
 
     with progress_line() as show:
         schemes = [Scheme.parse(name) for name in EVERYWHERE]
@@ -142,7 +142,7 @@ def _choose(
 
 
 def _write(source: "ModelSource", recipe: "Recipe", quality: "Quality", path: Path) -> "Made":
-    from edgekit.quantization import quantize_model
+    from edgekit.workflows.quantize import quantize_model
 
     with progress_line() as show:
         return quantize_model(source, recipe, quality, path, show)

@@ -15,10 +15,10 @@ from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
     from edgekit.models.tokenizer import TextTokenizer
-    from edgekit.runtime.chat import Chat
-    from edgekit.runtime.engine import Engine
-    from edgekit.runtime.generate import Generation
-    from edgekit.runtime.sampling import SamplingParams
+    from edgekit.runtime.engines.engine import Engine
+    from edgekit.runtime.generation.chat import Chat
+    from edgekit.runtime.generation.generate import Generation
+    from edgekit.runtime.generation.sampling import SamplingParams
 
 
 @click.command("run", short_help="Generate text from an artifact.")
@@ -80,8 +80,8 @@ def _is_chat(prompt: str | None) -> bool:
 
 def _standard_input(context: int) -> str:
     """Read standard input, less the newline with which `echo` ends its text."""
-    from edgekit.files import decode_text
-    from edgekit.runtime.chat import check_length, longest_text
+    from edgekit.common.files import decode_text
+    from edgekit.runtime.generation.chat import check_length, longest_text
 
     # one byte too many shows that there is more, and is not waited for
     data = b"" if sys.stdin is None else sys.stdin.buffer.read(longest_text(context) + 1)
@@ -100,11 +100,11 @@ def _refuse_in_chat(**flags: bool) -> None:
 
 def _run(path: Path, prompt: str | None, as_json: bool, options: dict[str, Any]) -> None:
     """Check everything that costs nothing, then load the engine and generate."""
-    from edgekit.interrupts import interrupts_end_the_process
+    from edgekit.common.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.runtime.chat import Chat
-        from edgekit.runtime.generate import generate
+        from edgekit.runtime.generation.chat import Chat
+        from edgekit.runtime.generation.generate import generate
         from edgekit.runtime.model_files import find_model_file
 
     if _is_chat(prompt):
@@ -136,7 +136,7 @@ def _run(path: Path, prompt: str | None, as_json: bool, options: dict[str, Any])
 
 
 def _params(options: dict[str, Any]) -> "SamplingParams":
-    from edgekit.runtime.sampling import SamplingParams
+    from edgekit.runtime.generation.sampling import SamplingParams
 
     names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
     return SamplingParams(**{name: options[name] for name in names})
@@ -145,7 +145,7 @@ def _params(options: dict[str, Any]) -> "SamplingParams":
 def _prompt_ids(
     tokenizer: "TextTokenizer", prompt: str | None, context: int, options: dict[str, Any]
 ) -> list[int]:
-    from edgekit.runtime.chat import check_length, first_messages, prompt_ids
+    from edgekit.runtime.generation.chat import check_length, first_messages, prompt_ids
 
     text = _standard_input(context) if prompt in (None, "-") else prompt
     assert text is not None
@@ -173,7 +173,7 @@ def _print_json(path: Path, engine: "Engine", answer: "Generation") -> None:
 
 
 def _converse(chat: "Chat") -> None:
-    from edgekit.runtime.chat import converse
+    from edgekit.runtime.generation.chat import converse
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (its import gives `input` line editing)

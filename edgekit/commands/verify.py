@@ -27,14 +27,15 @@ def command(artifact: Path, model: str | None, adapter: Path | None, as_json: bo
     compare with, and needs no MODEL; its manifest keeps what its export verified. A file that
     computes something else ends in exit status 1.
     """
-    from edgekit.interrupts import interrupts_end_the_process
-    from edgekit.quiet import quiet_imports
+    from edgekit.common.interrupts import interrupts_end_the_process
+    from edgekit.common.quiet import quiet_imports
 
     with interrupts_end_the_process(), quiet_imports():
-        from edgekit.artifact import MODULE
-        from edgekit.exporters import verify, verify_module
-        from edgekit.progress import stage_printer
-        from edgekit.verification import verify_artifact
+        from edgekit.common.progress import stage_printer
+        from edgekit.exporters.verify import decoder as verify
+        from edgekit.exporters.verify import network as verify_module
+        from edgekit.formats.artifact.read import MODULE
+        from edgekit.workflows.verify import verify_artifact
 
     manifest = verify_artifact(artifact, model, stage_printer(), adapter)
     if as_json:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgekit.common.files import check_file
 from edgekit.errors import EdgekitError, one_line
-from edgekit.files import check_file
 from edgekit.models.checkpoint import (
     FLOAT_DTYPES,
     TensorEntry,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from edgekit.common.files import refuse_irregular, stand_in
 from edgekit.errors import EdgekitError, one_line
-from edgekit.files import refuse_irregular, stand_in
 
 LAYER_TYPES = ("conv", "full_attention")
 

@@ -22,10 +22,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
+from edgekit.common.files import sha256_of
+from edgekit.common.progress import somebody_looks
 from edgekit.errors import EdgekitError, Interrupted
-from edgekit.files import sha256_of
 from edgekit.models.hub_reasons import reason
-from edgekit.progress import somebody_looks
 
 _SMALL_FILES = (
     "config.json",

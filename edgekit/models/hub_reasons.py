@@ -24,8 +24,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
+from edgekit.common.files import os_reason
 from edgekit.errors import one_line
-from edgekit.files import os_reason
 
 _KEPT = "(finished files are kept)"
 _MOST_COMMITS = 3

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from edgekit.files import first_bytes, stand_in
+from edgekit.common.files import first_bytes, stand_in
 
 ADAPTER_CONFIG = "adapter_config.json"
 _FINISHED = {".gguf": "llama.cpp", ".onnx": "ONNX Runtime", ".pte": "ExecuTorch"}

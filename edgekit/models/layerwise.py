@@ -12,12 +12,12 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from edgekit.common.progress import Steps, no_steps
 from edgekit.errors import EdgekitError
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import EagerBlocks
 from edgekit.models.lfm2 import LFM2, Attention, Layer
 from edgekit.models.weights import ReadWeight, floats
-from edgekit.progress import Steps, no_steps
 from edgekit.quantize.gptq import Inputs
 from edgekit.quantize.recipe import Resolved, in_layers
 from edgekit.quantize.scheme import Scheme

@@ -21,8 +21,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from edgekit.common.limits import TooCostly, bounded
 from edgekit.errors import EdgekitError
-from edgekit.limits import TooCostly, bounded
 from edgekit.quantize.affine import quantize
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.ranges import RangeMethod

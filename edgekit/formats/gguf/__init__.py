@@ -1,0 +1,1 @@
+"""GGUF: `file.py` reads any file's head, `writer.py` streams one, `vocabulary.py` tokenizes."""

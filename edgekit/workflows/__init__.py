@@ -1,0 +1,6 @@
+"""What joins the rooms: the functions behind the commands, `edgekit.export` and the others.
+
+Codes: `quantize.py` calls in turn `calibrate.py` (texts, what is kept of a run), `gains.py` (what
+it gained) and `mixed_precision.py`, which chooses schemes by `sensitivity.py`. `importance.py`
+measures the matrix that llama.cpp's own formats are chosen by.
+"""

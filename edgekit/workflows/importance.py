@@ -1,0 +1,106 @@
+"""What a model's linears see on a text: the importance matrix that `llama-imatrix` computes.
+
+Its conventions (tools/imatrix/imatrix.cpp): the text is tokenized as a whole, special tokens'
+spellings as plain text and less one final newline, and cut into chunks whose remainder is dropped;
+each chunk starts from a fresh state, its first token replaced by bos where the model adds one;
+squares are summed over every position.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgekit.common.progress import Steps
+from edgekit.errors import EdgekitError
+from edgekit.exporters.gguf.llama.imatrix import Imatrix, Statistics
+from edgekit.exporters.gguf.names import gguf_name
+from edgekit.models.config import ModelConfig
+from edgekit.models.eager import EagerBlocks, float_reader
+from edgekit.models.lfm2 import LFM2
+from edgekit.models.source import ModelSource
+from edgekit.models.tokenizer import Tokenizer
+from edgekit.models.weights import ReadWeight
+from edgekit.quantize.recipe import HEAD
+from edgekit.runtime.evaluation.evaluate import cut, tokenize
+
+LEAST_CONTEXT = 2
+"""With one token a chunk is bos alone, and the text has no part in it."""
+
+
+def imatrix_of_text(
+    source: ModelSource,
+    text: str,
+    dataset: str,
+    *,
+    context: int = 512,
+    chunks: int | None = None,
+    progress: Steps | None = None,
+) -> Imatrix:
+    """Run the float model over a text and return the squares of what its linears were given.
+
+    `dataset` is what the file calls the text; `chunks` bounds how many chunks of `context` tokens
+    are run. EdgekitError for a text that is too short, a context that does not fit, and
+    activations that are not finite.
+    """
+    if source.folder is None:
+        raise EdgekitError(f"{source.id}: random weights have no tokenizer to read a text with")
+    pieces = _pieces(Tokenizer.load(source.folder), text, context, chunks, source.config)
+    sums = _Sums(float_reader(source.config, source.checkpoint))
+    model = LFM2(sums, source.config, context).eval()
+    start = torch.zeros(1, dtype=torch.long)
+    with torch.inference_mode():
+        for done, piece in enumerate(pieces, start=1):
+            model.all_logits(torch.tensor([piece]), start)
+            if progress is not None:
+                progress(done, len(pieces), "chunks")
+    count = len(pieces) * context
+    entries = {
+        gguf_name(name): Statistics(_finite(name, squares), count)
+        for name, squares in sums.squares.items()
+    }
+    return Imatrix(entries, (dataset,), len(pieces), context)
+
+
+def _pieces(
+    tokenizer: Tokenizer, text: str, context: int, limit: int | None, config: ModelConfig
+) -> list[list[int]]:
+    if not LEAST_CONTEXT <= context <= config.max_context:
+        raise EdgekitError(
+            f"--context {context}: the model takes {LEAST_CONTEXT} to {config.max_context} tokens"
+        )
+    tokens = tokenize(tokenizer, text)
+    if max(tokens, default=0) >= config.vocab_size:
+        raise EdgekitError(f"the tokenizer's token {max(tokens)} lies outside the vocabulary")
+    return cut(tokens, context, limit, tokenizer.bos_id if tokenizer.adds_bos else None)
+
+
+def _finite(name: str, squares: Tensor) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = squares.float().numpy()
+    if not np.isfinite(values).all():
+        raise EdgekitError(f"{name}: its inputs are not finite on this text")
+    return values
+
+
+class _Sums(EagerBlocks):
+    """The eager operators; `squares` holds float64 `[columns]` by checkpoint name."""
+
+    def __init__(self, read: ReadWeight) -> None:
+        super().__init__(read)
+        self.squares: dict[str, Tensor] = {}
+
+    def linear(self, name: str, part: int = 0, parts: int = 1) -> nn.Module:
+        """Sum what goes in; blocks of one matrix share their input, so the first stands for all."""
+        if name == HEAD:
+            return nn.Identity()  # llama-imatrix leaves the head out, and nobody asks for logits
+        linear = super().linear(name, part, parts)
+        if part == 0:
+            linear.register_forward_pre_hook(partial(self._add, name))
+        return linear
+
+    def _add(self, name: str, _module: nn.Module, inputs: Sequence[Tensor]) -> None:
+        squares = inputs[0].square().sum(0, dtype=torch.float64)
+        self.squares[name] = self.squares[name] + squares if name in self.squares else squares

@@ -1,0 +1,196 @@
+"""What an ExecuTorch artifact or a bare `.pte` is made of, read from the file itself."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import EdgekitError
+from edgekit.exporters.inspect.layers import Arithmetic
+from edgekit.exporters.inspect.tables import (
+    TABLES,
+    Component,
+    Piece,
+    WeightRows,
+    checks,
+    component_table,
+    components,
+    count_table,
+    introduction,
+    is_module,
+    joined,
+    name_shared,
+    report_json,
+    value_table,
+    weight_rows,
+    weight_table,
+)
+from edgekit.formats.pte.program import FORWARD, Method, Program, Span
+from edgekit.formats.pte.xnnpack_graph import BACKEND, Graph, GraphConstant, read_graph
+
+_EMBEDDING_OPERATOR = re.compile(r".*::embedding(_byte|_4bit|_2bit)?\b.*")
+_STORAGE = {
+    "qcint8": "int8 per channel",
+    "qint8": "int8 per tensor",
+    "qcint4": "int4 per channel",
+    "qbint4": "int4 in groups of {}",
+    "fp32": "float32",
+}
+
+_LAYERS = frozenset(
+    {
+        *("Conv2d", "DepthwiseConv2d", "ConvTranspose2d", "FullyConnected"),
+        *("aten::convolution.out", "aten::linear.out", "aten::addmm.out", "aten::mm.out"),
+    }
+)
+_MOVES = frozenset({"Convert", "StaticTranspose", "StaticReshape", "Copy", "aten::sym_size.int"})
+_INTEGER_FILTERS, _BIASES = ("qcint8", "qint8"), ("qcint32", "qint32")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `edgekit inspect` shows.
+
+    `operators` are calls outside the delegates in one run of `forward`, `nodes` the delegates'
+    own; `arithmetic` is that of a module, None for a language model, whose layers take floats;
+    `planned_bytes` is the memory for activations and state; `manifest` is None for a bare file;
+    `weights` rows are (kind, scheme, tensors, bytes) of the manifest's table.
+    """
+
+    path: Path
+    file_bytes: int
+    components: list[Component]
+    delegates: dict[str, int]
+    nodes: dict[str, int]
+    operators: dict[str, int]
+    arithmetic: Arithmetic | None
+    planned_bytes: int
+    metadata: dict[str, Any]
+    weights: WeightRows
+    manifest: dict[str, Any] | None
+    checked_files: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for `--json`."""
+        return report_json(self)
+
+    def text(self) -> str:
+        """Return Markdown tables; what a file calls itself cannot steer a terminal."""
+        parts = [
+            *introduction(self.path, self.file_bytes, self.manifest),
+            f"memory for activations and state: {self.planned_bytes / 1e6:,.1f} MB",
+            component_table(self.components, self.file_bytes),
+            *weight_table(self.weights),
+            count_table("delegates", "parts", self.delegates),
+        ]
+        if self.nodes:
+            parts.append(count_table("operators inside", "nodes", self.nodes))
+        parts.append(count_table("operators outside the delegates", "calls", self.operators))
+        parts += self.arithmetic.text() if self.arithmetic else []
+        parts.append(value_table("metadata", self.metadata))
+        return joined([*parts, *checks(self.manifest, self.checked_files)])
+
+
+def report(path: Path, manifest: dict[str, Any] | None, checked: int | None) -> Report:
+    """Report on a `.pte`; EdgekitError where it is foreign or corrupt."""
+    program = Program.open(path)
+    forward = program.methods.get(FORWARD)
+    if forward is None:
+        names = ", ".join(map(repr, program.methods)) or "none"
+        raise EdgekitError(f"{path}: has no method {FORWARD!r}, only {names}")
+    graphs = [
+        read_graph(program, delegate)
+        for delegate in forward.delegates
+        if delegate.backend == BACKEND
+    ]
+    constants = [constant for graph in graphs for constant in graph.constants]
+    head_rows = program.constant_methods.get("get_vocab_size")
+    nodes = Counter(node for graph in graphs for node in graph.nodes)
+    return Report(
+        path=path,
+        file_bytes=program.file_bytes,
+        components=_components(program, forward, constants, head_rows),
+        delegates=dict(Counter(delegate.backend for delegate in forward.delegates)),
+        nodes=dict(nodes.most_common()),
+        operators=forward.operators,
+        arithmetic=_arithmetic(graphs, forward) if is_module(manifest) else None,
+        planned_bytes=forward.planned_bytes,
+        metadata=_finite(path, program.constant_methods),
+        weights=weight_rows(manifest),
+        manifest=manifest,
+        checked_files=checked,
+    )
+
+
+def _arithmetic(graphs: Sequence[Graph], forward: Method) -> Arithmetic:
+    """Outside the delegates every operator of ATen works on floats."""
+    inside = [
+        (node, result == "fp32")
+        for graph in graphs
+        for node, result in zip(graph.nodes, graph.results, strict=True)
+    ]
+    outside = [
+        (name, True)
+        for name, count in forward.operators.items()
+        for _ in range(count)
+        if name.startswith("aten::")
+    ]
+    return Arithmetic.of([*inside, *outside], _LAYERS, _MOVES)
+
+
+def _finite(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what JSON cannot say."""
+    for name, value in metadata.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise EdgekitError(f"{path}: its method {name!r:.60} gives {value}, no finite number")
+    return metadata
+
+
+def _components(
+    program: Program, forward: Method, constants: Iterable[GraphConstant], head_rows: object
+) -> list[Component]:
+    parts = [
+        *_kernel_parts(forward),
+        *_graph_parts(constants, head_rows),
+        *(("delegate graphs", item.blob) for item in forward.delegates),
+        ("program", program.program),
+        *(("other data", span) for span in program.named.values()),
+    ]
+    spans = [Piece(name, span.offset, span.size) for name, span in parts]
+    return components(name_shared(spans), program.file_bytes)
+
+
+def _kernel_parts(forward: Method) -> Iterator[tuple[str, Span]]:
+    """Yield the constants outside the delegates' blobs; some are inputs of delegates."""
+    for call in forward.kernel_calls:
+        constants = [item for item in call.arguments if item is not None]
+        if constants and _EMBEDDING_OPERATOR.fullmatch(call.operator):
+            # Only embedding_4bit takes bytes: two codes each.
+            storage = "int4" if constants[0].dtype == "uint8" else constants[0].dtype
+            yield from ((f"embedding, {storage}", item.span) for item in constants)
+    yield from ((TABLES, constant.span) for constant in forward.constants)
+
+
+def _graph_parts(
+    constants: Iterable[GraphConstant], head_rows: object
+) -> Iterator[tuple[str, Span]]:
+    for constant in constants:
+        name = _part_name(constant, head_rows)
+        yield name, constant.data
+        if constant.scales is not None:
+            yield name, constant.scales
+
+
+def _part_name(constant: GraphConstant, head_rows: object) -> str:
+    """Name a delegate's constant; a norm's mean and RoPE's rotation are float linears too."""
+    if constant.datatype in _BIASES:
+        return "biases, int32"
+    if not constant.is_filter and constant.datatype not in _INTEGER_FILTERS:
+        return TABLES
+    storage = _STORAGE.get(constant.datatype, constant.datatype).format(constant.group_size)
+    if not constant.is_filter:
+        return f"convolutions, {storage}"
+    return f"{'head' if constant.shape[:1] == (head_rows,) else 'linears'}, {storage}"

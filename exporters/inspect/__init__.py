@@ -1,0 +1,1 @@
+"""`edgekit inspect`: `report.py` finds the target's reporter; the others are parts of reports."""

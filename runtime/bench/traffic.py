@@ -1,0 +1,62 @@
+"""What a model file's weights are, and the bytes that decoding one token must read of them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgekit.models.config import ModelConfig
+from edgekit.quantize.table import scheme_text
+from edgekit.runtime.bench.record import Traffic
+from edgekit.runtime.engines.gguf.facts import count_types, file_traffic, model_name, open_checked
+from edgekit.runtime.fit import EMBEDDING, kv_bytes_per_position
+from edgekit.runtime.model_files import ModelFile
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Which model a file holds and in what; nothing where nobody says it.
+
+    `model` has at least the key `id`; `schemes` counts tensors and bytes.
+    """
+
+    model: Mapping[str, Any]
+    schemes: Mapping[str, Mapping[str, int]]
+    traffic: Traffic | None
+
+
+def holdings_of(file: ModelFile) -> Holdings:
+    """Read an artifact's manifest, and a GGUF's own table, which counts what is in the file."""
+    table = open_checked(file.path) if file.engine == "gguf" else None
+    traffic = None if table is None else file_traffic(table)
+    if file.manifest is not None:
+        rows = file.manifest["tensors"]
+        if table is None:
+            traffic = decode_traffic(rows, ModelConfig.load(file.place))
+        return Holdings(file.manifest["model"], count_schemes(rows), traffic)
+    if table is not None:
+        return Holdings({"id": model_name(table)}, count_types(table), traffic)
+    return Holdings({"id": None}, {}, None)
+
+
+def decode_traffic(rows: Iterable[Mapping[str, Any]], config: ModelConfig) -> Traffic:
+    """Return the bytes per decoded token of a manifest's scheme table.
+
+    Every weight is read once per token except the embedding, of which one row is looked up. The
+    head has its own row in the table, in tied models too. The caches hold keys and values of each
+    attention layer; the conv state (a few positions) is too small to count.
+    """
+    weights = sum(
+        row["bytes"] // row["shape"][0] if row["tensor"] == EMBEDDING else row["bytes"]
+        for row in rows
+    )
+    return Traffic(weights, kv_bytes_per_position(config))
+
+
+def count_schemes(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Return tensors and bytes per scheme, in the table's order."""
+    counts: dict[str, dict[str, int]] = {}
+    for row in rows:
+        count = counts.setdefault(scheme_text(row), {"tensors": 0, "bytes": 0})
+        count["tensors"] += 1
+        count["bytes"] += row["bytes"]
+    return counts

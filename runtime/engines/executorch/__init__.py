@@ -1,0 +1,1 @@
+"""ExecuTorch's runtime, through its Python binding."""

@@ -1,0 +1,96 @@
+"""How llama.cpp is to be compiled here, so that its AMX kernels do not end the process.
+
+In the headers of GCC before 14 (11.5, 12.4 and 13.3 apart) `_tile_loadconfig` says that it reads 8
+of the 64 bytes of a tile configuration (GCC PR target/114098). So the optimizer drops the stores
+into the others, and llama.cpp, compiled for a CPU with AMX, ends in SIGSEGV at `ldtilecfg`, in its
+first product. `AVOIDING` leaves those kernels out, wherever `-march=native` stands beside it;
+clang and newer GCCs keep them.
+
+    python -m edgekit.runtime.engines.gguf.build
+
+prints what the Makefile compiles by, and keeps to see when that changes.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from edgekit.devices.probe.cpuinfo import Processor, read_processors
+
+AVOIDING = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
+_PACKAGE = "llama-cpp-python"
+_COMPILERS = ("c++", "g++", "clang++")  # the order in which CMake looks for them
+_EIGHT_BYTES = re.compile(r"ldtilecfg[^;]*\(\s*const\s+void\s*\*\s*\*\s*\)")
+
+
+def main() -> None:
+    """Print the CPU and the flags that it and the compiler ask for, a line each."""
+    processors = read_processors(Path("/"))
+    flags = wanted_flags(processors, os.environ)
+    print(f"cpu={processors[0].core if processors else None}")
+    print(f"amx={'yes' if _has_amx(processors) else 'no'}")
+    print(f"flags={' '.join(flags)}")
+
+
+def reinstall_command() -> str:
+    """Return the shell command that compiles llama.cpp anew, as this machine needs it."""
+    flags = " ".join(wanted_flags(read_processors(Path("/")), os.environ))
+    setting = f"CFLAGS='{flags}' CXXFLAGS='{flags}' " if flags else ""
+    return f"{setting}pip install --force-reinstall --no-deps --no-cache-dir {_PACKAGE}{_pin()}"
+
+
+def wanted_flags(processors: tuple[Processor, ...], environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the flags for C and C++ that this CPU needs of the compiler that CMake will take."""
+    if not _has_amx(processors):
+        return ()
+    compiler = cxx_compiler(environ)
+    return AVOIDING if compiler and drops_tile_stores(compiler) else ()
+
+
+def cxx_compiler(environ: Mapping[str, str]) -> list[str] | None:
+    """Return the C++ compiler that CMake takes: by CMAKE_ARGS, by CXX, or the first on PATH."""
+    for argument in shlex.split(environ.get("CMAKE_ARGS", "")):
+        if match := re.fullmatch(r"-DCMAKE_CXX_COMPILER(?::\w+)?=(.+)", argument):
+            return [match[1]]
+    if named := shlex.split(environ.get("CXX", "")):
+        return named
+    found = (shutil.which(name, path=environ.get("PATH")) for name in _COMPILERS)
+    return next(([path] for path in found if path), None)
+
+
+def drops_tile_stores(compiler: list[str]) -> bool:
+    """Whether the compiler's own header says that a tile configuration has 8 bytes.
+
+    False for a compiler that knows no AMX, or that is not there.
+    """
+    try:
+        done = subprocess.run(
+            [*compiler, "-mamx-tile", "-x", "c++", "-E", "-"],
+            input="#include <immintrin.h>\n",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return False
+    return done.returncode == 0 and _EIGHT_BYTES.search(done.stdout) is not None
+
+
+def _has_amx(processors: tuple[Processor, ...]) -> bool:
+    return any("amx_tile" in processor.flags for processor in processors)
+
+
+def _pin() -> str:
+    try:
+        return f"=={metadata.version(_PACKAGE)}"
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""ONNX Runtime: `graph.py` finds tokens, states and logits in a file, `decoder.py` runs it."""

@@ -1,0 +1,1 @@
+"""Perplexity and divergence of any engine on a text, and their table."""

@@ -1,0 +1,1 @@
+"""Text from an engine: sampling, generation, chat."""
