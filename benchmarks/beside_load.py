@@ -24,8 +24,9 @@ from typing import Any
 from benchmarks import machine
 from edgekit.common.tables import markdown_table
 from edgekit.devices.cpus import default_threads
-from edgekit.runtime.bench.record import Shape, rate
+from edgekit.runtime.bench.record import rate
 from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
+from edgekit.runtime.decode_bytes import Shape
 from edgekit.runtime.model_files import find_model_file
 
 SHAPES = (Shape("pp", 128), Shape("tg", 32))

@@ -30,8 +30,8 @@ TESTS = {"prefill": "prefill_ns", "decode": "decode_ns"}
 
 def one(path: Path, settings: Settings) -> dict[str, Any]:
     """Measure one file in our engine, in this process: a warm-up and a sample of each test."""
-    from edgekit.runtime.bench.record import Shape
     from edgekit.runtime.bench.worker import measure as timed
+    from edgekit.runtime.decode_bytes import Shape
     from edgekit.runtime.engines.engine import load_engine
 
     positions = max(settings.prompt, settings.generate)

@@ -13,6 +13,7 @@ import os
 from typing import TYPE_CHECKING
 
 from edgekit.errors import EdgekitError, VerificationError
+from edgekit.version import __version__
 
 if TYPE_CHECKING:
     from edgekit.formats.artifact.read import Artifact
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 # runs on a user's machine is nobody else's business unless the user says so.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Artifact",
     "EdgekitError",
@@ -46,6 +45,7 @@ __all__ = [
     "SamplingParams",
     "Tokenizer",
     "VerificationError",
+    "__version__",
     "bench",
     "evaluate",
     "export",

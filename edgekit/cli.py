@@ -19,9 +19,9 @@ from typing import Any, NoReturn, TextIO
 
 import click
 
-from edgekit import __version__
 from edgekit.devices.cpus import share_cpus_well
 from edgekit.errors import EdgekitError, Terminated, line_for_user, text_of
+from edgekit.version import __version__
 
 COMMANDS = (
     "export",

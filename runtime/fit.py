@@ -39,7 +39,6 @@ from edgekit.errors import EdgekitError
 FLOAT_BYTES = 4
 PREFILL_CHUNK = 512  # tokens that attend at once, as the exported programs state
 USABLE_RAM = 0.75  # of what is installed; the rest is the operating system's and other programs'
-GIB = 1024**3
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 

@@ -1,112 +1,217 @@
-"""Which package may import what: the rule that keeps quantizers, exporters and engines apart.
+"""Which room may import what: the rules that keep quantizers, exporters and engines apart.
 
 Read from the source, so that an import inside a function counts too.
 """
 
 import ast
-import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A room may import itself, the standard library and what it lists; `edgekit` is the package's
-# own version string. Everything left out is forbidden: quantize knows no file format, a runtime
-# runs files that it did not make, and no library code knows the command line.
-ROOMS = {
-    "quantize": r"edgekit\.(errors|files|limits|tables|words)|torch|numpy|safetensors",
-    "edgekit/models": (
-        r"edgekit\.(errors|files|limits|progress|quantize)|torch|numpy|safetensors|tokenizers|jinja2"
-        r"|huggingface_hub"
-    ),
-    "exporters": (
-        r"edgekit|edgekit\.(artifact|crash|errors|files|genai_config|gguf_file|last_words|llama_vocabulary"
-        r"|logits|models|onnx_(file|model)|progress|pte_header|quantize|quiet|tables|words)"
-        r"|torch|torchao|numpy|safetensors|executorch|gguf|onnx|onnxruntime|llama_cpp"
-    ),
-    "devices": r"edgekit\.(errors|tables|words)|numpy",
-    "runtime": (
-        r"edgekit|edgekit\.(artifact|crash|devices|errors|files|genai_config|gguf_file|last_words"
-        r"|llama_vocabulary|logits|models|onnx_(file|model)|progress|pte_header|quantize|tables|words)"
-        r"|torch|numpy|executorch|onnxruntime|llama_cpp"
-    ),
-    "edgekit/commands": r"edgekit\..+|click",
+# From the bottom up: a room imports from those below it and from itself, never from its neighbours.
+FLOORS = (
+    ("errors", "version"),
+    ("common", "metrics"),
+    ("formats", "quantize", "devices"),
+    ("models",),
+    ("networks", "exporters", "runtime"),
+    ("workflows",),
+    ("commands",),
+)
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+ROOF = {"__init__", "__main__", "cli"}  # what is above the floors: entries and the public names
+
+# Folders beside each other that know nothing of one another, and the libraries that only they
+# import: one is learned, written or deleted as a unit.
+APART = {
+    "exporters": ("executorch", "gguf", "onnx"),
+    "runtime.engines": ("executorch", "gguf", "onnx", "torch"),
+}
+ENGINES_LIBRARIES = {
+    "executorch": {"executorch", "torchao"},
+    "gguf": {"gguf", "llama_cpp"},
+    "onnx": {"onnx", "onnxruntime", "onnx_ir", "onnxscript"},
+}
+
+# What a room takes from outside besides the standard library.
+LIBRARIES = {
+    "errors": set[str](),
+    "version": set[str](),
+    "common": {"numpy"},
+    "metrics": {"numpy"},
+    "formats": {"numpy"},
+    "quantize": {"torch", "numpy", "safetensors"},
+    "devices": {"numpy"},
+    "models": {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "huggingface_hub"},
+    "networks": {"torch", "numpy", "safetensors"},
+    "exporters": {"torch", "numpy", "safetensors"},
+    "runtime": {"torch", "numpy"},
+    "workflows": {"torch", "numpy", "safetensors"},
+    "commands": {"click"},
 }
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_what_it_may(room: str) -> None:
-    found = {pair for pair in _imports(room) if not _allowed(room, pair[1])}
+@pytest.mark.parametrize("room", FLOOR)
+def test_a_room_imports_only_what_is_below_it(room: str) -> None:
+    found = {
+        (module, imported)
+        for module, imported in _imports()
+        if _room(module) == room and imported.startswith("edgekit") and not _below(room, imported)
+    }
     assert found == set()
+
+
+@pytest.mark.parametrize("room", FLOOR)
+def test_a_room_uses_only_its_libraries(room: str) -> None:
+    found = {
+        (module, imported)
+        for module, imported in _imports()
+        if _room(module) == room
+        and (library := imported.partition(".")[0]) != "edgekit"
+        and library not in sys.stdlib_module_names
+        and library not in LIBRARIES[room] | _own_libraries(module)
+    }
+    assert found == set()
+
+
+@pytest.mark.parametrize("parent", APART)
+def test_folders_of_targets_and_engines_know_nothing_of_each_other(parent: str) -> None:
+    found = {
+        (module, imported)
+        for module, imported in _imports()
+        if (one := _folder(module, parent)) is not None
+        and (other := _folder(imported, parent)) is not None
+        and one != other
+    }
+    assert found == set()
+
+
+def test_no_two_folders_import_each_other() -> None:
+    """Nor in a longer circle: a folder is above or below another one."""
+    above: dict[str, set[str]] = {}
+    for module, imported in _imports():
+        one, other = _package(module), _package(imported)
+        inside = other.startswith(f"{one}.") or one.startswith(f"{other}.")
+        if imported.startswith("edgekit.") and one != other and not inside:
+            above.setdefault(one, set()).add(other)
+    assert {name for name in above if name in _reached(name, above)} == set()
 
 
 def test_imports_are_absolute() -> None:
     relative = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
-        for room in ROOMS
-        for path, node in _import_nodes(room)
+        for path, _ in _modules()
+        for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert relative == []
 
 
 @pytest.mark.parametrize(
-    ("room", "module", "allowed"),
+    ("room", "imported", "allowed"),
     [
-        ("quantize", "torch.nn", True),
         ("quantize", "edgekit.quantize.tensor", True),
         ("quantize", "edgekit.models.config", False),
-        ("quantize", "torchao", False),
-        ("runtime", "edgekit.formats.artifact.write", False),
+        ("quantize", "edgekit.formats.gguf.file", False),
+        ("runtime", "edgekit.exporters.readback", False),
+        ("runtime", "edgekit.devices.profile", True),
         ("devices", "edgekit.runtime.bench.record", False),
-        ("exporters", "edgekit.runtime.engines.engine", False),
-        ("edgekit/models", "edgekit.commands.run", False),
+        ("models", "edgekit.commands.run", False),
+        ("models", "edgekit", False),
     ],
 )
-def test_the_rule_itself(room: str, module: str, allowed: bool) -> None:
-    assert _allowed(room, module) is allowed
+def test_the_rule_itself(room: str, imported: str, allowed: bool) -> None:
+    assert _below(room, imported) is allowed
 
 
-def _allowed(room: str, module: str) -> bool:
-    own = "edgekit." + room.removeprefix("edgekit/")
-    if module.partition(".")[0] in sys.stdlib_module_names or f"{module}.".startswith(f"{own}."):
-        return True
-    names = _with_parents(module) if module != "edgekit" else [module]
-    return any(re.fullmatch(ROOMS[room], name) for name in names)
+def _below(room: str, imported: str) -> bool:
+    other = _room(imported)
+    return other == room or FLOOR.get(other, len(FLOORS)) < FLOOR[room]
 
 
-def _with_parents(module: str) -> Iterator[str]:
-    """`a.b.c` gives a.b.c, a.b and a; `edgekit` alone stands for no more than itself."""
-    parts = module.split(".")
-    for end in range(len(parts), 1 if parts[0] == "edgekit" else 0, -1):
-        yield ".".join(parts[:end])
+def _room(module: str) -> str:
+    """`edgekit.models.config` is in models; `edgekit` itself is the roof."""
+    return f"{module}.__init__".split(".")[1]
 
 
-def _imports(room: str) -> Iterator[tuple[str, str]]:
-    """Pairs of file and imported module; `from edgekit import quantize` counts as both."""
-    for path, node in _import_nodes(room):
-        file = path.relative_to(ROOT).as_posix()
-        if isinstance(node, ast.Import):
-            yield from ((file, alias.name) for alias in node.names)
-        elif node.module == "edgekit":
-            yield from ((file, _member(alias.name)) for alias in node.names)
-        else:
-            yield file, node.module or ""
+def _folder(module: str, parent: str) -> str | None:
+    """Which of the folders in `APART` a module is in, if any."""
+    inside = module.removeprefix(f"edgekit.{parent}.")
+    name = inside.partition(".")[0]
+    return name if inside != module and name in APART[parent] else None
 
 
-def _member(name: str) -> str:
-    """Where `from edgekit import name` leads: a module, or the package's own attribute."""
-    is_module = any((ROOT / "edgekit" / f"{name}{end}").exists() for end in ("", ".py"))
-    return f"edgekit.{name}" if is_module else "edgekit"
+def _own_libraries(module: str) -> set[str]:
+    folder = next((found for parent in APART if (found := _folder(module, parent))), None)
+    return ENGINES_LIBRARIES.get(folder or "", set())
 
 
-def _import_nodes(room: str) -> Iterator[tuple[Path, ast.Import | ast.ImportFrom]]:
-    files = sorted((ROOT / room).rglob("*.py"))
-    assert files, room
-    for path in files:
+def _package(module: str) -> str:
+    """The folder that a module lies in; the module itself on the ground floor."""
+    if module.count(".") == 1:
+        return module
+    return module if _is_folder(module) else module.rpartition(".")[0]
+
+
+def _is_folder(module: str) -> bool:
+    return ROOT.joinpath(*module.split(".")).is_dir()
+
+
+def _reached(start: str, above: dict[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for name in above.get(waiting.pop(), set()) - found:
+            found.add(name)
+            waiting.append(name)
+    return found
+
+
+@cache
+def _modules() -> tuple[tuple[Path, str], ...]:
+    """Every file of the package with its module's name, through the links in `edgekit/`."""
+    found = []
+    for path in sorted(ROOT.glob("edgekit/**/*.py")) + [
+        path for room in _linked() for path in sorted(room.rglob("*.py"))
+    ]:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if "__pycache__" not in parts:
+            found.append((path, ".".join(parts).removesuffix(".__init__")))
+    assert len(found) > 200
+    return tuple(dict(found).items())
+
+
+def _linked() -> list[Path]:
+    """Python 3.11's `**` does not follow links."""
+    return [path for path in (ROOT / "edgekit").iterdir() if path.is_symlink()]
+
+
+@cache
+def _imports() -> tuple[tuple[str, str], ...]:
+    """Pairs of module and imported module."""
+    found = []
+    for path, module in _modules():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                yield path, node
+            found += [(module, name) for name in _names(node)]
+    return tuple(found)
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    """What an import brings: `from edgekit.models import config` the module `config`."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        parent = node.module or ""
+        for alias in node.names:
+            member = f"{parent}.{alias.name}"
+            yield member if parent.startswith("edgekit") and _is_module(member) else parent
+
+
+def _is_module(name: str) -> bool:
+    place = ROOT.joinpath(*name.split("."))
+    return place.with_suffix(".py").exists() or place.is_dir()

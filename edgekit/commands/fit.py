@@ -169,7 +169,7 @@ def _target(device: str, ram: int | None, bandwidth: float | None) -> _Target:
 
 def _profile(name: str) -> _Target:
     from edgekit.devices.profile import find_profile
-    from edgekit.runtime.fit import GIB
+    from edgekit.devices.report import GIB
 
     profile = find_profile(name)
     ram = tuple(int(size * GIB) for size in profile.ram_gb)
@@ -213,7 +213,7 @@ def _facts(fit: "Fit", name: str, recipe: str, target: _Target) -> dict[str, Any
 
 
 def _text(fit: "Fit", name: str, recipe: str, target: _Target) -> str:
-    from edgekit.devices.report import fit_text
+    from edgekit.runtime.fit_table import fit_text
 
     title = f"{name}, {recipe}, on {target.device}"
     return fit_text(fit, title, target.ram_bytes, target.bandwidth)

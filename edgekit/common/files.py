@@ -4,6 +4,7 @@ import codecs
 import errno
 import glob
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -11,9 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from edgekit.common.last_words import half_written
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, one_line
 
 _PARTIAL = ".partial"
 
@@ -278,3 +280,23 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):  # there is none after the rename, or it was a folder
         path.unlink()
+
+
+_MAX_JSON_BYTES = 256 << 20
+
+
+def load_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file whose content is an object; anything else is refused naming the file."""
+    try:
+        refuse_irregular(path)
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise EdgekitError(f"{path}: too large for a JSON file of a model")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        what = stand_in(path) or f"not valid JSON: {one_line(error, 120)}"
+        raise EdgekitError(f"{path}: {what}") from error
+    if not isinstance(content, dict):
+        raise EdgekitError(f"{path}: must hold a JSON object")
+    return content

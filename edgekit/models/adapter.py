@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekit.common.files import sha256_of
+from edgekit.common.files import load_json_object, sha256_of
 from edgekit.common.limits import TooCostly, bounded
 from edgekit.errors import EdgekitError, one_line
 from edgekit.models.checkpoint import TensorEntry, WeightSource, read_header, read_tensor
-from edgekit.models.config import ModelConfig, load_json_object
+from edgekit.models.config import ModelConfig
 from edgekit.models.kinds import ADAPTER_CONFIG
 
 WEIGHTS = "adapter_model.safetensors"

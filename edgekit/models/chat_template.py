@@ -18,10 +18,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from edgekit.common.files import decode_text
+from edgekit.common.files import decode_text, load_json_object
 from edgekit.common.limits import bounded
 from edgekit.errors import EdgekitError, one_line
-from edgekit.models.config import load_json_object
 
 TEMPLATE_FILE = "chat_template.jinja"
 OLDER_TEMPLATE_FILE = "chat_template.json"

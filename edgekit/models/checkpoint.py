@@ -17,9 +17,9 @@ from typing import Any, Protocol, TypeGuard
 
 import torch
 
-from edgekit.common.files import refuse_irregular, sha256_of, stand_in
+from edgekit.common.files import load_json_object, refuse_irregular, sha256_of, stand_in
 from edgekit.errors import EdgekitError, one_line
-from edgekit.models.config import ModelConfig, load_json_object
+from edgekit.models.config import ModelConfig
 from edgekit.models.kinds import folder_without_weights
 
 SINGLE_FILE = "model.safetensors"

@@ -5,15 +5,14 @@ The spellings and the feed-forward rule follow transformers' `Lfm2Config` and `L
 transformers silently prefers one of two contradicting keys, the file is refused here.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgekit.common.files import refuse_irregular, stand_in
-from edgekit.errors import EdgekitError, one_line
+from edgekit.common.files import load_json_object
+from edgekit.errors import EdgekitError
 
 LAYER_TYPES = ("conv", "full_attention")
 
@@ -23,7 +22,6 @@ _MAX_VOCAB = 1 << 22
 _MAX_LAYERS = 1024
 _MAX_CONTEXT = 1 << 30
 _MAX_PARAMETERS = 1 << 40
-_MAX_JSON_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -464,20 +462,3 @@ def _show(value: object) -> str:
     """Show a value from a file on one short line, whatever it is."""
     text = "a huge integer" if isinstance(value, int) and value.bit_length() > 256 else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def load_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file whose content is an object; anything else is refused naming the file."""
-    try:
-        refuse_irregular(path)
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise EdgekitError(f"{path}: too large for a JSON file of a model")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise EdgekitError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        what = stand_in(path) or f"not valid JSON: {one_line(error, 120)}"
-        raise EdgekitError(f"{path}: {what}") from error
-    if not isinstance(content, dict):
-        raise EdgekitError(f"{path}: must hold a JSON object")
-    return content

@@ -105,7 +105,7 @@ def _finished(end: str) -> str:
 
 
 def _base(folder: Path) -> str:
-    from edgekit.models.config import load_json_object
+    from edgekit.common.files import load_json_object
 
     base = load_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     known = isinstance(base, str) and base.isprintable() and base

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import tokenizers
 
+from edgekit.common.files import load_json_object
 from edgekit.errors import EdgekitError, one_line
 from edgekit.models.chat_template import ChatTemplate
-from edgekit.models.config import load_json_object, token_ids
+from edgekit.models.config import token_ids
 
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgekit import __version__
 from edgekit.common.files import sha256_of
 from edgekit.common.last_words import half_written
 from edgekit.common.progress import Progress, Steps
@@ -24,6 +23,7 @@ from edgekit.models.source import ModelSource, resolve_model
 from edgekit.quantize.recipe import Recipe, Resolved, Rule, method_of, resolve, tied_shapes
 from edgekit.quantize.scheme import Scheme
 from edgekit.runtime.engines.engine import EngineMissing, import_engine
+from edgekit.version import __version__
 from edgekit.workflows.calibrate import workspace_of
 from edgekit.workflows.mixed_precision import CANDIDATES, CountBytes, Mixed, least_bytes
 from edgekit.workflows.quality import Quality

@@ -8,11 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edgekit import __version__
 from edgekit.common.progress import Progress
 from edgekit.common.quiet import quiet_imports
 from edgekit.errors import EdgekitError, QuantizationWarning
 from edgekit.formats.artifact.read import MODULE, Artifact
+from edgekit.version import __version__
 from edgekit.workflows.quality import Quality, check_exclusions
 
 with quiet_imports():

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from edgekit.common.files import load_json_object
 from edgekit.errors import EdgekitError
 from edgekit.formats.gguf.writer import Value
-from edgekit.models.config import ModelConfig, load_json_object
+from edgekit.models.config import ModelConfig
 from edgekit.models.tokenizer import BYTE_ALPHABET, TOKENIZER_FILE, Tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5

@@ -26,6 +26,8 @@ def check_tokenizer(path: Path, folder: Path, texts: Sequence[str] = TEXTS) -> d
     Over `texts`, texts with the added tokens, and each token's own text. VerificationError names
     the first text whose ids differ.
     """
+    import llama_cpp
+
     tokenizer = Tokenizer.load(folder)
     added = tuple(token.content for token in tokenizer.backend.get_added_tokens_decoder().values())
     corpus = [*texts, *texts_with(added), *_token_texts(tokenizer)]
@@ -33,7 +35,9 @@ def check_tokenizer(path: Path, folder: Path, texts: Sequence[str] = TEXTS) -> d
     total = 0
     with _vocabulary(path) as vocabulary:
         for text, encoding in zip(corpus, expected, strict=True):
-            found = llama_token_ids(vocabulary, text.encode(), add_special=True, parse_special=True)
+            found = llama_token_ids(
+                llama_cpp, vocabulary, text.encode(), add_special=True, parse_special=True
+            )
             if found != encoding.ids:
                 raise VerificationError(f"tokenizer: {_difference(text, encoding.ids, found)}")
             total += len(found)

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from edgekit import __version__
+from edgekit.version import __version__
 
 Dims = Sequence[int | str]
 Array = NDArray[Any]

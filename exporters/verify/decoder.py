@@ -10,7 +10,7 @@ import torch
 from edgekit.common.plural import counted
 from edgekit.common.tables import markdown_table
 from edgekit.errors import EdgekitError, VerificationError
-from edgekit.metrics.logits import Logits, log_softmax, row_kld
+from edgekit.metrics.logits import Logits, kld, top1
 from edgekit.models.lfm2 import LFM2
 
 MAX_KLD = 0.003
@@ -189,19 +189,6 @@ def figures_text(found: Mapping[str, Any]) -> str:
         corpus = f"{counted(texts, 'text')} of {counted(tokens, 'token')}"
         text += f"\ntokenizer: the model's own ids in {corpus}"
     return text
-
-
-def kld(reference_logits: Logits, logits: Logits) -> float:
-    """Mean Kullback-Leibler divergence of softmax(logits) from softmax(reference), in nats."""
-    width = logits.shape[-1]
-    rows = zip(reference_logits.reshape(-1, width), logits.reshape(-1, width), strict=True)
-    # Row by row: float64 copies of all rows would be the peak of an export's memory.
-    return float(np.mean([row_kld(log_softmax(p), log_softmax(q)) for p, q in rows]))
-
-
-def top1(reference_logits: Logits, logits: Logits) -> float:
-    """Return the share of positions whose most likely token agrees."""
-    return float(np.mean(reference_logits.argmax(-1) == logits.argmax(-1)))
 
 
 def _repeat(engine: Engine, tokens: list[int], first: Logits) -> tuple[float, bool]:

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgekit import __version__
 from edgekit.common.progress import Steps, no_steps
 from edgekit.devices.cpus import default_threads
 from edgekit.devices.probe.conditions import Conditions, conditions
@@ -36,6 +35,7 @@ from edgekit.runtime.bench.record import (
 from edgekit.runtime.bench.run import DEFAULT_SEED, distinct_names
 from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
 from edgekit.runtime.engines.engine import check_threads
+from edgekit.version import __version__
 
 _BURST_NS = 100_000_000
 _MOST_RUNS = 10_000

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgekit import __version__
 from edgekit.common.progress import Steps, no_steps
 from edgekit.devices.cpus import default_threads
 from edgekit.devices.probe.bandwidth import measure_read_bandwidth
@@ -28,14 +27,15 @@ from edgekit.runtime.bench.record import (
     Record,
     Sample,
     Settings,
-    Shape,
     ShapeResult,
     process_facts,
 )
 from edgekit.runtime.bench.traffic import Holdings, holdings_of
 from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
+from edgekit.runtime.decode_bytes import Shape
 from edgekit.runtime.engines.engine import check_threads
 from edgekit.runtime.model_files import ModelFile, find_model_file
+from edgekit.version import __version__
 
 DEFAULT_SEED = 0
 

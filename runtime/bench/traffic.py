@@ -6,7 +6,7 @@ from typing import Any
 
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.table import scheme_text
-from edgekit.runtime.bench.record import Traffic
+from edgekit.runtime.decode_bytes import Traffic
 from edgekit.runtime.engines.gguf.facts import count_types, file_traffic, model_name, open_checked
 from edgekit.runtime.fit import EMBEDDING, kv_bytes_per_position
 from edgekit.runtime.model_files import ModelFile

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 from edgekit.errors import EdgekitError, EngineCrash
 from edgekit.runtime.bench.accounting import Clocks, interference, peak_bytes
-from edgekit.runtime.bench.record import Shape
+from edgekit.runtime.decode_bytes import Shape
 from edgekit.runtime.engines.engine import Engine, import_engine, load_engine
 from edgekit.runtime.engines.first_load import check_first_load
 from edgekit.runtime.engines.network_engine import ModuleEngine

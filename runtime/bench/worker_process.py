@@ -11,7 +11,7 @@ from typing import Any
 
 from edgekit.errors import EdgekitError, EngineCrash
 from edgekit.runtime.bench.accounting import peak_bytes
-from edgekit.runtime.bench.record import Shape
+from edgekit.runtime.decode_bytes import Shape
 from edgekit.runtime.engines.crash import how_it_ended, last_line, library, quoted
 
 _SAMPLING_S = 0.1  # a reading takes about 0.1 ms: a thousandth of one CPU

@@ -14,6 +14,7 @@ import pytest
 from edgekit.common.files import (
     check_file,
     check_output_file,
+    load_json_object,
     new_file,
     not_written,
     read_text,
@@ -23,7 +24,6 @@ from edgekit.common.files import (
 from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf.llama.imatrix import Imatrix
 from edgekit.models.checkpoint import read_header
-from edgekit.models.config import load_json_object
 from edgekit.quantize.calibration import Calibration
 from edgekit.quantize.recipe import Recipe
 from edgekit.quantize.storage import load_quantized

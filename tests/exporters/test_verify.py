@@ -13,12 +13,10 @@ from edgekit.exporters.verify.decoder import (
     MAX_KLD,
     Reference,
     check_format_cost,
-    kld,
     reference,
-    top1,
     verify,
 )
-from edgekit.metrics.logits import Logits
+from edgekit.metrics.logits import Logits, kld, top1
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
 from edgekit.models.tokenizer import Tokenizer

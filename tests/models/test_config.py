@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgekit.common.files import load_json_object
 from edgekit.errors import EdgekitError
-from edgekit.models.config import ModelConfig, load_json_object
+from edgekit.models.config import ModelConfig
 
 SIXTEEN = [2, 5, 8, 10, 12, 14]
 PUBLIC = {

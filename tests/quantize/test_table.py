@@ -15,11 +15,10 @@ from edgekit.runtime.bench.record import (
     Record,
     Sample,
     Settings,
-    Shape,
     ShapeResult,
-    Traffic,
 )
 from edgekit.runtime.bench.tables import render
+from edgekit.runtime.decode_bytes import Shape, Traffic
 
 
 def test_numbers_go_right_and_words_left() -> None:

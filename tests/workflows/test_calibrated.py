@@ -13,9 +13,9 @@ from support.command_line import done, run
 from support.gguf_models import small_model
 from torch import Tensor
 
-from edgekit.exporters.verify.decoder import kld
 from edgekit.exporters.verify.reference_text import TEXT
 from edgekit.formats.artifact.read import Artifact
+from edgekit.metrics.logits import kld
 from edgekit.models import layerwise
 from edgekit.models.activations import unrounded
 from edgekit.models.codes import CodesFile

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
-from edgekit.exporters.verify.decoder import kld
 from edgekit.exporters.verify.reference_text import TEXT
+from edgekit.metrics.logits import kld
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.random_weights import RandomCheckpoint
 from edgekit.models.source import resolve_model

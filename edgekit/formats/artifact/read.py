@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.common.files import os_reason, refuse_irregular, sha256_of
+from edgekit.common.files import load_json_object, os_reason, refuse_irregular, sha256_of
 from edgekit.errors import EdgekitError
 from edgekit.models.catalogue import catalogue, find_model
-from edgekit.models.config import load_json_object
 
 MANIFEST = "edgekit.json"
 _CONFIG = "config.json"

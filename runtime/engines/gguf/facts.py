@@ -4,7 +4,7 @@ from pathlib import Path
 
 from edgekit.errors import EdgekitError
 from edgekit.formats.gguf.file import STRING, GgufArray, GgufFile
-from edgekit.runtime.bench.record import Traffic
+from edgekit.runtime.decode_bytes import Traffic
 from edgekit.runtime.engines.gguf.checks import check_model
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"

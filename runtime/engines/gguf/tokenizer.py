@@ -69,7 +69,7 @@ class GgufTokenizer:
 
     def _encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         return llama_token_ids(
-            self._vocab, utf8(text), add_special=add_special, parse_special=parse_special
+            llama, self._vocab, utf8(text), add_special=add_special, parse_special=parse_special
         )
 
     def _piece(self, token: int) -> bytes:

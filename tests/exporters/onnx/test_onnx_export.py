@@ -36,9 +36,9 @@ from edgekit.exporters.onnx.decoder import check_rows, model_file
 from edgekit.exporters.onnx.inspect import Report
 from edgekit.exporters.onnx.optimised import check_fast, operators_run
 from edgekit.exporters.onnx.readback import weights
-from edgekit.exporters.verify.decoder import kld
 from edgekit.formats.artifact.read import Artifact
 from edgekit.formats.onnx.file import OnnxFile
+from edgekit.metrics.logits import kld
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import build_eager
 from edgekit.models.source import resolve_model

@@ -17,7 +17,7 @@ from edgekit.exporters.inspect.report import inspect
 from edgekit.exporters.onnx.graph import OnnxGraph
 from edgekit.exporters.onnx.inspect import Report
 from edgekit.exporters.onnx.padding import Places
-from edgekit.exporters.verify.decoder import kld
+from edgekit.metrics.logits import kld
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.recipe import preset
 

@@ -18,11 +18,12 @@ from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.metrics.logits import Logits
 from edgekit.runtime.bench.accounting import memory_bytes, peak_bytes
-from edgekit.runtime.bench.record import Record, Shape
+from edgekit.runtime.bench.record import Record
 from edgekit.runtime.bench.run import bench, plan
 from edgekit.runtime.bench.tables import render
 from edgekit.runtime.bench.worker import measure, random_tokens
 from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
+from edgekit.runtime.decode_bytes import Shape
 from edgekit.runtime.engines.engine import OneSequenceEngine, TokenIds
 
 FAR_TOO_MANY = str(10**6)

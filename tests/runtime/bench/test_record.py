@@ -20,15 +20,14 @@ from edgekit.runtime.bench.record import (
     Record,
     Sample,
     Settings,
-    Shape,
     ShapeResult,
-    Traffic,
     paired_ratio,
     percentile,
     rate,
     spread,
 )
 from edgekit.runtime.bench.traffic import count_schemes, decode_traffic
+from edgekit.runtime.decode_bytes import Shape, Traffic
 
 QUIET = Interference(own=0.9, other=0.01, waited=0.0)
 BANDWIDTH = Bandwidth(
