@@ -107,7 +107,7 @@ class OnnxEngine(OneSequenceEngine):
     def padded_logits(
         self, rows: Sequence[Sequence[int]], following: Sequence[int], in_front: bool
     ) -> Logits:
-        """Run a batch beside the engine's own sequence, as `edgekit.runtime.engines.onnx.batch` says."""
+        """Run a batch beside the engine's own sequence, as `batch.py` says."""
         if self._run is None:
             raise EdgekitError("the onnx engine is closed")
         try:
