@@ -1,6 +1,5 @@
 """Weights read back from artifacts of any target, and compared tensor by tensor."""
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,10 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.stored_size import StoredSize
+from edgekit.exporters.registry import TARGETS
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.apply import ratio_db
 from edgekit.quantize.tensor import CHUNK_ELEMENTS, as_rows
-
-# Each module offers `weights(path, config)`, which yields checkpoint names with float32 tensors and
-# `stored_size(path, config)`.
-READERS = {
-    "executorch": "edgekit.exporters.executorch.readback",
-    "gguf": "edgekit.exporters.gguf.readback",
-    "onnx": "edgekit.exporters.onnx.readback",
-}
 
 NamedTensors = Iterator[tuple[str, Tensor]]
 
@@ -47,12 +39,14 @@ def stored_size(target: str, path: Path, config: ModelConfig | None) -> StoredSi
 
 
 def _reader(target: str, path: Path) -> ModuleType:
-    if target not in READERS:
-        raise EdgekitError(
-            f"{path}: weights of target {target!r} cannot be read back, only those of "
-            f"{', '.join(READERS)}"
-        )
-    return importlib.import_module(READERS[target])
+    """Return the module that offers `weights(path, config)` and `stored_size(path, config)`.
+
+    `weights` yields checkpoint names with float32 tensors.
+    """
+    try:
+        return TARGETS.load(target, "readback")
+    except EdgekitError as error:
+        raise EdgekitError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)

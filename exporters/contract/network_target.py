@@ -1,6 +1,5 @@
 """What every target of modules offers, and how one is found by name."""
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -8,18 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from edgekit.common.tables import plain_table
-from edgekit.errors import EdgekitError
+from edgekit.exporters.registry import TARGETS
 from edgekit.quantize.table import scheme_text
 from edgekit.quantize.traced.network import QuantizedNetwork
 from edgekit.quantize.traced.operators import Layer
 from edgekit.quantize.traced.schemes import LayerScheme
 from edgekit.quantize.traced.trace import TracedModule
-
-# Each module is a `ModuleTarget`; only the one asked for is imported, with its libraries.
-MODULE_TARGETS = {
-    "executorch": "edgekit.exporters.executorch.network",
-    "onnx": "edgekit.exporters.onnx.network",
-}
 
 
 class ModuleTarget(Protocol):
@@ -63,14 +56,7 @@ class ModuleTarget(Protocol):
 
 def find_module_target(name: str) -> ModuleTarget:
     """Return the target of that name; EdgekitError for another."""
-    if name == "gguf":
-        raise EdgekitError(
-            "target gguf holds no modules: llama.cpp runs the architectures it knows; allowed are "
-            f"{', '.join(MODULE_TARGETS)}"
-        )
-    if name not in MODULE_TARGETS:
-        raise EdgekitError(f"unknown target {name!r:.60}: allowed are {', '.join(MODULE_TARGETS)}")
-    return cast(ModuleTarget, importlib.import_module(MODULE_TARGETS[name]))
+    return cast(ModuleTarget, TARGETS.load(name, "network"))
 
 
 def tensor_rows(

@@ -1,6 +1,5 @@
 """What every target offers, what it is given, and how one is found by name."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,17 +9,11 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.weights import Weights
+from edgekit.exporters.registry import TARGETS
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scheme import FORMS
 from edgekit.quantize.tensor import QuantizedTensor
-
-# Each module is a `Target`; only the one asked for is imported, with its libraries.
-TARGETS = {
-    "executorch": "edgekit.exporters.executorch.decoder",
-    "gguf": "edgekit.exporters.gguf.decoder",
-    "onnx": "edgekit.exporters.onnx.decoder",
-}
 
 
 @dataclass(frozen=True)
@@ -132,9 +125,7 @@ class Target(Protocol):
 
 def find_target(name: str, options: Options) -> Target:
     """Return the target of that name; EdgekitError for another, and for options it has not."""
-    if name not in TARGETS:
-        raise EdgekitError(f"unknown target {name!r}: allowed are {', '.join(TARGETS)}")
-    target = cast(Target, importlib.import_module(TARGETS[name]))
+    target = cast(Target, TARGETS.load(name, "decoder"))
     for option, value in _given(options).items():
         if option not in target.OPTIONS:
             raise EdgekitError(_refusal(option, value, name))

@@ -1,19 +1,12 @@
 """`inspect`: from an artifact or a bare model file to a report, by target."""
 
-import importlib
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from edgekit.errors import EdgekitError, VerificationError
+from edgekit.exporters.registry import TARGETS
 from edgekit.formats.artifact.read import MANIFEST, TARGET_OF, Artifact, DamagedArtifact
 from edgekit.formats.onnx.genai_config import GenaiConfig, is_genai_folder
-
-# Each module is an `Inspector`; only the one asked for is imported.
-INSPECTORS = {
-    "executorch": "edgekit.exporters.executorch.inspect",
-    "gguf": "edgekit.exporters.gguf.inspect",
-    "onnx": "edgekit.exporters.onnx.inspect",
-}
 
 
 class Report(Protocol):
@@ -55,11 +48,8 @@ def inspect(path: Path, check: bool = False) -> Report:
     if is_genai_folder(path) and not (path / MANIFEST).exists() and not check:
         return _bare_file(GenaiConfig.open(path).model_path)
     artifact = open_unchanged(path) if check else Artifact.open(path)
-    if artifact.target not in INSPECTORS:
-        known = ", ".join(INSPECTORS)
-        raise EdgekitError(f"{path}: target {artifact.target!r} cannot be inspected, only {known}")
     checked = len(artifact.manifest["files"]) if check else None
-    return _inspector(artifact.target).report(artifact.model_path, artifact.manifest, checked)
+    return _inspector(artifact.target, path).report(artifact.model_path, artifact.manifest, checked)
 
 
 def _bare_file(path: Path) -> Report:
@@ -75,11 +65,14 @@ def _bare_file(path: Path) -> Report:
         )
     if target is None:
         raise EdgekitError(f"{path}: is no file of those that end in {', '.join(TARGET_OF)}")
-    return _inspector(target).report(path, None, None)
+    return _inspector(target, path).report(path, None, None)
 
 
-def _inspector(target: str) -> Inspector:
-    return cast(Inspector, importlib.import_module(INSPECTORS[target]))
+def _inspector(target: str, path: Path) -> Inspector:
+    try:
+        return cast(Inspector, TARGETS.load(target, "inspect"))
+    except EdgekitError as error:
+        raise EdgekitError(f"{path}: {error}") from error
 
 
 def open_unchanged(path: Path) -> Artifact:

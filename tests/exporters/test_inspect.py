@@ -172,7 +172,7 @@ def test_a_corrupt_manifest(copy: Path, content: bytes) -> None:
 
 def test_a_manifest_of_another_target(copy: Path) -> None:
     edit_manifest(copy, target="other")
-    assert_only_one_line(run(copy), "'other' cannot be inspected, only executorch")
+    assert_only_one_line(run(copy), "unknown target 'other': allowed are executorch")
 
 
 @pytest.mark.parametrize("value", [None, 3, "yes", [1], {"a": {"b": []}}, {"a": None}])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_lfm2 import random_weights, small_config, theirs, tokens_of
+from models.test_lfm2 import random_weights, small_config, theirs, tokens_of
 from torch import Tensor
 
 from edgekit.models.config import ModelConfig
