@@ -42,7 +42,7 @@ package: $(VENV)/.installed-dev ## Build wheel and sdist in a temporary folder a
 	$(PYTEST) tests/test_packaging.py
 
 clean: ## Remove what these targets made, the virtual environment included
-	rm -rf $(VENV) out build dist edgekit.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment for all targets. A stamp records what was installed; pyproject.toml renews it.

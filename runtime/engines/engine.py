@@ -12,6 +12,7 @@ from typing import Protocol, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.common.install import install_command
 from edgekit.common.last_words import NO_ENGINE, engine_at_work, engine_on, engine_works
 from edgekit.common.plural import counted
 from edgekit.devices.cpus import share_cpus_well
@@ -199,9 +200,7 @@ def import_engine(name: str) -> ModuleType:
         if package == "edgekit":
             raise
         needed = _DISTRIBUTIONS.get(package, package)
-        raise EngineMissing(
-            f"the {name} engine needs {needed}: pip install 'edgekit[{name}]'"
-        ) from error
+        raise EngineMissing(f"the {name} engine needs {needed}: {install_command(name)}") from error
 
 
 def load_engine(

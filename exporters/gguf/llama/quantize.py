@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from edgekit.common.files import new_file
+from edgekit.common.install import install_command
 from edgekit.common.progress import Progress
 from edgekit.errors import EdgekitError, EngineCrash
 from edgekit.exporters.gguf.llama.formats import LlamaFormat
@@ -92,7 +93,7 @@ def _run(
     """Let the process do the job; return llama.cpp's log."""
     if find_spec("llama_cpp") is None:
         raise EdgekitError(
-            f"{form.name} is made by llama.cpp's quantizer: pip install 'edgekit[gguf]'"
+            f"{form.name} is made by llama.cpp's quantizer: {install_command('gguf')}"
         )
     job = {
         "source": str(source),

@@ -15,6 +15,7 @@ from support.command_line import assert_one_line, edgekit, interrupted_when, kil
 from support.gguf_models import small_model
 
 from edgekit.cli import main
+from edgekit.common.install import install_command
 from edgekit.errors import VerificationError
 from edgekit.exporters.gguf import tokenizer_check as gguf_tokenizer_check
 from edgekit.exporters.verify import decoder as verify
@@ -154,7 +155,7 @@ def test_without_the_engine_it_is_unverified_and_says_so(
         done = export(model, place / "out", "--int8")
     assert done.exit_code == 0, done.stderr
     assert "is not verified: the gguf engine needs" in done.stderr
-    assert "pip install 'edgekit[gguf]'" in done.stderr
+    assert install_command("gguf") in done.stderr
     assert Artifact.open(place / "out").manifest["verification"]["verified"] is False
     later = edgekit("verify", place / "out", "--model", model, "--json")
     assert later.returncode == 0, later.stderr

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from support.onnx_decoders import CONTEXT, FOLDER, KINDS, VOCAB, Form, decoder, save
 from transformers import AutoModelForCausalLM
 
+from edgekit.common.install import install_command
 from edgekit.errors import EdgekitError
 from edgekit.formats.onnx.file import OnnxFile
 from edgekit.formats.onnx.genai_config import GenaiConfig
@@ -416,7 +417,7 @@ def test_without_onnxruntime_the_extra_is_named(models: dict[str, Path]) -> None
         text=True,
         check=False,
     )
-    assert done.stdout == "the onnx engine needs onnxruntime: pip install 'edgekit[onnx]'\n"
+    assert done.stdout == f"the onnx engine needs onnxruntime: {install_command('onnx')}\n"
 
 
 def test_opening_a_file_prints_nothing_and_imports_no_torch(models: dict[str, Path]) -> None:
