@@ -11,6 +11,7 @@ tracebacks.
 """
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -59,20 +60,34 @@ class Commands(click.Group):
         command: click.Command = module.command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown name is answered with those that it may have meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as error:  # click looks among imported commands only
+            raise click.exceptions.NoSuchCommand(
+                error.command_name, possibilities=COMMANDS, ctx=ctx
+            ) from None
+
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:  # noqa: ANN401
         """Read edgekit's own arguments, of which --help and --version already write."""
         with _errors_in_one_line():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - what click's own returns
-        """Run the command; an error ends it with one line and an exit status."""
+        """Run the command; an error ends it with one line and an exit status.
+
+        Where the command was asked for JSON, the error is JSON on standard output as well.
+        """
         share_cpus_well()  # before any command loads torch or an engine
-        with _errors_in_one_line():
+        with _errors_in_one_line("--json" in [*ctx._protected_args, *ctx.args]):
             return super().invoke(ctx)
 
 
 @contextmanager
-def _errors_in_one_line() -> Iterator[None]:
+def _errors_in_one_line(as_json: bool = False) -> Iterator[None]:
     try:
         yield
     except (click.Abort, click.exceptions.Exit, click.exceptions.NoArgsIsHelpError):
@@ -80,20 +95,20 @@ def _errors_in_one_line() -> Iterator[None]:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
-        _end(f"{error.format_message()}{hint}", error.exit_code)
+        _end(f"{error.format_message()}{hint}", error.exit_code, as_json)
     except EdgekitError as error:
-        _end(str(error), error.exit_status)
+        _end(str(error), error.exit_status, as_json)
     except KeyboardInterrupt:
-        _end("interrupted", INTERRUPTED)
+        _end("interrupted", INTERRUPTED, as_json)
     except Terminated as error:
-        _end("terminated", error.exit_status)
+        _end("terminated", error.exit_status, as_json)
     except BrokenPipeError:
         _discard(sys.stdout)
         sys.exit(READER_GONE)
     except Exception as error:
         if os.environ.get("EDGEKIT_TRACEBACK"):
             raise
-        _end(*describe(error))
+        _end(*describe(error), as_json)
 
 
 def describe(error: Exception) -> tuple[str, int]:
@@ -109,10 +124,14 @@ def describe(error: Exception) -> tuple[str, int]:
     return f"internal error: {kind}: {text[:300]} (EDGEKIT_TRACEBACK=1 shows where)", DEFECT
 
 
-def _end(message: str, status: int) -> NoReturn:
+def _end(message: str, status: int, as_json: bool) -> NoReturn:
     """Print the one line; what cannot be written is let go, for there is no other place for it."""
     with suppress(OSError):
-        click.echo(line_for_user(message), err=True)
+        line = line_for_user(message)
+        if as_json:
+            said = {"message": line.removeprefix("edgekit: "), "exit_status": status}
+            click.echo(json.dumps({"error": said}))
+        click.echo(line, err=True)
     for stream in (sys.stdout, sys.stderr):
         _flush_or_discard(stream)
     sys.exit(status)

@@ -282,3 +282,17 @@ def test_public_names_are_imported_when_used() -> None:
     assert set(edgekit.__all__) <= set(dir(edgekit))
     with pytest.raises(AttributeError, match="no attribute 'export_models'"):
         _ = edgekit.export_models
+
+
+def test_an_unknown_command_is_answered_with_what_it_may_have_meant() -> None:
+    result = CliRunner().invoke(main, ["exprot"])
+    assert result.exit_code == 2
+    assert "No such command 'exprot'. Did you mean 'export'?" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("inspect", "absent"), ("fit", "absent"), ("models", "-x")])
+def test_where_json_is_asked_for_an_error_is_json_too(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    error = json.loads(result.stdout)["error"]
+    assert error["exit_status"] == result.exit_code == 2
+    assert result.stderr == f"edgekit: {error['message']}\n"
