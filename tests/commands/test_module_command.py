@@ -609,7 +609,7 @@ def test_a_file_that_is_no_python(code: Path, place: Path) -> None:
         (("--int4",), "--int4 is for language models: give a module --scheme w4a8"),
         (("--scheme", "w4g32"), "unknown scheme 'w4g32': allowed are float, w8a8 and w4a8"),
         (("--method", "guess"), "unknown calibration method 'guess'"),
-        (("--target", "gguf"), "llama.cpp runs the architectures it knows"),
+        (("--target", "gguf"), "target gguf cannot hold networks of other kinds"),
         (("--context", "64"), "--context is for language models, not for a module"),
         (("--scheme", "w8a8-affine"), "target onnx cannot hold w8a8-affine"),
     ],
