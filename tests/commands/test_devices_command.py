@@ -58,7 +58,8 @@ def test_unknown_device() -> None:
 
 def test_devices_need_neither_numpy_nor_torch() -> None:
     code = (
-        "import sys; from edgekit.devices import report; from edgekit.devices.probe import bandwidth;"
+        "import sys; from edgekit.devices import report;"
+        "from edgekit.devices.probe import bandwidth;"
         "report.describe_devices();"
         "sys.exit(', '.join({'numpy', 'torch'} & set(sys.modules)) or 0)"
     )
