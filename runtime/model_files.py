@@ -7,9 +7,10 @@ from typing import Any
 
 from edgekit.common.files import stand_in
 from edgekit.errors import EdgekitError
-from edgekit.formats.artifact.read import MANIFEST, TARGET_OF, Artifact
+from edgekit.formats.artifact.read import MANIFEST, TARGET_OF
 from edgekit.formats.onnx.file import OnnxFile
 from edgekit.formats.onnx.genai_config import GenaiConfig, is_genai_folder
+from edgekit.models.named_artifact import open_artifact
 from edgekit.models.tokenizer import TOKENIZER_FILE, TextTokenizer, Tokenizer
 from edgekit.runtime.engines.engine import DEFAULT_CONTEXT, Engine, import_engine, load_engine
 
@@ -97,7 +98,7 @@ def find_model_file(place: Path) -> ModelFile:
         return _genai_folder(place)
     if place.is_file():
         return _bare_file(place)
-    artifact = Artifact.open(place)
+    artifact = open_artifact(place)
     return ModelFile(
         place,
         artifact.model_path,

@@ -24,7 +24,12 @@ FLOORS = (
     ("commands",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-ROOF = {"__init__", "__main__", "cli"}  # what is above the floors: entries and the public names
+ROOF = {
+    "__init__",
+    "__main__",
+    "cli",
+    "supervisor",
+}  # what is above the floors: entries and the public names
 
 # Folders beside each other that know nothing of one another, and the libraries that only they
 # import: one is learned, written or deleted as a unit.

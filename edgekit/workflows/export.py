@@ -12,11 +12,12 @@ from edgekit.common.last_words import half_written
 from edgekit.common.progress import Progress, Steps
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.stored import refusal, stored_rows, stored_table
-from edgekit.exporters.contract.target import TARGETS, Job, Options, Target, find_target
+from edgekit.exporters.contract.target import Job, Options, Target, find_target
 from edgekit.exporters.contract.weights import Weights
 from edgekit.exporters.gguf.llama.formats import FORMATS
 from edgekit.exporters.gguf.llama.quantize import quantizer_version
 from edgekit.exporters.gguf.readback import StoredWeights
+from edgekit.exporters.registry import TARGETS
 from edgekit.formats.artifact.write import copy_tokenizer, new_artifact, write_manifest
 from edgekit.models.codes import CodesFile
 from edgekit.models.source import ModelSource, resolve_model
@@ -154,7 +155,7 @@ def _counter(writer: Target) -> CountBytes:
 def _other_targets(target: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Return the other targets as a user gives them, with the fewest bytes a budget has there."""
     found = {}
-    for name in TARGETS:
+    for name in TARGETS.names("decoder"):
         if name != target:
             writer = find_target(name, Options())
             schemes = _schemes(writer, tied_shapes(shapes)[0])

@@ -7,6 +7,7 @@ from edgekit.errors import EdgekitError, VerificationError
 from edgekit.exporters.registry import TARGETS
 from edgekit.formats.artifact.read import MANIFEST, TARGET_OF, Artifact, DamagedArtifact
 from edgekit.formats.onnx.genai_config import GenaiConfig, is_genai_folder
+from edgekit.models.named_artifact import open_artifact
 
 
 class Report(Protocol):
@@ -47,7 +48,7 @@ def inspect(path: Path, check: bool = False) -> Report:
         return _bare_file(path)
     if is_genai_folder(path) and not (path / MANIFEST).exists() and not check:
         return _bare_file(GenaiConfig.open(path).model_path)
-    artifact = open_unchanged(path) if check else Artifact.open(path)
+    artifact = open_unchanged(path) if check else open_artifact(path)
     checked = len(artifact.manifest["files"]) if check else None
     return _inspector(artifact.target, path).report(artifact.model_path, artifact.manifest, checked)
 
@@ -81,7 +82,7 @@ def open_unchanged(path: Path) -> Artifact:
     VerificationError names those that differ or are missing.
     """
     try:
-        artifact = Artifact.open(path)
+        artifact = open_artifact(path)
         damaged = artifact.damaged_files()
     except DamagedArtifact as error:
         raise VerificationError(str(error)) from error

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+from edgekit.common.process_end import how_it_ended, last_line, quoted
 from edgekit.errors import EdgekitError, EngineCrash
 from edgekit.runtime.bench.accounting import peak_bytes
 from edgekit.runtime.decode_bytes import Shape
-from edgekit.runtime.engines.crash import how_it_ended, last_line, library, quoted
+from edgekit.runtime.engines.crash import library
 
 _SAMPLING_S = 0.1  # a reading takes about 0.1 ms: a thousandth of one CPU
 

@@ -4,6 +4,7 @@ import signal
 from importlib import metadata
 
 from edgekit.common.last_words import NO_ENGINE, Words
+from edgekit.common.process_end import how_it_ended, last_line, quoted
 from edgekit.errors import line_for_user
 
 # What users call an engine, and what they install of it.
@@ -13,7 +14,8 @@ _LIBRARIES = {
     "onnx": ("ONNX Runtime", "onnxruntime"),
     "torch": ("PyTorch", "torch"),
 }
-_LONGEST_QUOTE = 200
+
+
 _OUT_OF_MEMORY = (
     "the system does this when memory runs out: take a smaller model or context, or end other work"
 )
@@ -69,23 +71,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "of an unknown version"
-
-
-def how_it_ended(status: int) -> str:
-    """Return a process's end in words: `subprocess` gives a signal as a negative number."""
-    if status >= 0:
-        return f"status {status}"
-    try:
-        return signal.Signals(-status).name
-    except ValueError:  # a real-time signal, which has no name
-        return f"signal {-status}"
-
-
-def last_line(text: str) -> str:
-    """Return the last line of a text that is not empty."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-
-
-def quoted(said: str) -> str:
-    """Return the end of what a library said, to go on from how it ended; nothing for nothing."""
-    return f": {said[-_LONGEST_QUOTE:]}" if said else ""

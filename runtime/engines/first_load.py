@@ -22,14 +22,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from edgekit.common.files import cache_folder, new_file
+from edgekit.common.process_end import how_it_ended, last_line, quoted
 from edgekit.errors import EdgekitError, EngineCrash
-from edgekit.runtime.engines.crash import (
-    how_it_ended,
-    last_line,
-    library,
-    quoted,
-    reinstall_command,
-)
+from edgekit.runtime.engines.crash import library, reinstall_command
 
 # Where an engine's machine code lies, below its package.
 _CODE = {

@@ -11,7 +11,6 @@ from typing import Any
 
 from edgekit.common.files import load_json_object, os_reason, refuse_irregular, sha256_of
 from edgekit.errors import EdgekitError
-from edgekit.models.catalogue import catalogue, find_model
 
 MANIFEST = "edgekit.json"
 _CONFIG = "config.json"
@@ -128,21 +127,14 @@ class Artifact:
 
 def _no_folder(path: Path) -> str:
     if not path.exists():
-        return _model_hint(str(path)) or "does not exist; make one with `edgekit export`"
+        return "does not exist; make one with `edgekit export`"
     if not path.is_file():
         return "is no regular file: neither an artifact folder nor a model file"
     return "is a file, not an artifact folder; make one with `edgekit export`"
 
 
-def _model_hint(name: str) -> str | None:
-    """Say how to make an artifact of what is the name of a known model."""
-    known = find_model(name) or next(
-        (model for model in catalogue().values() if model.hub_id == name), None
-    )
-    return None if known is None else _export_first(name)
-
-
-def _export_first(name: str) -> str:
+def export_first(name: str) -> str:
+    """Say how to make an artifact of a model that stands in an artifact's place."""
     return (
         f"is a model, not an artifact: make one first, `edgekit export {shlex.quote(name)} "
         f"--target executorch`, which is then {Path(name).resolve().name.lower()}-executorch-int8"
@@ -152,7 +144,7 @@ def _export_first(name: str) -> str:
 def _no_artifact(folder: Path) -> str:
     """Say what a folder without a manifest is, and what to do with it."""
     if (folder / _CONFIG).is_file() and any(folder.glob("*.safetensors")):
-        return _export_first(str(folder))
+        return export_first(str(folder))
     return f"holds no {MANIFEST}, so it is no artifact; {_hint(folder)}"
 
 

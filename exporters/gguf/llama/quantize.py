@@ -17,11 +17,11 @@ from pathlib import Path
 
 from edgekit.common.files import new_file
 from edgekit.common.install import install_command
+from edgekit.common.process_end import how_it_ended, last_line, quoted
 from edgekit.common.progress import Progress
 from edgekit.errors import EdgekitError, EngineCrash
 from edgekit.exporters.gguf.llama.formats import LlamaFormat
 from edgekit.formats.gguf.writer import PlannedTensor
-from edgekit.runtime.engines.crash import how_it_ended, last_line, quoted
 
 # This very package, wherever the process is started: `-m` would look into the working folder first.
 _START = """

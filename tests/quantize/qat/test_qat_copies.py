@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from quantize.qat.test_qat_weights import make_lm, tokens
 from support.traced_nets import batch_for, make_net
-from test_qat_weights import make_lm, tokens
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrizations, prune, weight_norm

@@ -181,8 +181,8 @@ def test_bits_per_byte_are_of_the_scored_text(text_file: Path) -> None:
 
 def test_a_score_of_few_tokens_has_no_error(tiny_artifact: Path, text_file: Path) -> None:
     """Of one token there is no deviation, and `± 0` would say that it is exact."""
-    arguments = (tiny_artifact, "--text", text_file, "--reference", "lfm2-tiny", "--context", 4)
-    arguments = (*arguments, "--chunks", 1, "-t", 1)
+    given = (tiny_artifact, "--text", text_file, "--reference", "lfm2-tiny", "--context", 4)
+    arguments = (*given, "--chunks", 1, "-t", 1)
     facts = json.loads(run(*arguments, "--json").stdout)
     assert facts["tokens"] == 1
     assert facts["perplexity"]["error"] is None
