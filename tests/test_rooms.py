@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # From the bottom up: a room imports from those below it and from itself, never from its neighbours.
+# Above them all are the entries (`cli`, `supervisor`, `__main__`) and the public names.
 FLOORS = (
     ("errors", "version"),
     ("common", "metrics"),
@@ -24,12 +25,6 @@ FLOORS = (
     ("commands",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-ROOF = {
-    "__init__",
-    "__main__",
-    "cli",
-    "supervisor",
-}  # what is above the floors: entries and the public names
 
 # Folders beside each other that know nothing of one another, and the libraries that only they
 # import: one is learned, written or deleted as a unit.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantize.qat.test_qat_weights import make_lm, tokens
+from support.qat_models import make_lm, tokens
 from support.traced_nets import batch_for, make_net
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
