@@ -39,7 +39,7 @@ from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.codebook.jlcm import jlcm, weighted_kmeans
 from edgekit.quantize.codebook.learn import Learning
 from edgekit.quantize.gptq import gptq
-from edgekit.quantize.recipe import Recipe, in_layers, resolve, tied_shapes, uniform, with_ranges
+from edgekit.quantize.recipe import Recipe, in_layers, resolve, uniform, with_ranges
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.runtime.evaluation.evaluate import cut, tokenize
@@ -88,17 +88,20 @@ def recipe_of(method: str, scheme: Scheme) -> Recipe:
 def quantized(source: ModelSource, row: str, texts: list[list[int]]) -> dict[str, Weight]:
     """Return the weights of a row."""
     method, scheme, *unordered = row.split(":")
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    shapes, tied = source.config.tied_shapes()
     rows = resolve(recipe_of(method, Scheme.parse(scheme)), shapes)
     read: Callable[[str], Tensor] = float_reader(source.config, source.checkpoint)
     if not unordered:
-        read = reordered(read, grouped_orders(source.config, rows, read))
+        architecture = source.config.architecture
+        read = reordered(architecture, read, grouped_orders(architecture, rows, read))
     choose = METHODS[method]
     # A text decides the codes of the layers' linears, so those are not rounded first.
     simple = [row for row in rows if choose is None or not is_linear(row)]
     weights: dict[str, Weight] = dict(quantize_tensors(simple, read, tied))
     if choose is not None:
-        weights |= layer_codes(source.config, rows, read, weights.__getitem__, texts, choose)
+        weights |= layer_codes(
+            source.config.architecture, rows, read, weights.__getitem__, texts, choose
+        )
     return weights
 
 

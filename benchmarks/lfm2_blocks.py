@@ -23,8 +23,9 @@ from edgekit.exporters.executorch.lowering import delegate, plan_memory, write_p
 from edgekit.exporters.onnx.contrib import ContribBlocks
 from edgekit.exporters.onnx.decoder import OPSET
 from edgekit.exporters.onnx.graph import CONTRIB, OnnxGraph, new_data_file
+from edgekit.models.architecture import GatedMlp, Linear, Parameter, ShortConv
 from edgekit.models.catalogue import find_model
-from edgekit.models.lfm2 import FeedForward
+from edgekit.models.decoder import MlpModule
 from edgekit.models.weights import ReadWeight, floats, row_block
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
@@ -95,14 +96,16 @@ def codes_of(weights: dict[str, Tensor]) -> dict[str, Weight]:
 
 
 class Convolution(nn.Module):
-    """`edgekit.models.lfm2.ShortConvolution` whose state is an input."""
+    """`edgekit.models.decoder.ConvModule` whose state is an input."""
 
     def __init__(self, blocks: "TorchBlocks | XnnpackBlocks", prefix: str) -> None:
         super().__init__()
-        name = f"{prefix}.in_proj.weight"
-        self.b_proj, self.c_proj, self.x_proj = (blocks.linear(name, i, 3) for i in range(3))
-        self.conv = blocks.short_conv(f"{prefix}.conv.weight", KERNEL)
-        self.out_proj = blocks.linear(f"{prefix}.out_proj.weight")
+        into = Linear.of(f"{prefix}.in_proj", 3 * WIDTH, WIDTH, "conv.in")
+        taps = Parameter(f"{prefix}.conv.weight", (WIDTH, 1, KERNEL), "conv.kernel")
+        out = Linear.of(f"{prefix}.out_proj", WIDTH, WIDTH, "conv.out")
+        self.b_proj, self.c_proj, self.x_proj = (blocks.linear(into, i, 3) for i in range(3))
+        self.conv = blocks.short_conv(ShortConv(prefix, into, taps, out))
+        self.out_proj = blocks.linear(out)
 
     def forward(self, h: Tensor, state: Tensor) -> Tensor:
         gated = self.b_proj(h) * self.x_proj(h)
@@ -116,8 +119,8 @@ class Attention(nn.Module):
     def __init__(self, blocks: "TorchBlocks | XnnpackBlocks", prefix: str) -> None:
         super().__init__()
         self.q, self.k, self.v, self.out = (
-            blocks.linear(f"{prefix}.{name}.weight")
-            for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+            blocks.linear(Linear.of(f"{prefix}.{name}_proj", rows, WIDTH, f"attention.{name}"))
+            for name, rows in (("q", WIDTH), ("k", KEYS), ("v", KEYS), ("out", WIDTH))
         )
         self.scale = nn.Parameter(torch.full((WIDTH,), 0.5), requires_grad=False)
 
@@ -135,7 +138,7 @@ class Stack(nn.Module):
         super().__init__()
         make = {
             "convolution": lambda i: Convolution(blocks, f"{i}.conv"),
-            "feed-forward": lambda i: FeedForward(blocks, f"{i}.feed_forward"),
+            "feed-forward": lambda i: MlpModule(blocks, _feed_forward(f"{i}.feed_forward")),
             "attention": lambda i: Attention(blocks, f"{i}.self_attn"),
         }[kind]
         self.blocks = nn.ModuleList(make(i) for i in range(COUNTS[kind]))
@@ -147,20 +150,29 @@ class Stack(nn.Module):
         return x
 
 
+def _feed_forward(name: str) -> GatedMlp:
+    return GatedMlp(
+        name,
+        Linear.of(f"{name}.w1", INNER, WIDTH, "mlp.gate"),
+        Linear.of(f"{name}.w3", INNER, WIDTH, "mlp.up"),
+        Linear.of(f"{name}.w2", WIDTH, INNER, "mlp.down"),
+    )
+
+
 class TorchBlocks:
     """Float layers of torch, for `edgekit.export` to quantize."""
 
     def __init__(self, read: ReadWeight) -> None:
         self._read = read
 
-    def linear(self, name: str, part: int = 0, parts: int = 1) -> nn.Module:
-        weight = floats(row_block(self._read(name), part, parts))
+    def linear(self, linear: Linear, part: int = 0, parts: int = 1) -> nn.Module:
+        weight = floats(row_block(self._read(linear.weight.name), part, parts))
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight = nn.Parameter(weight, requires_grad=False)
         return layer
 
-    def short_conv(self, name: str, kernel: int) -> nn.Module:
-        return _Taps(floats(self._read(name)))
+    def short_conv(self, block: ShortConv) -> nn.Module:
+        return _Taps(floats(self._read(block.conv.name)))
 
 
 class _Taps(nn.Module):
@@ -181,15 +193,15 @@ class _StaticConvBlocks(XnnpackBlocks):
         super().__init__(read)
         self._weights = read
 
-    def short_conv(self, name: str, kernel: int) -> nn.Module:
-        codes = LayerScheme.parse("w8a8").quantize(floats(self._weights(name)), 0)
+    def short_conv(self, block: ShortConv) -> nn.Module:
+        codes = LayerScheme.parse("w8a8").quantize(floats(self._weights(block.conv.name)), 0)
         return _StaticTaps(codes)
 
 
 class _NoConvBlocks(XnnpackBlocks):
     """Today's blocks without convolutions."""
 
-    def short_conv(self, name: str, kernel: int) -> None:
+    def short_conv(self, block: ShortConv) -> None:
         return None
 
 
@@ -263,7 +275,7 @@ def _write_onnx(
         y = getattr(stack, kind.replace("-", "_"))()
         graph.node("Squeeze", [y, graph.integers(0)], "y")
         graph.output("y", TensorProto.FLOAT, [tokens, WIDTH])
-    onnx.save_model(graph.model(), path)
+    onnx.save_model(graph.model("LFM2"), path)
 
 
 class _OnnxStack:

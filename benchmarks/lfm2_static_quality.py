@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from benchmarks.jlcm import chunks as first_chunks
 from edgekit.metrics.divergence import divergence, join, perplexity, score_rows
 from edgekit.models.activations import per_block, per_token
+from edgekit.models.architecture import Linear, ShortConv
 from edgekit.models.config import ModelConfig
+from edgekit.models.decoder import Decoder
 from edgekit.models.eager import EagerBlocks, float_reader
-from edgekit.models.lfm2 import LFM2
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.weights import ReadWeight, floats
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.observers import Observer, activation_parameters, observer
-from edgekit.quantize.recipe import Recipe, resolve, tied_shapes
+from edgekit.quantize.recipe import Recipe, resolve
 from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.schemes import LayerScheme
 
@@ -87,14 +88,13 @@ class _Blocks(EagerBlocks):
         super().__init__(read)
         self._around = around
 
-    def linear(self, name: str, part: int = 0, parts: int = 1) -> nn.Module:
-        layer = name.removesuffix(".weight")
+    def linear(self, linear: Linear, part: int = 0, parts: int = 1) -> nn.Module:
+        layer = linear.weight.stem
         key = layer if parts == 1 else f"{layer}#{part}"
-        return _Between(super().linear(name, part, parts), *self._around(key))
+        return _Between(super().linear(linear, part, parts), *self._around(key))
 
-    def short_conv(self, name: str, kernel: int) -> nn.Module:
-        key = name.removesuffix(".weight")
-        return _Between(super().short_conv(name, kernel), *self._around(key))
+    def short_conv(self, block: ShortConv) -> nn.Module:
+        return _Between(super().short_conv(block), *self._around(block.conv.stem))
 
 
 class _Between(nn.Module):
@@ -134,7 +134,7 @@ class _Observed:
         return observe
 
 
-def _logits(model: LFM2, chunks: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def _logits(model: Decoder, chunks: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Return the logits of each chunk's second half."""
     found = []
     for chunk in chunks:
@@ -146,7 +146,7 @@ def _logits(model: LFM2, chunks: Sequence[Sequence[int]]) -> list[np.ndarray]:
 
 def _int8_weights(source: ModelSource) -> dict[str, Tensor]:
     """Return what the codes of `--int8` stand for."""
-    table, tied = tied_shapes(source.config.tensor_shapes())
+    table, tied = source.config.tied_shapes()
     rows = resolve(Recipe.named("int8"), table)
     return {
         name: floats(weight)
@@ -154,7 +154,9 @@ def _int8_weights(source: ModelSource) -> dict[str, Tensor]:
     }
 
 
-def _model(config: ModelConfig, weights: dict[str, Tensor], row: Row, observed: _Observed) -> LFM2:
+def _model(
+    config: ModelConfig, weights: dict[str, Tensor], row: Row, observed: _Observed
+) -> Decoder:
     static = re.compile(row.static or "$^")
 
     def around(key: str) -> tuple[Rounding, Rounding]:
@@ -171,7 +173,7 @@ def _model(config: ModelConfig, weights: dict[str, Tensor], row: Row, observed: 
             weight = _int8_conv(weight)
         return weight
 
-    return LFM2(_Blocks(read, around), config, CHUNK).eval()
+    return Decoder(_Blocks(read, around), config.architecture, CHUNK).eval()
 
 
 def _int8_conv(weight: Tensor) -> Tensor:
@@ -191,10 +193,13 @@ def measure(
     observed = _Observed(sorted({row.method for row in ROWS}))
     progress("calibrating")
     # Ranges are those that the quantized weights give, activations as they are.
-    _logits(LFM2(_Blocks(weights.__getitem__, observed.around), config, CHUNK).eval(), texts)
+    _logits(
+        Decoder(_Blocks(weights.__getitem__, observed.around), config.architecture, CHUNK).eval(),
+        texts,
+    )
     progress("float model")
     read = float_reader(config, source.checkpoint)
-    exact = _logits(LFM2(EagerBlocks(read), config, CHUNK).eval(), held_out)
+    exact = _logits(Decoder(EagerBlocks(read), config.architecture, CHUNK).eval(), held_out)
     rows = []
     for row in ROWS:
         progress(row.name)

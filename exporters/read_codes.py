@@ -14,7 +14,8 @@ from torch import Tensor
 from edgekit.errors import EdgekitError
 from edgekit.exporters.readback import read_weights
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import EMBEDDING, HEAD, Resolved
+from edgekit.quantize.names import EMBEDDING, HEAD
+from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scales import SMALLEST_SCALE
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight

@@ -27,11 +27,10 @@ from edgekit.common.files import decode_text, refuse_irregular
 from edgekit.common.limits import TooCostly, bounded
 from edgekit.errors import EdgekitError
 from edgekit.quantize.methods import Method
+from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.ranges import RANGE_METHODS, RangeMethod
 from edgekit.quantize.scheme import FLOAT, Scheme
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 PRESETS = ("int8", "int4", "float")
 _W4_WARNING = (
     "w4 (int4, one scale per channel) ruins models of about 1B parameters: OPT-1.3B goes from "
@@ -199,19 +198,6 @@ def _resolve(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> list[Reso
         if number not in used:
             raise EdgekitError(f"{recipe.name}: {_why_unused(rule, number, shapes)}")
     return rows
-
-
-def tied_shapes(
-    shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Give a tied model's head a row of its own, so that a recipe can give it a scheme.
-
-    Returns the shapes with the head added at the end where a model has none, and the names of
-    such tensors with those of the tensors whose values they have.
-    """
-    if HEAD in shapes or EMBEDDING not in shapes:
-        return dict(shapes), {}
-    return {**shapes, HEAD: shapes[EMBEDDING]}, {HEAD: EMBEDDING}
 
 
 def shared_rows(rows: Iterable[Resolved], tied: Mapping[str, str]) -> dict[str, str]:

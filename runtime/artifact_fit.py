@@ -5,8 +5,9 @@ from pathlib import Path
 
 from edgekit.errors import EdgekitError
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.runtime.engines.gguf.facts import file_traffic, open_checked
-from edgekit.runtime.fit import EMBEDDING, HABITS, HEAD, Fit, predict
+from edgekit.runtime.fit import HABITS, Fit, predict
 from edgekit.runtime.model_files import find_model_file
 
 

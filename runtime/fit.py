@@ -35,12 +35,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from edgekit.errors import EdgekitError
+from edgekit.models.architecture import Block
+from edgekit.models.config import ModelConfig
+from edgekit.quantize.names import EMBEDDING, HEAD
 
 FLOAT_BYTES = 4
 PREFILL_CHUNK = 512  # tokens that attend at once, as the exported programs state
 USABLE_RAM = 0.75  # of what is installed; the rest is the operating system's and other programs'
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -63,46 +64,6 @@ HABITS = {
     "gguf": Habits(packs_linears=False, cache_bytes=2, whole_prompt=False),
     "onnx": Habits(whole_prompt=False),
 }
-
-
-class ModelShape(Protocol):
-    """What a prediction needs of a model; `edgekit.models.config.ModelConfig` has it."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of logits."""
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the residual stream."""
-
-    @property
-    def intermediate_size(self) -> int:
-        """Effective width of the feed-forward layers."""
-
-    @property
-    def layer_types(self) -> tuple[str, ...]:
-        """`conv` or `full_attention`, one per layer."""
-
-    @property
-    def num_heads(self) -> int:
-        """Heads of queries."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Heads of keys and of values."""
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-
-    @property
-    def conv_kernel(self) -> int:
-        """Taps of the short convolution."""
-
-    @property
-    def max_context(self) -> int:
-        """Positions that the model can take."""
 
 
 class WeightRow(Protocol):
@@ -166,7 +127,7 @@ class Fit:
 
 
 def predict(
-    model: ModelShape,
+    model: ModelConfig,
     rows: Sequence[WeightRow],
     context: int,
     depth: int = 0,
@@ -214,27 +175,33 @@ def is_linear(row: WeightRow) -> bool:
     return len(row.shape) == 2 and row.tensor != EMBEDDING
 
 
-def kv_bytes_per_position(model: ModelShape, number_bytes: int = FLOAT_BYTES) -> int:
+def kv_bytes_per_position(model: ModelConfig, number_bytes: int = FLOAT_BYTES) -> int:
     """Return the keys and values of one position in all attention layers, float32 by default."""
-    attention = sum(kind == "full_attention" for kind in model.layer_types)
-    return attention * 2 * model.num_kv_heads * model.head_dim * number_bytes
+    blocks = model.architecture.attentions()
+    return sum(2 * block.kv_heads * block.head_dim for block in blocks) * number_bytes
 
 
-def conv_state_bytes(model: ModelShape) -> int:
+def conv_state_bytes(model: ModelConfig) -> int:
     """Return the last kernel - 1 inputs of all short convolutions, float32."""
-    conv = sum(kind == "conv" for kind in model.layer_types)
-    return conv * (model.conv_kernel - 1) * model.hidden_size * FLOAT_BYTES
+    blocks = model.architecture.short_convs()
+    return sum((block.kernel - 1) * block.width for block in blocks) * FLOAT_BYTES
 
 
-def activation_bytes(model: ModelShape, prompt: int) -> int:
+def activation_bytes(model: ModelConfig, prompt: int) -> int:
     """Estimate the activations of a prompt: see the assumptions above.
 
-    The widest moment of a convolution layer holds B, C and x (3 d), that of a feed-forward layer
-    both of its products (2 F).
+    The widest moment of a convolution holds B, C and x (3 d), that of a feed-forward both of its
+    products (2 F), that of attention queries, keys and values.
     """
-    widest = max(3 * model.hidden_size, 2 * model.intermediate_size)
-    scores = model.num_heads * min(PREFILL_CHUNK, prompt) * prompt
+    layers = model.architecture.layers
+    widest = max(_widest(block) for layer in layers for _, block in layer.halves)
+    heads = max((block.heads for block in model.architecture.attentions()), default=0)
+    scores = heads * min(PREFILL_CHUNK, prompt) * prompt
     return FLOAT_BYTES * (prompt * (model.hidden_size + widest) + model.vocab_size + scores)
+
+
+def _widest(block: Block) -> int:
+    return sum(linear.weight.shape[0] for linear in block.entering)
 
 
 def _embedding_row_bytes(rows: Sequence[WeightRow]) -> int:
@@ -244,7 +211,7 @@ def _embedding_row_bytes(rows: Sequence[WeightRow]) -> int:
     return table[EMBEDDING].nbytes // table[EMBEDDING].shape[0]
 
 
-def _check_positions(model: ModelShape, context: int, depth: int) -> None:
+def _check_positions(model: ModelConfig, context: int, depth: int) -> None:
     if not 1 <= context <= model.max_context:
         raise EdgekitError(f"context is {context}; this model takes 1 to {model.max_context}")
     if not 0 <= depth < context:

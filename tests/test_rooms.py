@@ -4,6 +4,7 @@ Read from the source, so that an import inside a function counts too.
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -112,6 +113,42 @@ def test_imports_are_absolute() -> None:
     assert relative == []
 
 
+# Where a family of models may be named: the last knows what llama.cpp asserts of foreign files.
+FAMILY = re.compile(r"lfm2|qwen|smollm|^llama$", re.IGNORECASE)
+FAMILIES_HOMES = (
+    "edgekit.models.families",
+    "edgekit.exporters.gguf.architectures",
+    "edgekit.runtime.engines.gguf.checks",
+)
+
+
+def test_a_family_is_named_only_where_it_is_described() -> None:
+    """In code, that is: as the name of a thing, or in a text that code compares or shows."""
+    found = {
+        (module, name)
+        for path, module in _modules()
+        if not module.startswith(FAMILIES_HOMES)
+        for name in _spelled(ast.parse(path.read_text()))
+        if FAMILY.search(name)
+    }
+    assert found == set()
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("lfm2_norm = 1", True),
+        ("if kind == 'llama': pass", True),
+        ("from edgekit.models import qwen3", True),
+        ("class Lfm2: pass", True),
+        ("'Measured on LFM2-350M.'", False),
+        ("llama = load_library('llama.cpp')", False),
+    ],
+)
+def test_what_names_a_family(line: str, found: bool) -> None:
+    assert any(FAMILY.search(name) for name in _spelled(ast.parse(line))) is found
+
+
 @pytest.mark.parametrize(
     ("room", "imported", "allowed"),
     [
@@ -127,6 +164,21 @@ def test_imports_are_absolute() -> None:
 )
 def test_the_rule_itself(room: str, imported: str, allowed: bool) -> None:
     assert _below(room, imported) is allowed
+
+
+def _spelled(tree: ast.Module) -> Iterator[str]:
+    """Yield names and texts, but no docstring; `llama` alone may be the name of a library."""
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in prose:
+                yield node.value
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield f"{node.name}()"
+        elif isinstance(node, ast.Name | ast.Attribute):
+            yield f"{node.id if isinstance(node, ast.Name) else node.attr}()"
 
 
 def _below(room: str, imported: str) -> bool:

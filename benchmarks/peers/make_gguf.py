@@ -31,7 +31,8 @@ from benchmarks.peers.shapes import (
     Shape,
     random_weight,
 )
-from edgekit.exporters.gguf.names import gguf_name
+from edgekit.exporters.gguf.names import gguf_names
+from edgekit.models.source import resolve_model
 
 QUANTIZED = {
     "q8_0": ["Q8_0"],
@@ -52,10 +53,11 @@ def write_bf16(shape: Shape, path: Path) -> None:
     writer = GGUFWriter(partial, "lfm2", use_temp_file=True)
     _add_metadata(writer, shape)
     _add_tokenizer(writer)
+    names = gguf_names(resolve_model(shape.name, random_weights=True).config)
     for source, size in shape.tensors():
         # the depthwise kernel is stored without its middle axis of 1
         values = random_weight(source, size).reshape([n for n in size if n != 1])
-        name = gguf_name(source)
+        name = names[source]
         kind = stored_type(name)
         writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()

@@ -146,11 +146,11 @@ def _predict_model(
         from edgekit.exporters.contract.stored import stored_rows
         from edgekit.exporters.contract.target import Options, find_target
         from edgekit.models.source import resolve_model
-        from edgekit.quantize.recipe import resolve, tied_shapes
+        from edgekit.quantize.recipe import resolve
         from edgekit.runtime.fit import predict
 
     source = resolve_model(model, random_weights=True)
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    shapes, tied = source.config.tied_shapes()
     target = find_target("executorch", Options())
     rows = stored_rows(resolve(choice.recipe(), shapes), target.HELD_AS_SUCH)
     shared = target.stored_once(rows, tied)

@@ -137,7 +137,7 @@ def _choose(
             quality,
             schemes,
             progress=show,
-            others=lambda: smaller_schemes(source.config.tensor_shapes()),
+            others=lambda: smaller_schemes(source.config),
         )
 
 
@@ -152,9 +152,9 @@ class _Report:
     """What is printed: the table, the choices of a budget, what calibration gained."""
 
     def __init__(self, source: "ModelSource", recipe: "Recipe", mixed: "Mixed | None") -> None:
-        from edgekit.quantize.recipe import resolve, tied_shapes
+        from edgekit.quantize.recipe import resolve
 
-        shapes, self.tied = tied_shapes(source.config.tensor_shapes())
+        shapes, self.tied = source.config.tied_shapes()
         self.source, self.mixed = source, mixed
         self.rows = resolve(recipe, shapes)
 

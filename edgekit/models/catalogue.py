@@ -39,7 +39,7 @@ def catalogue() -> dict[str, CatalogueModel]:
     """Return every known model by its short name, in the order of the list."""
     data = tomllib.loads((_HERE / "catalogue.toml").read_text(encoding="utf-8"))
     return {
-        name: _model(name, data["defaults"] | entry, data["architectures"])
+        name: _model(name, data["defaults"] | entry, data["architectures"], data["common"])
         for name, entry in data["models"].items()
     }
 
@@ -64,7 +64,12 @@ def unknown_model(name: str) -> EdgekitError:
     )
 
 
-def _model(name: str, entry: Mapping[str, Any], architectures: Mapping[str, Any]) -> CatalogueModel:
+def _model(
+    name: str,
+    entry: Mapping[str, Any],
+    architectures: Mapping[str, Any],
+    common: Mapping[str, Any],
+) -> CatalogueModel:
     own = architectures[entry["architecture"]] if "architecture" in entry else None
     return CatalogueModel(
         name=name,
@@ -72,5 +77,5 @@ def _model(name: str, entry: Mapping[str, Any], architectures: Mapping[str, Any]
         hub_id=entry.get("hub"),
         folder=_HERE / entry["folder"] if "folder" in entry else None,
         aliases=tuple(entry.get("aliases", ())),
-        architecture=None if own is None else architectures["common"] | own,
+        architecture=None if own is None else common[own["model_type"]] | own,
     )

@@ -22,7 +22,8 @@ from edgekit.models.checkpoint import (
     shape_problems,
 )
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import EMBEDDING, HEAD, Resolved, tied_shapes
+from edgekit.quantize.names import EMBEDDING, HEAD
+from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scales import SCALES, ScaleGrid
 from edgekit.quantize.scheme import FLOAT, FORMS, Scheme, scheme_of
 from edgekit.quantize.storage import PARTS, About, build_tensor, check_entry, read_document
@@ -66,7 +67,7 @@ class CodesFile(Mapping[str, Weight]):
                 "or quantize again"
             )
         entries, places = _entries(path, document.entries)
-        shapes, may_tie = tied_shapes(config.tensor_shapes())
+        shapes, may_tie = config.tied_shapes()
         stored = _stored_shapes(path, entries, places, arrays)
         if HEAD in may_tie and HEAD not in stored and EMBEDDING in stored:
             stored[HEAD], places[HEAD] = stored[EMBEDDING], places.get(EMBEDDING, EMBEDDING)

@@ -1,4 +1,4 @@
-"""The eager reference: an LFM2 of plain torch operators, float or quantized.
+"""The eager reference: a decoder of plain torch operators, float or quantized.
 
 It defines what an export must compute. Weights are read when they are used and forgotten after,
 so a model that is larger than memory in float32 runs through here one matrix at a time.
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.models.activations import FakeQuantize, per_token
+from edgekit.models.architecture import Attention, Linear, Norm, Parameter, ShortConv
 from edgekit.models.checkpoint import WeightSource
 from edgekit.models.config import ModelConfig
-from edgekit.models.lfm2 import LFM2
+from edgekit.models.decoder import Decoder
 from edgekit.models.rope import rope_tables
 from edgekit.models.weights import ReadWeight, floats, row_block
 from edgekit.quantize.tensor import QuantizedTensor
@@ -23,22 +24,21 @@ def build_eager(
     read: ReadWeight,
     context: int,
     fake_quantize: FakeQuantize = per_token,
-) -> LFM2:
+) -> Decoder:
     """Return the reference model for up to `context` positions, its weights read by `read`.
 
     `fake_quantize` rounds the inputs of linears whose weight is quantized.
     """
-    return LFM2(EagerBlocks(read, fake_quantize), config, context).eval()
+    return Decoder(EagerBlocks(read, fake_quantize), config.architecture, context).eval()
 
 
 def float_reader(config: ModelConfig, source: WeightSource) -> Callable[[str], Tensor]:
     """Return a reader of the checkpoint's own values, in which a tied head is the embedding."""
 
     def read(name: str) -> Tensor:
-        if name == "lm_head.weight" and config.tie_embeddings:
-            name = "model.embed_tokens.weight"
-        return source.tensor(name)
+        return source.tensor(ties.get(name, name))
 
+    ties = config.architecture.ties()
     return read
 
 
@@ -53,34 +53,34 @@ def grouped_query_attention(query: Tensor, keys: Tensor, values: Tensor, mask: T
 
 
 class EagerBlocks:
-    """`edgekit.models.lfm2.Blocks` in plain torch operators."""
+    """`edgekit.models.decoder.Blocks` in plain torch operators."""
 
     def __init__(self, read: ReadWeight, fake_quantize: FakeQuantize = per_token) -> None:
         self._read, self._fake_quantize = read, fake_quantize
 
-    def embedding(self, name: str) -> nn.Module:
+    def embedding(self, table: Parameter) -> nn.Module:
         """Rows of the table."""
-        return _Embedding(self._read, name)
+        return _Embedding(self._read, table.name)
 
-    def linear(self, name: str, part: int = 0, parts: int = 1) -> nn.Module:
+    def linear(self, linear: Linear, part: int = 0, parts: int = 1) -> nn.Module:
         """Multiply by the dequantized weight; inputs are rounded where the weight is quantized."""
-        return _Linear(self._read, name, part, parts, self._fake_quantize)
+        return _Linear(self._read, linear, part, parts, self._fake_quantize)
 
-    def rms_norm(self, name: str, eps: float) -> nn.Module:
+    def rms_norm(self, norm: Norm) -> nn.Module:
         """RMSNorm in float32."""
-        return _RmsNorm(floats(self._read(name)), eps)
+        return _RmsNorm(floats(self._read(norm.weight.name)), norm.eps)
 
-    def short_conv(self, name: str, kernel: int) -> nn.Module:
+    def short_conv(self, block: ShortConv) -> nn.Module:
         """Depthwise `conv1d` after the state."""
-        return _ShortConv(floats(self._read(name)))
+        return _ShortConv(floats(self._read(block.conv.name)))
 
-    def attention(self, config: ModelConfig, context: int) -> nn.Module:
+    def attention(self, block: Attention, context: int) -> nn.Module:
         """`scaled_dot_product_attention` over a static cache."""
-        return _Attention(config, context)
+        return _Attention(block, context)
 
-    def rope(self, config: ModelConfig, context: int) -> nn.Module:
+    def rope(self, block: Attention, context: int) -> nn.Module:
         """Slices of precomputed tables."""
-        return _Rope(config, context)
+        return _Rope(block, context)
 
     def rotate(self, head_dim: int) -> nn.Module:
         """Swap the halves."""
@@ -102,17 +102,19 @@ class _Embedding(nn.Module):
 
 class _Linear(nn.Module):
     def __init__(
-        self, read: ReadWeight, name: str, part: int, parts: int, fake_quantize: FakeQuantize
+        self, read: ReadWeight, linear: Linear, part: int, parts: int, fake_quantize: FakeQuantize
     ) -> None:
         super().__init__()
-        self._read, self._name, self._part, self._parts = read, name, part, parts
+        self._read, self._linear, self._part, self._parts = read, linear, part, parts
         self._fake_quantize = fake_quantize
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = row_block(self._read(self._name), self._part, self._parts)
+        weight = row_block(self._read(self._linear.weight.name), self._part, self._parts)
         if isinstance(weight, QuantizedTensor):
             x = self._fake_quantize(x, weight)
-        return _matmul(x, weight)
+        y = _matmul(x, weight)
+        bias = self._linear.bias
+        return y if bias is None else y + floats(self._read(bias.name))
 
 
 def _matmul(x: Tensor, weight: QuantizedTensor | Tensor) -> Tensor:
@@ -146,9 +148,9 @@ class _Attention(nn.Module):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, config: ModelConfig, context: int) -> None:
+    def __init__(self, block: Attention, context: int) -> None:
         super().__init__()
-        shape = (context, config.num_kv_heads, config.head_dim)
+        shape = (context, block.kv_heads, block.head_dim)
         self.register_buffer("keys", torch.zeros(shape), persistent=False)
         self.register_buffer("values", torch.zeros(shape), persistent=False)
 
@@ -162,9 +164,9 @@ class _Attention(nn.Module):
 
 
 class _Rope(nn.Module):
-    def __init__(self, config: ModelConfig, context: int) -> None:
+    def __init__(self, block: Attention, context: int) -> None:
         super().__init__()
-        self._cos, self._sin = rope_tables(config, context)
+        self._cos, self._sin = rope_tables(block.rope, block.head_dim, context)
 
     def forward(self, start: int, n: int) -> tuple[Tensor, Tensor]:
         return self._cos[start : start + n], self._sin[start : start + n]

@@ -14,24 +14,15 @@ from torch import Tensor
 
 from edgekit.common.progress import Steps, no_steps
 from edgekit.errors import EdgekitError
-from edgekit.models.config import ModelConfig
+from edgekit.models.architecture import Architecture, Linear
+from edgekit.models.decoder import Decoder, LayerModule, Place
 from edgekit.models.eager import EagerBlocks
-from edgekit.models.lfm2 import LFM2, Attention, Layer
 from edgekit.models.weights import ReadWeight, floats
 from edgekit.quantize.gptq import Inputs
 from edgekit.quantize.recipe import Resolved, in_layers
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 
-_HALVES = (
-    (
-        ("conv.in_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("conv.out_proj", "self_attn.out_proj"),
-    ),
-    (("feed_forward.w1", "feed_forward.w3"), ("feed_forward.w2",)),
-)
-"""The linears of the halves of a layer, operator and feed-forward: those that see what the half
-enters with, and then the one whose output leaves it, added to the residual."""
 _TOKENS = 512
 """Tokens that pass through a feed-forward, and into `Inputs`, together."""
 
@@ -74,7 +65,7 @@ class _NothingKept:
 
 
 def layer_codes(
-    config: ModelConfig,
+    architecture: Architecture,
     rows: Sequence[Resolved],
     read: Callable[[str], Tensor],
     codes: ReadWeight,
@@ -98,13 +89,13 @@ def layer_codes(
             return found[name]
         return read(name) if in_layers(name) else codes(name)
 
-    def codes_of(index: int, parts: Sequence[str], samples: Iterable[Sample], add: Add) -> Codes:
-        names = [f"model.layers.{index}.{part}.weight" for part in parts]
+    def codes_of(linears: Sequence[Linear], samples: Iterable[Sample], add: Add) -> Codes:
+        names = [linear.weight.name for linear in linears]
         some = [wanted[name] for name in names if name in wanted]
         return _codes_of(some, samples, add, read, choose) if some else {}
 
-    exact, quantized = Stream(config, read, texts), Stream(config, so_far, texts)
-    total, done = config.num_layers, 0
+    exact, quantized = Stream(architecture, read, texts), Stream(architecture, so_far, texts)
+    total, done = len(architecture.layers), 0
     while done < total and (layer := kept.load(done)) is not None:
         found |= layer
         done += 1
@@ -113,16 +104,17 @@ def layer_codes(
     for index in range(done, total):
         progress(index, total, f"layer {index + 1}")
         layer = {}
-        for half, (entry, exit_) in enumerate(_HALVES):
+        for half, (_, block) in enumerate(architecture.layers[index].halves):
             # Samples are made as they are used, from states that `leave` changes in place: so the
             # float model leaves the half when its entry is sampled, and the quantized one, which
             # is held against the states that the float model then has, at the very end.
             both = zip(quantized.entering(index, half), exact.entering(index, half), strict=True)
-            layer |= codes_of(index, entry, both, Inputs.add_inputs)
+            layer |= codes_of(block.entering, both, Inputs.add_inputs)
             found |= layer
             exact.leave(index, half, exact.leaving(index, half))
             seen = list(quantized.leaving(index, half))
-            layer |= codes_of(index, exit_, _wanted(exact, quantized, seen), Inputs.add_outputs)
+            leaving = _wanted(exact, quantized, seen)
+            layer |= codes_of([block.leaving], leaving, Inputs.add_outputs)
             found |= layer
             quantized.leave(index, half, seen)
         kept.save(index, layer, (exact.states, quantized.states) if index + 1 < total else None)
@@ -136,7 +128,7 @@ def _go_on(exact: "Stream", quantized: "Stream", done: int, states: States | Non
         exact.states, quantized.states = states
         return
     for index in range(done):
-        for half in range(len(_HALVES)):
+        for half in range(2):
             for stream in (exact, quantized):
                 stream.leave(index, half, stream.leaving(index, half))
 
@@ -176,16 +168,18 @@ def _codes_of(
 class Stream:
     """The hidden states `[tokens, d]` of all texts in one model, before some half of a layer.
 
+    Half 0 is what mixes positions, half 1 what mixes channels (`Layer.halves`).
+
     Weights are kept as floats while the states pass through them.
     """
 
     def __init__(
-        self, config: ModelConfig, read: ReadWeight, texts: Sequence[Sequence[int]]
+        self, architecture: Architecture, read: ReadWeight, texts: Sequence[Sequence[int]]
     ) -> None:
         self._read = read
         self._floats: dict[str, Tensor] = {}
         self._lengths = [len(text) for text in texts]
-        self._model = LFM2(EagerBlocks(self._float), config, max(self._lengths)).eval()
+        self._model = Decoder(EagerBlocks(self._float), architecture, max(self._lengths)).eval()
         self.states: Tensor = self._model.embed_tokens(
             torch.tensor([token for text in texts for token in text])
         )
@@ -194,7 +188,7 @@ class Stream:
     def entering(self, index: int, half: int) -> Iterator[Tensor]:
         """Yield, piece by piece, what the first linears of a half see."""
         layer = self._layer(index)
-        norm = layer.ffn_norm if half else layer.operator_norm
+        norm = layer.mlp_norm if half else layer.mixer_norm
         for piece in self.states.split(_TOKENS):
             yield norm(piece)
 
@@ -204,10 +198,10 @@ class Stream:
         layer = self._layer(index)
         if half:
             for normed in self.entering(index, half):
-                yield layer.feed_forward.hidden(normed)
+                yield layer.mlp.hidden(normed)
         else:
             for text in self.states.split(self._lengths):
-                yield self._mixed(layer, layer.operator_norm(text))
+                yield layer.mixer.mixed(layer.mixer_norm(text), self._place(len(text)), False)
         self._floats.clear()
 
     @torch.inference_mode()
@@ -218,20 +212,18 @@ class Stream:
         they are used.
         """
         layer = self._layer(index)
-        linear = layer.feed_forward.w2 if half else layer.operator.out_proj
+        linear = layer.mlp.down if half else layer.mixer.out
         start = 0
         for piece in pieces:
             self.states[start : start + len(piece)] += linear(piece)
             start += len(piece)
         self._floats.clear()
 
-    def _mixed(self, layer: Layer, normed: Tensor) -> Tensor:
-        if isinstance(layer.operator, Attention):
-            return layer.operator.mixed(normed, 0, *self._model.rope(0, len(normed)))
-        return layer.operator.mixed(normed, torch.zeros(1), only_last=False)
+    def _place(self, length: int) -> Place:
+        return self._model.place(torch.zeros(1, dtype=torch.long), length)
 
-    def _layer(self, index: int) -> Layer:
-        return cast(Layer, self._model.layers[index])
+    def _layer(self, index: int) -> LayerModule:
+        return cast(LayerModule, self._model.layers[index])
 
     def _float(self, name: str) -> Tensor:
         if name not in self._floats:

@@ -12,7 +12,7 @@ import tokenizers
 from edgekit.common.files import load_json_object
 from edgekit.errors import EdgekitError, one_line
 from edgekit.models.chat_template import ChatTemplate
-from edgekit.models.config import token_ids
+from edgekit.models.config_keys import token_ids
 
 TOKENIZER_FILE = "tokenizer.json"
 

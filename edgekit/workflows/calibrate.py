@@ -35,7 +35,6 @@ from edgekit.quantize.recipe import (
     in_layers,
     method_of,
     resolve,
-    tied_shapes,
     with_ranges,
 )
 from edgekit.quantize.scheme import Scheme
@@ -115,13 +114,14 @@ def quantize_calibrated(
     `workspace` is where finished layers are kept (`workspace_of`). Raises EdgekitError as `resolve`
     and `layer_codes` do.
     """
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    shapes, tied = source.config.tied_shapes()
     rows = resolve(with_ranges(recipe, "rtn" if method == "rtn" else "mse"), shapes)
     if method not in WITH_TEXT:
         method = method_of(rows)  # at 8 bits `mse` changes nothing
     checkpoint = source.checkpoint
     in_order = float_reader(source.config, checkpoint)
-    read = reordered(in_order, grouped_orders(source.config, rows, in_order))
+    architecture = source.config.architecture
+    read = reordered(architecture, in_order, grouped_orders(architecture, rows, in_order))
     digest = checkpoint.sha256()
 
     def rounded(ranges: Literal["rtn", "mse"]) -> dict[str, Weight]:
@@ -137,7 +137,7 @@ def quantize_calibrated(
     if method in WITH_TEXT:
         kept = _Layers(workspace / _key(digest, rows, texts, method))
         contents |= layer_codes(
-            source.config,
+            architecture,
             rows,
             read,
             contents.__getitem__,

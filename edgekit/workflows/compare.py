@@ -21,7 +21,6 @@ from edgekit.exporters.readback import (
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import float_reader
 from edgekit.models.source import ModelSource, resolve_model
-from edgekit.quantize.recipe import tied_shapes
 from edgekit.runtime.bench.record import ArtifactResult, Record, ShapeResult, spread
 from edgekit.runtime.bench.run import bench, check_contexts, describe_each, plan
 from edgekit.runtime.bench.tables import disturbances
@@ -350,7 +349,7 @@ def _float_reader(source: ModelSource | None) -> Callable[[str], Tensor | None] 
     """Return a reader of the reference's tensors, None for a name that it has not."""
     if source is None:
         return None
-    shapes, _ = tied_shapes(source.config.tensor_shapes())
+    shapes, _ = source.config.tied_shapes()
     read = float_reader(source.config, source.checkpoint)
     return lambda name: read(name) if name in shapes else None
 

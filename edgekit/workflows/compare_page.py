@@ -6,7 +6,7 @@ from html import escape
 from edgekit.common.plots import Axis, Point, bars, lines, marker, scatter
 from edgekit.common.plural import counted
 from edgekit.exporters.readback import TensorComparison, known_ratio_db
-from edgekit.quantize.recipe import EMBEDDING, HEAD
+from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.runtime.bench.record import spread
 from edgekit.workflows.compare import Compared, Comparison
 

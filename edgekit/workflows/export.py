@@ -12,7 +12,7 @@ from edgekit.common.last_words import half_written
 from edgekit.common.progress import Progress, Steps
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.stored import refusal, stored_rows, stored_table
-from edgekit.exporters.contract.target import Job, Options, Target, find_target
+from edgekit.exporters.contract.target import Job, Options, Target, check_model, find_target
 from edgekit.exporters.contract.weights import Weights
 from edgekit.exporters.gguf.llama.formats import FORMATS
 from edgekit.exporters.gguf.llama.quantize import quantizer_version
@@ -20,8 +20,9 @@ from edgekit.exporters.gguf.readback import StoredWeights
 from edgekit.exporters.registry import TARGETS
 from edgekit.formats.artifact.write import copy_tokenizer, new_artifact, write_manifest
 from edgekit.models.codes import CodesFile
+from edgekit.models.config import ModelConfig
 from edgekit.models.source import ModelSource, resolve_model
-from edgekit.quantize.recipe import Recipe, Resolved, Rule, method_of, resolve, tied_shapes
+from edgekit.quantize.recipe import Recipe, Resolved, Rule, method_of, resolve
 from edgekit.quantize.scheme import Scheme
 from edgekit.runtime.engines.engine import EngineMissing, import_engine
 from edgekit.version import __version__
@@ -95,11 +96,11 @@ def plan_export(
     writer = find_target(target, options)
     source = resolve_model(model, revision=revision, random_weights=random_weights, adapter=adapter)
     try:
-        writer.check_config(source.config, options)
+        check_model(writer, source.config, options)
     except EdgekitError as error:
         raise EdgekitError(f"{source.id}: {str(error).removeprefix('config: ')}") from error
     stored = None if codes is None else CodesFile.open(codes, source.config)
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    shapes, tied = source.config.tied_shapes()
     limit = source.config.max_context
     context = source.config.default_context if context is None else context
     least = min(MIN_CONTEXT, limit)
@@ -114,7 +115,7 @@ def plan_export(
             _schemes(writer, shapes),
             _counter(writer),
             steps,
-            others=lambda: _other_targets(target, source.config.tensor_shapes()),
+            others=lambda: _other_targets(target, source.config),
         )
     rows: Sequence[Resolved] = resolve(recipe, shapes) if stored is None else stored.rows
     if stored is not None:
@@ -152,14 +153,14 @@ def _counter(writer: Target) -> CountBytes:
     return count
 
 
-def _other_targets(target: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def _other_targets(target: str, config: ModelConfig) -> dict[str, int]:
     """Return the other targets as a user gives them, with the fewest bytes a budget has there."""
     found = {}
     for name in TARGETS.names("decoder"):
         if name != target:
             writer = find_target(name, Options())
-            schemes = _schemes(writer, tied_shapes(shapes)[0])
-            found[f"--target {name}"] = least_bytes(shapes, schemes, _counter(writer))
+            schemes = _schemes(writer, config.tied_shapes()[0])
+            found[f"--target {name}"] = least_bytes(config, schemes, _counter(writer))
     return found
 
 
@@ -202,10 +203,10 @@ def _table(
     return planned_table(source.config, rows, tied, form, options.imatrix)
 
 
-def _check_table(path: Path, table: list[dict[str, Any]]) -> None:
+def _check_table(path: Path, config: ModelConfig, table: list[dict[str, Any]]) -> None:
     from edgekit.exporters.gguf.decoder import check_table
 
-    check_table(path, table)
+    check_table(path, config, table)
 
 
 def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[str, Any]:
@@ -249,7 +250,7 @@ def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> di
         weights.clear()
         path = folder / plan.model_file
         if plan.options.llama_format is not None:
-            _check_table(path, plan.table)
+            _check_table(path, source.config, plan.table)
         if missing is None and plan.options.llama_format is not None:
             progress("computing the reference")
             expected = expected_logits(source, StoredWeights(path, source.config), tokens, writer)

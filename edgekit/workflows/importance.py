@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from edgekit.common.progress import Steps
 from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf.llama.imatrix import Imatrix, Statistics
-from edgekit.exporters.gguf.names import gguf_name
+from edgekit.exporters.gguf.names import gguf_names
+from edgekit.models.architecture import Linear
 from edgekit.models.config import ModelConfig
+from edgekit.models.decoder import Decoder
 from edgekit.models.eager import EagerBlocks, float_reader
-from edgekit.models.lfm2 import LFM2
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import ReadWeight
-from edgekit.quantize.recipe import HEAD
 from edgekit.runtime.evaluation.evaluate import cut, tokenize
 
 LEAST_CONTEXT = 2
@@ -50,7 +50,7 @@ def imatrix_of_text(
         raise EdgekitError(f"{source.id}: random weights have no tokenizer to read a text with")
     pieces = _pieces(Tokenizer.load(source.folder), text, context, chunks, source.config)
     sums = _Sums(float_reader(source.config, source.checkpoint))
-    model = LFM2(sums, source.config, context).eval()
+    model = Decoder(sums, source.config.architecture, context).eval()
     start = torch.zeros(1, dtype=torch.long)
     with torch.inference_mode():
         for done, piece in enumerate(pieces, start=1):
@@ -58,8 +58,9 @@ def imatrix_of_text(
             if progress is not None:
                 progress(done, len(pieces), "chunks")
     count = len(pieces) * context
+    names = gguf_names(source.config)
     entries = {
-        gguf_name(name): Statistics(_finite(name, squares), count)
+        names[name]: Statistics(_finite(name, squares), count)
         for name, squares in sums.squares.items()
     }
     return Imatrix(entries, (dataset,), len(pieces), context)
@@ -92,14 +93,14 @@ class _Sums(EagerBlocks):
         super().__init__(read)
         self.squares: dict[str, Tensor] = {}
 
-    def linear(self, name: str, part: int = 0, parts: int = 1) -> nn.Module:
+    def linear(self, linear: Linear, part: int = 0, parts: int = 1) -> nn.Module:
         """Sum what goes in; blocks of one matrix share their input, so the first stands for all."""
-        if name == HEAD:
+        if linear.weight.role == "head":
             return nn.Identity()  # llama-imatrix leaves the head out, and nobody asks for logits
-        linear = super().linear(name, part, parts)
+        module = super().linear(linear, part, parts)
         if part == 0:
-            linear.register_forward_pre_hook(partial(self._add, name))
-        return linear
+            module.register_forward_pre_hook(partial(self._add, linear.weight.name))
+        return module
 
     def _add(self, name: str, _module: nn.Module, inputs: Sequence[Tensor]) -> None:
         squares = inputs[0].square().sum(0, dtype=torch.float64)

@@ -19,8 +19,9 @@ from typing import Any
 from edgekit.common.progress import Steps, no_steps
 from edgekit.common.tables import markdown_table
 from edgekit.errors import EdgekitError
+from edgekit.models.config import ModelConfig
 from edgekit.models.source import ModelSource
-from edgekit.quantize.recipe import Recipe, Resolved, Rule, in_layers, resolve, tied_shapes
+from edgekit.quantize.recipe import Recipe, Resolved, Rule, in_layers, resolve
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.table import total_bytes
 from edgekit.workflows.quality import Budget
@@ -121,7 +122,7 @@ def mixed_recipe(
     where the budget is below what the schemes can do, naming the least and the most, and of
     `others`, what a user may ask for instead with its bytes, what comes nearest.
     """
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    shapes, tied = source.config.tied_shapes()
     schemes = [scheme for scheme in schemes if _holds(scheme, shapes)]
     items = _items(shapes, tied)
     parameters = source.config.parameter_count
@@ -223,11 +224,9 @@ def _recipe(chosen: Mapping[_Item, str], budget: Budget) -> Recipe:
     return Recipe(tuple(rules), name=f"mixed-{budget.label}")
 
 
-def least_bytes(
-    shapes: Mapping[str, tuple[int, ...]], schemes: Sequence[Scheme], count: CountBytes
-) -> int:
+def least_bytes(config: ModelConfig, schemes: Sequence[Scheme], count: CountBytes) -> int:
     """Return the fewest bytes of all tensors of a model, head included, with some schemes."""
-    shapes, tied = tied_shapes(shapes)
+    shapes, tied = config.tied_shapes()
 
     def size(name: str, scheme: Scheme) -> int:
         row = resolve(Recipe((Rule(re.escape(name), scheme),)), {name: shapes[name]})

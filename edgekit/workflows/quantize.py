@@ -10,8 +10,9 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.verify.reference_text import TEXT
 from edgekit.metrics.divergence import Estimate
 from edgekit.models.codes import CodesFile
+from edgekit.models.config import ModelConfig
 from edgekit.models.source import ModelSource
-from edgekit.quantize.recipe import Recipe, method_of, resolve, tied_shapes, with_ranges
+from edgekit.quantize.recipe import Recipe, method_of, resolve, with_ranges
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import About, short_text
 from edgekit.quantize.table import total_bytes
@@ -75,9 +76,9 @@ def choose_recipe(
     return recipe, mixed
 
 
-def smaller_schemes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def smaller_schemes(config: ModelConfig) -> dict[str, int]:
     """Return the schemes below 4 bits as a user gives them, with a model's bytes in a file."""
-    shapes, tied = tied_shapes(shapes)
+    shapes, tied = config.tied_shapes()
     return {
         f"--scheme {name}": total_bytes(resolve(Recipe.named(name), shapes), tied)
         for name in ("cb3", "cb2")
@@ -128,7 +129,7 @@ def quantize_model(
 def _write_rounded(
     source: ModelSource, recipe: Recipe, path: Path, progress: Steps
 ) -> dict[str, float]:
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    shapes, tied = source.config.tied_shapes()
     rows = resolve(recipe, shapes)
     checkpoint = source.checkpoint
     about = About(

@@ -28,12 +28,12 @@ from edgekit.exporters.verify.reference_text import TEXT
 from edgekit.formats.artifact.read import MANIFEST, Artifact
 from edgekit.metrics.divergence import Estimate, mean, score_rows
 from edgekit.models.activations import unrounded
+from edgekit.models.decoder import Decoder
 from edgekit.models.eager import build_eager, float_reader
-from edgekit.models.lfm2 import LFM2
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import ReadWeight
-from edgekit.quantize.recipe import EMBEDDING, HEAD, tied_shapes
+from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.scheme import FLOAT, Scheme
 from edgekit.workflows.artifact_model import model_of
 
@@ -193,7 +193,7 @@ def _tokens(source: ModelSource, text: str) -> list[int]:
 
 def _tensors(source: ModelSource, scheme: Scheme) -> dict[str, int]:
     """Return the matrices that the scheme can hold, with the bytes it saves of each."""
-    shapes, _ = tied_shapes(source.config.tensor_shapes())
+    shapes, _ = source.config.tied_shapes()
     found = {}
     for name, shape in shapes.items():
         if len(shape) != 2:
@@ -208,9 +208,13 @@ def _tensors(source: ModelSource, scheme: Scheme) -> dict[str, int]:
 
 @dataclass
 class _FloatRun:
-    """The float model over a text: hidden states before each layer and behind the last."""
+    """The float model over a text: hidden states before each layer and behind the last.
 
-    model: LFM2
+    `layers` is the place of the layer that each tensor is in.
+    """
+
+    model: Decoder
+    layers: dict[str, int]
     override: dict[str, Tensor]
     read: Callable[[str], Tensor]
     tokens: list[int]
@@ -226,7 +230,12 @@ class _FloatRun:
             return override[name] if name in override else read(name)
 
         model = build_eager(source.config, read_or_override, len(tokens))
-        run = cls(model, override, read, tokens, [], torch.empty(0))
+        layers = {
+            tensor.name: index
+            for index, layer in enumerate(source.config.architecture.layers)
+            for tensor in layer.tensors
+        }
+        run = cls(model, layers, override, read, tokens, [], torch.empty(0))
         run.states = list(run._from(0, run._embedded()))
         run.logits = run._logits(run.states[-1])
         return run
@@ -251,7 +260,7 @@ class _FloatRun:
     def _last_state(self, name: str) -> Tensor:
         if name == HEAD:
             return self.states[-1]
-        first = 0 if name == EMBEDDING else int(name.split(".")[2])
+        first = 0 if name == EMBEDDING else self.layers[name]
         begin = self._embedded() if name == EMBEDDING else self.states[first]
         *_, last = self._from(first, begin)
         return last
@@ -263,12 +272,11 @@ class _FloatRun:
 
     def _from(self, first: int, state: Tensor) -> Iterator[Tensor]:
         """Yield the state before layer `first` and behind it and every later one."""
-        cos, sin = self.model.rope(0, len(self.tokens))
-        fresh = torch.zeros(1)
+        place = self.model.place(torch.zeros(1, dtype=torch.long), len(self.tokens))
         yield state
         for layer in list(self.model.layers)[first:]:
             with torch.inference_mode():
-                state = layer(state, 0, cos, sin, fresh, only_last=False)
+                state = layer(state, place)
             yield state
 
     @torch.inference_mode()

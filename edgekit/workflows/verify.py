@@ -20,7 +20,7 @@ from edgekit.formats.artifact.write import update_manifest
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
-from edgekit.quantize.recipe import Resolved, tied_shapes
+from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import Weight
 from edgekit.runtime.engines.engine import import_engine, load_engine
@@ -124,7 +124,7 @@ def _weights(artifact: Artifact, source: ModelSource) -> Mapping[str, Weight]:
         # What a file holds as such is read back as int8 codes as well: the same numbers.
         rows = stored_rows(_rows(artifact), ())
         return read_codes(artifact.target, artifact.model_path, source.config, rows)
-    _, tied = tied_shapes(source.config.tensor_shapes())
+    _, tied = source.config.tied_shapes()
     return Weights(_rows(artifact), tied, source.checkpoint)
 
 

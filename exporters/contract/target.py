@@ -62,20 +62,24 @@ class Target(Protocol):
     """A module of this package that writes one kind of file.
 
     `NAME` is the target's and its engine's, `ENGINE` what people call the engine, `OPTIONS` the
-    fields of `Options` that the target understands, `HELD_AS_SUCH` the schemes of codebooks, and of
-    5 and 6 bits, that the file holds as such, where others become int8 codes, `LONGEST_CHECK` the
-    positions up to which verification runs prompts: fewer where the file holds no program whose
-    lengths could be wrong.
+    fields of `Options` that the target understands, `BLOCK_KINDS` the blocks that it can write,
+    `HELD_AS_SUCH` the schemes of codebooks, and of 5 and 6 bits, that the file holds as such, where
+    others become int8 codes, `LONGEST_CHECK` the positions up to which verification runs prompts:
+    fewer where the file holds no program whose lengths could be wrong.
     """
 
     NAME: str
     ENGINE: str
     OPTIONS: frozenset[str]
+    BLOCK_KINDS: tuple[type, ...]
     HELD_AS_SUCH: frozenset[str]
     LONGEST_CHECK: int
 
     def check_config(self, config: ModelConfig, options: Options) -> None:
-        """Refuse, before any work, shapes that the engine does not run, naming what runs them."""
+        """Refuse, before any work, forms of blocks and shapes that the engine does not run.
+
+        The message names what runs them.
+        """
         ...
 
     def check_rows(self, rows: Sequence[Resolved]) -> None:
@@ -130,6 +134,18 @@ def find_target(name: str, options: Options) -> Target:
         if option not in target.OPTIONS:
             raise EdgekitError(_refusal(option, value, name))
     return target
+
+
+def check_model(target: Target, config: ModelConfig, options: Options) -> None:
+    """Refuse, before any work, a model with a block or a shape that a target cannot write."""
+    for layer in config.architecture.layers:
+        for _, block in layer.halves:
+            if not isinstance(block, target.BLOCK_KINDS):
+                raise EdgekitError(
+                    f"{block.name}: target {target.NAME} cannot hold a block of the kind "
+                    f"{type(block).__name__}"
+                )
+    target.check_config(config, options)
 
 
 def _refusal(option: str, value: object, target: str) -> str:

@@ -1,4 +1,4 @@
-"""What an LFM2 is made of when it is traced for ExecuTorch with the XNNPACK delegate.
+"""What a decoder is made of when it is traced for ExecuTorch with the XNNPACK delegate.
 
 Every operator here is one that XNNPACK takes as it stands, so that the lowering has nothing to
 decompose: each pass it does not run over some thousand nodes with symbolic shapes saves seconds.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers quantized_decomposed::*
 
 from edgekit.exporters.executorch import ops as xnnpack_ops
-from edgekit.models.config import ModelConfig
+from edgekit.models.architecture import Attention, Linear, Norm, Parameter, ShortConv
 from edgekit.models.rope import rope_tables
 from edgekit.models.weights import ReadWeight, floats, row_block
 from edgekit.quantize.tensor import QuantizedTensor
@@ -31,7 +31,7 @@ scores at 32 heads and 2,048 positions.
 
 
 class XnnpackBlocks:
-    """`edgekit.models.lfm2.Blocks` in ExecuTorch's operators; codes become constants as they are.
+    """`edgekit.models.decoder.Blocks` in ExecuTorch's operators; codes become constants verbatim.
 
     `read` returns a tensor's codes or floats; nothing is quantized or dequantized here.
     """
@@ -42,38 +42,42 @@ class XnnpackBlocks:
         self._activation = _DynamicActivation()
         self._positions: _Positions | None = None
 
-    def embedding(self, name: str) -> nn.Module:
+    def embedding(self, table: Parameter) -> nn.Module:
         """Gather rows of the codes: the table is never expanded to float."""
-        weight = self._read(name)
+        weight = self._read(table.name)
         if isinstance(weight, Tensor):
             return _FloatEmbedding(weight)
         return _ByteEmbedding(weight) if weight.bits == 8 else _NibbleEmbedding(weight)
 
-    def linear(self, name: str, part: int = 0, parts: int = 1) -> nn.Module:
+    def linear(self, linear: Linear, part: int = 0, parts: int = 1) -> nn.Module:
         """Multiply dynamically quantized activations by the codes, or floats by floats."""
-        weight = row_block(self._read(name), part, parts)
+        weight = row_block(self._read(linear.weight.name), part, parts)
+        module: nn.Module
         if isinstance(weight, Tensor):
-            return _FloatLinear(weight)
-        return _CodesLinear(weight, self._activation)
+            module = _FloatLinear(weight)
+        else:
+            module = _CodesLinear(weight, self._activation)
+        if linear.bias is None:
+            return module
+        return _Biased(module, floats(self._read(linear.bias.name)))
 
-    def rms_norm(self, name: str, eps: float) -> nn.Module:
+    def rms_norm(self, norm: Norm) -> nn.Module:
         """RMSNorm whose mean is a linear layer with one row of 1/d: XNNPACK takes no such mean."""
-        return _RmsNorm(floats(self._read(name)), eps)
+        return _RmsNorm(floats(self._read(norm.weight.name)), norm.eps)
 
-    def short_conv(self, name: str, kernel: int) -> nn.Module:
+    def short_conv(self, block: ShortConv) -> nn.Module:
         """A depthwise convolution over the state and the inputs."""
-        return _ShortConv(floats(self._read(name)), kernel)
+        return _ShortConv(floats(self._read(block.conv.name)), block.kernel)
 
-    def attention(self, config: ModelConfig, context: int) -> nn.Module:
+    def attention(self, block: Attention, context: int) -> nn.Module:
         """`causal_attention` on a cache that `llama::update_cache` fills."""
         if self._positions is None:
-            group = config.num_heads // config.num_kv_heads
-            self._positions = _Positions(context, group)
-        return _Attention(config, context, self._positions)
+            self._positions = _Positions(context, block.heads // block.kv_heads)
+        return _Attention(block, context, self._positions)
 
-    def rope(self, config: ModelConfig, context: int) -> nn.Module:
+    def rope(self, block: Attention, context: int) -> nn.Module:
         """Rows of precomputed tables."""
-        return _Rope(config, context)
+        return _Rope(block, context)
 
     def rotate(self, head_dim: int) -> nn.Module:
         """Multiply by a signed permutation: exact, and unlike slices inside the delegate."""
@@ -157,6 +161,20 @@ class _FloatLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight)
+
+
+class _Biased(nn.Module):
+    """A linear and an addition: the bias stays a float vector, as the norms' weights are."""
+
+    bias: Tensor
+
+    def __init__(self, linear: nn.Module, bias: Tensor) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.linear(x) + self.bias)
 
 
 class _FloatEmbedding(nn.Module):
@@ -277,9 +295,9 @@ class _Attention(nn.Module):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, config: ModelConfig, context: int, positions: _Positions) -> None:
+    def __init__(self, block: Attention, context: int, positions: _Positions) -> None:
         super().__init__()
-        shape = (1, context, config.num_kv_heads, config.head_dim)
+        shape = (1, context, block.kv_heads, block.head_dim)
         self.register_buffer("keys", torch.zeros(shape), persistent=False)
         self.register_buffer("values", torch.zeros(shape), persistent=False)
         self.positions = positions
@@ -317,9 +335,9 @@ class _Rope(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: ModelConfig, context: int) -> None:
+    def __init__(self, block: Attention, context: int) -> None:
         super().__init__()
-        cos, sin = rope_tables(config, context)
+        cos, sin = rope_tables(block.rope, block.head_dim, context)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
 

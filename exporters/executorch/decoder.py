@@ -11,8 +11,10 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.target import Job, Options
 from edgekit.exporters.contract.weights import Weights
 from edgekit.models.activations import per_token
+from edgekit.models.architecture import Attention, GatedMlp, ShortConv
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
+from edgekit.quantize.names import EMBEDDING
+from edgekit.quantize.recipe import Resolved, shared_rows
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 NAME = "executorch"
@@ -21,12 +23,13 @@ ENGINE = "ExecuTorch"
 OPTIONS: frozenset[str] = frozenset()
 HELD_AS_SUCH: frozenset[str] = frozenset()
 LONGEST_CHECK = 4096  # attention grows with its square, to hours at 32,768 tokens
+BLOCK_KINDS = (Attention, ShortConv, GatedMlp)
 LINEAR_SCHEMES = "float, w8, w4 and w4gN"
 PACKAGES = ("executorch", "torch")
 
 
 def check_config(config: ModelConfig, options: Options) -> None:
-    """Refuse nothing: the program is traced, of whatever shapes."""
+    """Refuse nothing: each block's every form is traced, of whatever shapes."""
 
 
 def check_rows(rows: Sequence[Resolved]) -> None:
@@ -99,10 +102,10 @@ def export_pte(
         write_program,
     )
     from edgekit.exporters.executorch.sharing import store_once
-    from edgekit.models.lfm2 import LFM2
+    from edgekit.models.decoder import Decoder
 
     progress("tracing")
-    model = LFM2(XnnpackBlocks(weights.__getitem__), config, context).eval()
+    model = Decoder(XnnpackBlocks(weights.__getitem__), config.architecture, context).eval()
     weights.clear()
     traced = trace(model)
     del model

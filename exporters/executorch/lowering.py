@@ -34,13 +34,13 @@ from torch.fx.passes.infra.partitioner import Partition
 
 from edgekit.exporters.executorch.nodes import CAUSAL_ATTENTION, CONFIGS
 from edgekit.exporters.heap import trim_heap
-from edgekit.models.lfm2 import LFM2
+from edgekit.models.decoder import Decoder
 
 _PARTITIONER = "executorch.backends.xnnpack.partition.config"
 _LruCache = type(functools.lru_cache(lambda: None))
 
 
-def trace(model: LFM2) -> ExportedProgram:
+def trace(model: Decoder) -> ExportedProgram:
     """Trace `forward(tokens [1, n], input_pos [1])` for any n from 1 to the context."""
     tokens = torch.zeros(1, min(3, model.context), dtype=torch.long)
     lengths = Dim("n", min=1, max=model.context)

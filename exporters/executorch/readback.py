@@ -1,6 +1,6 @@
 """Reads weights back from a `.pte` as the `QuantizedTensor`s that went into it.
 
-A `.pte` names no tensor. What tells them apart is the order in which `LFM2.forward` uses them,
+A `.pte` names no tensor. What tells them apart is the order in which `Decoder.forward` uses them,
 which a file of edgekit's keeps; every shape is checked on the way, and a count that does not come
 out is refused rather than guessed at.
 """
@@ -19,9 +19,10 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.stored_size import StoredSize
 from edgekit.formats.pte.program import FORWARD, Constant, KernelCall, Method, Program, Span
 from edgekit.formats.pte.xnnpack_graph import BACKEND, GraphConstant, read_graph
+from edgekit.models.architecture import Architecture, Attention, GatedMlp, ShortConv
 from edgekit.models.config import ModelConfig
 from edgekit.models.weights import floats
-from edgekit.quantize.recipe import EMBEDDING, HEAD
+from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 EMBEDDING_OPERATORS = (
@@ -117,7 +118,7 @@ def _restored(
     """Dequantize the blocks of rows of one tensor into its shape."""
     blocks = [floats(part.read(program)) for part in parts]
     whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    if name.endswith("conv.conv.weight"):  # stored [1, kernel, 1, width]
+    if len(shape) == 3:  # a depthwise kernel, stored [1, kernel, 1, width]
         whole = whole.reshape(shape[2], shape[0]).t().contiguous()
     if whole.numel() != math.prod(shape):
         raise _foreign(program)
@@ -132,33 +133,28 @@ def _same(one: Weight, other: Weight) -> bool:
 
 def _named_matrices(program: Program, config: ModelConfig) -> dict[str, list[StoredWeight]]:
     """Give each linear's blocks of rows, in the checkpoint's order of rows, to its name."""
-    expected = list(_matrix_order(config))
+    expected = list(_matrix_order(config.architecture))
     shapes = {(rows, columns) for _, _, (rows, columns) in expected}
-    named: dict[str, list[StoredWeight | None]] = {}
+    named: dict[str, dict[int, StoredWeight]] = {}
     found = [weight for weight in linears(program) if _is_weight(program, weight, config, shapes)]
     if [weight.shape for weight in found] != [shape for _, _, shape in expected]:
         raise _foreign(program)
     for weight, (name, part, _) in zip(found, expected, strict=True):
-        blocks = named.setdefault(name, [None] * (3 if name.endswith("in_proj.weight") else 1))
-        blocks[part] = weight
-    return {name: [part for part in parts if part is not None] for name, parts in named.items()}
+        named.setdefault(name, {})[part] = weight
+    return {name: [parts[part] for part in sorted(parts)] for name, parts in named.items()}
 
 
-def _matrix_order(config: ModelConfig) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Yield name, block of rows and shape of each linear as `LFM2.forward` uses them."""
-    shapes = config.tensor_shapes()
-    for index, kind in enumerate(config.layer_types):
-        prefix = f"model.layers.{index}"
-        if kind == "conv":
-            name = f"{prefix}.conv.in_proj.weight"
-            block = (config.hidden_size, config.hidden_size)
-            yield from ((name, part, block) for part in (0, 2, 1))  # B times x, and then C
-            names = [f"{prefix}.conv.out_proj.weight"]
-        else:
-            names = [f"{prefix}.self_attn.{key}_proj.weight" for key in ("q", "k", "v", "out")]
-        names += [f"{prefix}.feed_forward.{key}.weight" for key in ("w1", "w3", "w2")]
-        yield from ((name, 0, shapes[name]) for name in names)
-    yield HEAD, 0, (config.vocab_size, config.hidden_size)
+def _matrix_order(architecture: Architecture) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Yield name, block of rows and shape of each linear as `Decoder.forward` uses them."""
+    for layer in architecture.layers:
+        for _, block in layer.halves:
+            if isinstance(block, ShortConv):
+                third = block.width, block.width
+                yield from ((block.into.weight.name, part, third) for part in (0, 2, 1))  # B x, C
+            else:
+                yield from ((each.weight.name, 0, each.weight.shape) for each in block.entering)
+            yield block.leaving.weight.name, 0, block.leaving.weight.shape
+    yield architecture.head.weight.name, 0, architecture.head.weight.shape
 
 
 def _is_weight(
@@ -175,22 +171,25 @@ def _is_weight(
 
 
 def _named_vectors(program: Program, config: ModelConfig) -> dict[str, StoredWeight]:
-    """Give each convolution and norm to its name.
+    """Give each convolution, bias and norm to its name.
 
-    Kernels are the delegates' own; norms are inputs of theirs, which the program holds in the
-    order in which the modules of `LFM2` were made.
+    Kernels are the delegates' own; the others are inputs of theirs, which the program holds in the
+    order in which the modules of `Decoder` were made.
     """
-    kernel = (1, config.conv_kernel, 1, config.hidden_size)
-    kernels = [weight for weight in _others(program) if weight.shape == kernel]
-    norms = [
+    architecture = config.architecture
+    stored = config.tensor_shapes()
+    convs = architecture.short_convs()
+    kernels = {(1, block.kernel, 1, block.width) for block in convs}
+    vectors = _vector_order(architecture)
+    shapes = {stored[name] for name in vectors}
+    taps = [weight for weight in _others(program) if weight.shape in kernels]
+    inputs = [
         StoredWeight("fp32", constant.shape, constant.span, None, None)
         for constant in _inputs(program)
-        if constant.dtype == "float32"
-        and constant.shape in ((config.hidden_size,), (config.head_dim,))
+        if constant.dtype == "float32" and constant.shape in shapes
     ]
-    stored = config.tensor_shapes()
     named = dict[str, StoredWeight]()
-    for names, found in ((_kernel_order(config), kernels), (_norm_order(config), norms)):
+    for names, found in (([block.conv.name for block in convs], taps), (vectors, inputs)):
         sizes = [math.prod(stored[name]) for name in names]
         if [math.prod(weight.shape) for weight in found] != sizes:
             raise _foreign(program)
@@ -211,23 +210,20 @@ def _inputs(program: Program) -> Iterator[Constant]:
     return (constant for constant in forward.constants if constant.span not in lookups)
 
 
-def _kernel_order(config: ModelConfig) -> list[str]:
-    return [
-        f"model.layers.{index}.conv.conv.weight"
-        for index, kind in enumerate(config.layer_types)
-        if kind == "conv"
-    ]
-
-
-def _norm_order(config: ModelConfig) -> list[str]:
+def _vector_order(architecture: Architecture) -> list[str]:
+    """Return the names of biases and norms in the order in which `Decoder` makes them."""
     names = []
-    for index, kind in enumerate(config.layer_types):
-        attention = () if kind == "conv" else ("self_attn.q_layernorm", "self_attn.k_layernorm")
-        names += [
-            f"model.layers.{index}.{norm}.weight"
-            for norm in (*attention, "operator_norm", "ffn_norm")
-        ]
-    return [*names, "model.embedding_norm.weight"]
+    for layer in architecture.layers:
+        for _, block in layer.halves:
+            linears = [*block.entering, block.leaving]
+            if isinstance(block, GatedMlp):
+                linears = [block.gate, block.down, block.up]
+            names += [linear.bias.name for linear in linears if linear.bias is not None]
+            if isinstance(block, Attention):
+                norms = (block.q_norm, block.k_norm)
+                names += [norm.weight.name for norm in norms if norm is not None]
+        names += [norm.weight.name for norm, _ in layer.halves]
+    return [*names, architecture.norm.weight.name]
 
 
 def _foreign(program: Program) -> EdgekitError:

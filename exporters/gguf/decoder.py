@@ -1,7 +1,7 @@
 """Target `gguf`: one file with weights and tokenizer, for llama.cpp and what is built on it.
 
-The keys and tensors are those of `LLM_ARCH_LFM2` in llama.cpp (src/models/lfm2.cpp), the values
-what its converter writes (conversion/lfm2.py).
+Keys and tensors are those that llama.cpp's architectures load (src/models/), their values what its
+converter writes (conversion/).
 """
 
 import math
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError, VerificationError
 from edgekit.exporters.contract.target import Job, Options
+from edgekit.exporters.gguf.architectures import check_blocks, find_architecture, model_keys
 from edgekit.exporters.gguf.blocks import (
     BLOCK,
     BLOCKS,
@@ -30,28 +31,28 @@ from edgekit.exporters.gguf.blocks import (
 from edgekit.exporters.gguf.llama.formats import FORMATS, LlamaFormat
 from edgekit.exporters.gguf.llama.imatrix import Imatrix
 from edgekit.exporters.gguf.llama.quantize import StoredTensor, planned_tensors, quantize_gguf
-from edgekit.exporters.gguf.names import gguf_name
+from edgekit.exporters.gguf.names import ROPE_DIVISORS, gguf_names, row_orders
 from edgekit.exporters.gguf.tokenizer import STAND_IN, stand_in_metadata, tokenizer_metadata
 from edgekit.formats.gguf.file import GgufFile
 from edgekit.formats.gguf.writer import PlannedTensor, Value, write_gguf, write_hollow_gguf
 from edgekit.models.activations import per_block
-from edgekit.models.config import LAYER_TYPES, ModelConfig
+from edgekit.models.architecture import Attention, GatedMlp, ShortConv
+from edgekit.models.config import ModelConfig
 from edgekit.models.tokenizer import TOKENIZER_FILE
 from edgekit.quantize import super_blocks
-from edgekit.quantize.recipe import EMBEDDING, Resolved, shared_rows
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.recipe import Resolved, shared_rows
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 NAME = "gguf"
 MODEL_FILE = "model.gguf"
 ENGINE = "llama.cpp"
 OPTIONS = frozenset({"llama_format", "imatrix"})
 MOST_LAYERS = 512  # LLAMA_MAX_LAYERS of llama.cpp's src/llama-hparams.h
+BLOCK_KINDS = (Attention, ShortConv, GatedMlp)
 HELD_AS_SUCH = frozenset({"cb4nl", "w5g32", "w6g16"})
 LONGEST_CHECK = 256  # the loops over positions are llama.cpp's
 
 _FLOAT_FILE = "float.gguf"
-_ARCHITECTURE = "lfm2"
-_FIRST_QUERY = ".self_attn.q_proj.weight"
 # enum llama_ftype (include/llama.h): what most of the weights are stored as
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q6_K": 18}
 _FILE_TYPES |= {"IQ4_NL": 25, "BF16": 32}
@@ -59,23 +60,17 @@ _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
 
 def check_config(config: ModelConfig, options: Options) -> None:
-    """Refuse models with which llama.cpp would end the process."""
+    """Refuse models with which llama.cpp would end the process, and blocks that it has not."""
     if config.num_layers > MOST_LAYERS:
         raise EdgekitError(
             f"config: num_hidden_layers is {config.num_layers}; llama.cpp takes up to "
             f"{MOST_LAYERS}: give target executorch or onnx"
         )
-    kinds = set(config.layer_types)
-    if len(kinds) == 1:
-        raise EdgekitError(
-            f"config: layer_types are all {kinds.pop()}; llama.cpp's LFM2 has layers of both "
-            f"kinds, {' and '.join(LAYER_TYPES)}: give target executorch or onnx"
-        )
+    check_blocks(config)
 
 
 def check_rows(rows: Sequence[Resolved]) -> None:
-    """Refuse, before any work, what ggml's blocks or llama.cpp's LFM2 cannot hold."""
-    width = next((row.shape[1] for row in rows if row.tensor == EMBEDDING), None)
+    """Refuse, before any work, what ggml's blocks cannot hold."""
     for row in rows:
         if not row.scheme.is_float and row.shape[-1] % BLOCK:
             raise EdgekitError(
@@ -86,11 +81,6 @@ def check_rows(rows: Sequence[Resolved]) -> None:
             raise EdgekitError(
                 f"{row.tensor}: target gguf cannot hold {row.scheme.name}: its 8-bit blocks are of "
                 f"{BLOCK} weights; for groups of {row.scheme.group_size} give w6g16"
-            )
-        if row.tensor.endswith(_FIRST_QUERY) and row.shape[0] != width:
-            raise EdgekitError(
-                f"{row.tensor}: has {row.shape[0]} rows; llama.cpp's LFM2 has as many as the "
-                f"model is wide, {width} (heads times head_dim): give target executorch or onnx"
             )
 
 
@@ -161,30 +151,29 @@ def planned_table(
     weights; EdgekitError where the imatrix is not of this model.
     """
     once = stored_once(rows, tied)
-    sources = {gguf_name(row.tensor): row for row in rows if row.tensor not in once}
+    names = gguf_names(config)
+    sources = {names[row.tensor]: row for row in rows if row.tensor not in once}
     kinds = {row.tensor: "BF16" if len(row.shape) == 2 else "F32" for row in rows}
-    floats = [_planned(row, name, kinds) for name, row in sources.items()]
+    floats = [_planned(row, name, kinds) for name, row in sources.items()] + _divisors(config)
     if imatrix is not None:
         shapes = {each.name: each.shape for each in floats}
         Imatrix.load(imatrix).check_model(imatrix, shapes)
-    metadata = {"general.architecture": _ARCHITECTURE, **_model_metadata(config, floats)}
+    metadata = _model_metadata(config, floats)
     with TemporaryDirectory() as folder:
         hollow = Path(folder) / _FLOAT_FILE
         write_hollow_gguf(hollow, metadata, floats)
         made = {each.name: each for each in planned_tensors(hollow, form, imatrix)}
-    return [
-        _table_row(row, made[gguf_name(tied.get(row.tensor, row.tensor))], tied) for row in rows
-    ]
+    return [_table_row(row, made[names[tied.get(row.tensor, row.tensor)]], tied) for row in rows]
 
 
-def check_table(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+def check_table(path: Path, config: ModelConfig, table: Sequence[Mapping[str, Any]]) -> None:
     """VerificationError where a written file does not store what `planned_table` said."""
+    names = gguf_names(config)
     stored = {name: (each.type, each.nbytes) for name, each in GgufFile.open(path).tensors.items()}
     planned = {
-        gguf_name(row["tensor"]): (row["scheme"], row["bytes"])
-        for row in table
-        if "same_as" not in row
+        names[row["tensor"]]: (row["scheme"], row["bytes"]) for row in table if "same_as" not in row
     }
+    planned |= {each.name: (each.type, each.nbytes) for each in _divisors(config)}
     for name in [*planned, *stored]:
         if planned.get(name) != stored.get(name):
             raise VerificationError(
@@ -209,18 +198,39 @@ def _table_row(row: Resolved, made: StoredTensor, tied: Mapping[str, str]) -> di
 
 def _write_rows(job: Job, path: Path) -> None:
     once = stored_once(job.rows, job.tied)
-    names = {gguf_name(row.tensor): row.tensor for row in job.rows if row.tensor not in once}
+    stored = gguf_names(job.config)
+    names = {stored[row.tensor]: row.tensor for row in job.rows if row.tensor not in once}
+    orders = row_orders(job.config)
     rows = {row.tensor: row for row in job.rows}
     kinds = _float_types(job)
     planned = [_planned(rows[source], name, kinds) for name, source in names.items()]
+    planned += _divisors(job.config)
 
     def pieces(tensor: PlannedTensor) -> Iterable[NDArray[np.uint8]]:
-        weight = job.weights[names[tensor.name]]
+        if tensor.name == ROPE_DIVISORS:
+            return float_pieces(tensor.name, _rope_divisors(job.config), tensor.type)
+        weight = _in_order(job.weights[names[tensor.name]], orders.get(names[tensor.name]))
         if isinstance(weight, QuantizedTensor):
             return block_pieces(names[tensor.name], weight)
         return float_pieces(names[tensor.name], weight, tensor.type)
 
     write_gguf(path, _metadata(job, planned), planned, pieces)
+
+
+def _in_order(weight: Weight, order: Tensor | None) -> Weight:
+    if order is None:
+        return weight
+    return weight[order] if isinstance(weight, Tensor) else weight.rows(order)
+
+
+def _rope_divisors(config: ModelConfig) -> Tensor:
+    return torch.tensor(config.rope.divisors(config.head_dim) or ())
+
+
+def _divisors(config: ModelConfig) -> list[PlannedTensor]:
+    """Return the tensor that slows the rotation down, none where nothing does."""
+    count = len(_rope_divisors(config))
+    return [PlannedTensor(ROPE_DIVISORS, "F32", (count,))] if count else []
 
 
 def check_tokenizer(path: Path, folder: Path) -> dict[str, int]:
@@ -257,7 +267,7 @@ def _float_types(job: Job) -> dict[str, str]:
 def _metadata(job: Job, tensors: Sequence[PlannedTensor]) -> dict[str, Value]:
     tokenizer = _tokenizer(job)
     general: dict[str, Value] = {
-        "general.architecture": _ARCHITECTURE,
+        "general.architecture": find_architecture(job.config).name,
         "general.type": "model",
         "general.name": job.id,
     }
@@ -282,20 +292,10 @@ def _main_type(tensors: Sequence[PlannedTensor]) -> str:
 
 def _model_metadata(config: ModelConfig, tensors: Sequence[PlannedTensor]) -> dict[str, Value]:
     """The feed-forward length is that of the weights: the rule in config.json is easily misread."""
-    heads = [config.num_kv_heads * (kind != "conv") for kind in config.layer_types]
-    values: dict[str, Value] = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_context,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_layers,
-        "feed_forward_length": next(t.shape[0] for t in tensors if "ffn_gate" in t.name),
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": np.array(heads, np.int32),  # 0 marks a convolution
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "rope.freq_base": config.rope_theta,  # without it llama.cpp takes 10,000 and says nothing
-        "shortconv.l_cache": config.conv_kernel,
+    return {
+        "general.architecture": find_architecture(config).name,
+        **model_keys(config, next(t.shape[0] for t in tensors if "ffn_gate" in t.name)),
     }
-    return {f"{_ARCHITECTURE}.{key}": value for key, value in values.items()}
 
 
 def _tokenizer(job: Job) -> dict[str, Value] | None:

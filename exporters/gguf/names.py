@@ -1,46 +1,71 @@
-"""The names that llama.cpp gives to a checkpoint's tensors.
+"""The names that llama.cpp gives to a model's tensors, and the order of rows that it wants.
 
-Source: `LLM_TENSOR_NAMES`, `MODEL_TENSORS` of architecture lfm2 in llama.cpp (src/llama-arch.cpp,
-gguf-py/gguf/constants.py).
+Source: `LLM_TENSOR_NAMES` in llama.cpp (src/llama-arch.cpp, gguf-py/gguf/constants.py).
 """
 
-import re
+from collections.abc import Iterator
 
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.embedding_norm": "token_embd_norm",  # the final norm, in spite of its name
-    "lm_head": "output",
-    "operator_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
-    "conv.in_proj": "shortconv.in_proj",
-    "conv.conv": "shortconv.conv",
-    "conv.out_proj": "shortconv.out_proj",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.out_proj": "attn_output",
-    "self_attn.q_layernorm": "attn_q_norm",
-    "self_attn.k_layernorm": "attn_k_norm",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w3": "ffn_up",
-    "feed_forward.w2": "ffn_down",
+import torch
+from torch import Tensor
+
+from edgekit.exporters.gguf.architectures import find_architecture
+from edgekit.models.architecture import Parameter
+from edgekit.models.config import ModelConfig
+
+ROPE_DIVISORS = "rope_freqs.weight"
+"""By what each frequency of the rotation is divided: no tensor of a checkpoint."""
+
+_STEMS = {
+    "embedding": "token_embd",
+    "head": "output",
+    "mixer_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+    "conv.in": "shortconv.in_proj",
+    "conv.kernel": "shortconv.conv",
+    "conv.out": "shortconv.out_proj",
+    "attention.q": "attn_q",
+    "attention.k": "attn_k",
+    "attention.v": "attn_v",
+    "attention.out": "attn_output",
+    "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
 }
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def gguf_name(name: str) -> str:
-    """Return llama.cpp's name of a checkpoint tensor, with `.weight`; KeyError if it has none."""
-    stem = name.removesuffix(".weight")
-    layer = _LAYER.fullmatch(stem)
-    if layer is None:
-        return f"{_NAMES[stem]}.weight"
-    return f"blk.{layer[1]}.{_NAMES[layer[2]]}.weight"
+def gguf_names(config: ModelConfig) -> dict[str, str]:
+    """Return llama.cpp's name of each tensor by the checkpoint's, a tied head's too."""
+    stems = _STEMS | {"final_norm": find_architecture(config).final_norm}
+    return {
+        tensor.name: f"{layer}{stems[tensor.role]}.{tensor.name.rpartition('.')[2]}"
+        for layer, tensor in _placed(config)
+    }
 
 
-def checkpoint_names(layers: int) -> dict[str, str]:
-    """Return the checkpoint's name of every tensor that a model of so many layers can have."""
-    outer = [name for name in _NAMES if name.startswith(("model.", "lm_head"))]
-    inner = [name for name in _NAMES if name not in outer]
-    names = [f"{name}.weight" for name in outer]
-    names += [f"model.layers.{i}.{name}.weight" for i in range(layers) for name in inner]
-    return {gguf_name(name): name for name in names}
+def _placed(config: ModelConfig) -> Iterator[tuple[str, Parameter]]:
+    """Yield each tensor with what llama.cpp calls its layer."""
+    layers = {
+        tensor.name: f"blk.{index}."
+        for index, layer in enumerate(config.architecture.layers)
+        for tensor in layer.tensors
+    }
+    for tensor in config.architecture.table():
+        yield layers.get(tensor.name, ""), tensor
+
+
+def row_orders(config: ModelConfig) -> dict[str, Tensor]:
+    """Return, by checkpoint name, which row stands where in the file, for those that are moved.
+
+    Of `n` rows int64 `[n]`. A row moves whole, with its codes and scales.
+    """
+    if not find_architecture(config).pairs:
+        return {}
+    orders: dict[str, Tensor] = {}
+    for block in config.architecture.attentions():
+        for linear, heads in ((block.q, block.heads), (block.k, block.kv_heads)):
+            rows = torch.arange(heads * block.head_dim).view(heads, 2, -1)
+            order = rows.transpose(1, 2).flatten()
+            orders |= {tensor.name: order for tensor in linear.tensors}
+    return orders

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.stored_size import StoredSize
-from edgekit.exporters.gguf.names import checkpoint_names
+from edgekit.exporters.gguf.names import ROPE_DIVISORS, gguf_names, row_orders
 from edgekit.formats.gguf.file import GgufFile, GgufTensor
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import EMBEDDING, HEAD
 
 
 def weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -24,10 +23,12 @@ def weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     for one whose tensors are not those of `config`.
     """
     file = GgufFile.open(path)
-    names = checkpoint_names(config.num_layers)
-    shapes = config.tensor_shapes()
-    shapes.setdefault(HEAD, (config.vocab_size, config.hidden_size))
+    names = {stored: name for name, stored in gguf_names(config).items()}
+    shapes, _ = config.tied_shapes()
+    orders = row_orders(config)
     for tensor in file.tensors.values():
+        if tensor.name == ROPE_DIVISORS and config.rope.scaling is not None:
+            continue
         name = names.get(tensor.name, "")
         expected = shapes.get(name, ())
         if tensor.shape != tuple(n for i, n in enumerate(expected) if len(expected) < 3 or i != 1):
@@ -35,7 +36,12 @@ def weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
                 f"{path}: tensor {tensor.name!r:.80} of shape {list(tensor.shape)} is none of the "
                 "model's"
             )
-        yield name, _floats(file, tensor).view(expected)
+        yield name, _restored(_floats(file, tensor).view(expected), orders.get(name))
+
+
+def _restored(values: Tensor, order: Tensor | None) -> Tensor:
+    """Put rows back to where the checkpoint has them."""
+    return values if order is None else values[order.argsort()]
 
 
 def stored_size(path: Path, config: ModelConfig | None = None) -> StoredSize:
@@ -71,16 +77,19 @@ class StoredWeights(Mapping[str, Tensor]):
     def __init__(self, path: Path, config: ModelConfig) -> None:
         """Open a file; EdgekitError where it is no GGUF."""
         self._file = GgufFile.open(path)
-        self._shapes = config.tensor_shapes()
-        names = checkpoint_names(config.num_layers)
-        self._tensors = {names.get(name, name): each for name, each in self._file.tensors.items()}
-        if config.tie_embeddings and HEAD not in self._tensors:
-            self._tensors[HEAD] = self._tensors[EMBEDDING]
+        self._shapes, ties = config.tied_shapes()
+        self._orders = row_orders(config)
+        names = {stored: name for name, stored in gguf_names(config).items()}
+        self._tensors = {
+            names[name]: each for name, each in self._file.tensors.items() if name in names
+        }
+        for name, source in ties.items():
+            self._tensors.setdefault(name, self._tensors[source])
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor by its checkpoint name, float32."""
-        values = _floats(self._file, self._tensors[name])
-        return values.view(self._shapes.get(name, values.shape))
+        values = _floats(self._file, self._tensors[name]).view(self._shapes[name])
+        return _restored(values, self._orders.get(name))
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names in the file's order."""

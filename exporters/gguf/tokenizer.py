@@ -9,22 +9,17 @@ import numpy as np
 
 from edgekit.common.files import load_json_object
 from edgekit.errors import EdgekitError
+from edgekit.exporters.gguf.architectures import (
+    GgufArchitecture,
+    find_architecture,
+    split_names,
+)
 from edgekit.formats.gguf.writer import Value
 from edgekit.models.config import ModelConfig
 from edgekit.models.tokenizer import BYTE_ALPHABET, TOKENIZER_FILE, Tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Of `enum llama_token_type` (include/llama.h)."""
-
-LFM2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""Llama 3's expression, which LFM2's tokenizers split text by."""
-_QWEN2_SPLIT = LFM2_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-
-# llama.cpp has each expression built in, by a name (src/llama-vocab.cpp); None is ByteLevel's own.
-PRE_TOKENIZERS = {LFM2_SPLIT: "lfm2", _QWEN2_SPLIT: "qwen2", None: "gpt-2"}
 
 STAND_IN = "random weights; the tokenizer is a stand-in of the vocabulary's size"
 _MODEL = "gpt2"  # llama.cpp's word for byte-level BPE
@@ -34,17 +29,20 @@ def tokenizer_metadata(folder: Path, config: ModelConfig) -> dict[str, Value]:
     """Return the keys `tokenizer.*` for the tokenizer of a model folder.
 
     EdgekitError where llama.cpp has no such tokenizer; whether it makes the same ids of a text,
-    only `gguf_tokenizer_check` says.
+    only `tokenizer_check` says. A text whose characters are decomposed is composed (NFC) by the
+    tokenizer.json of some models, and never by llama.cpp.
     """
     file = folder / TOKENIZER_FILE
     tokenizer = Tokenizer.load(folder)
     raw = load_json_object(file)
-    if raw.get("normalizer") is not None:
-        raise EdgekitError(f"{file}: has a normalizer; llama.cpp's byte-level BPE has none")
+    if raw.get("normalizer") not in (None, {"type": "NFC"}):
+        raise EdgekitError(
+            f"{file}: has a normalizer other than NFC; llama.cpp's byte-level BPE has none"
+        )
     tokens, kinds = _tokens(file, raw, config.vocab_size)
     metadata: dict[str, Value] = {
         "tokenizer.ggml.model": _MODEL,
-        "tokenizer.ggml.pre": _pre_tokenizer(file, raw),
+        "tokenizer.ggml.pre": _pre_tokenizer(file, raw, find_architecture(config)),
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": _merges(file, raw),
@@ -73,7 +71,7 @@ def stand_in_metadata(config: ModelConfig) -> dict[str, Value]:
         tokens[i], kinds[i] = letter, NORMAL
     return {
         "tokenizer.ggml.model": _MODEL,
-        "tokenizer.ggml.pre": PRE_TOKENIZERS[LFM2_SPLIT],
+        "tokenizer.ggml.pre": find_architecture(config).llama3_split,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": ["a b"],  # llama.cpp wants one
@@ -82,29 +80,34 @@ def stand_in_metadata(config: ModelConfig) -> dict[str, Value]:
     }
 
 
-def _pre_tokenizer(file: Path, raw: Mapping[str, Any]) -> str:
-    """Return llama.cpp's name of how the text is split, recognised by the expression itself."""
-    parts = _steps(raw.get("pre_tokenizer"))
-    if [part.get("type") for part in parts] not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        raise EdgekitError(f"{file}: its pre-tokenizer is none that llama.cpp has")
-    byte_level = parts[-1]
-    expression = None
-    if len(parts) == 2:
-        pattern = parts[0].get("pattern")
-        expression = pattern.get("Regex") if isinstance(pattern, dict) else ""
-    plain = not byte_level.get("add_prefix_space") and (
-        bool(byte_level.get("use_regex", True)) == (expression is None)
-    )
-    isolated = len(parts) == 1 or (parts[0].get("behavior"), parts[0].get("invert")) == (
-        "Isolated",
-        False,
-    )
-    if expression not in PRE_TOKENIZERS or not plain or not isolated:
-        known = ", ".join(PRE_TOKENIZERS.values())
+def _pre_tokenizer(file: Path, raw: Mapping[str, Any], architecture: GgufArchitecture) -> str:
+    """Return llama.cpp's name of how the text is split, recognised by the steps themselves."""
+    named = split_names(architecture)
+    found = _split(_steps(raw.get("pre_tokenizer")))
+    if found not in named:
         raise EdgekitError(
-            f"{file}: splits text in a way that llama.cpp has no name for here; known are {known}"
+            f"{file}: splits text in a way that llama.cpp has no name for here; known are "
+            f"{', '.join(named.values())}"
         )
-    return PRE_TOKENIZERS[expression]
+    return named[found]
+
+
+def _split(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Return how a text is split in the words of `split_names`, in others where it has none."""
+    kinds = [step.get("type") for step in steps]
+    last = steps[-1] if steps else {}
+    own_expression = bool(last.get("use_regex", True))
+    if kinds[-1:] != ["ByteLevel"] or last.get("add_prefix_space"):
+        return ""
+    if kinds == ["ByteLevel"] and own_expression:
+        return "ByteLevel"
+    if kinds == ["Digits", "ByteLevel"] and own_expression and steps[0].get("individual_digits"):
+        return "Digits ByteLevel"
+    isolated = (steps[0].get("behavior"), steps[0].get("invert")) == ("Isolated", False)
+    if kinds == ["Split", "ByteLevel"] and not own_expression and isolated:
+        pattern = steps[0].get("pattern")
+        return f"Split {pattern.get('Regex')}" if isinstance(pattern, dict) else ""
+    return ""
 
 
 def _steps(part: object) -> list[dict[str, Any]]:

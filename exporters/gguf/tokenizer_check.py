@@ -31,6 +31,9 @@ def check_tokenizer(path: Path, folder: Path, texts: Sequence[str] = TEXTS) -> d
     tokenizer = Tokenizer.load(folder)
     added = tuple(token.content for token in tokenizer.backend.get_added_tokens_decoder().values())
     corpus = [*texts, *texts_with(added), *_token_texts(tokenizer)]
+    if tokenizer.backend.normalizer is not None:
+        # llama.cpp takes a text as it is: only one that is normalised already has the same ids.
+        corpus = [tokenizer.backend.normalizer.normalize_str(text) for text in corpus]
     expected = tokenizer.backend.encode_batch(corpus)
     total = 0
     with _vocabulary(path) as vocabulary:

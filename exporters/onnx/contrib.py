@@ -1,4 +1,4 @@
-"""The blocks of an LFM2 in ONNX Runtime's own operators, those that are fast on a CPU.
+"""The blocks of a decoder in ONNX Runtime's own operators, those that are fast on a CPU.
 
 docs/ContribOperators.md of onnxruntime says what each computes.
 """
@@ -13,7 +13,7 @@ from edgekit.exporters.onnx.graph import OnnxGraph
 from edgekit.exporters.onnx.names import joined
 from edgekit.exporters.onnx.packing import Packed, pack_matrix, stack
 from edgekit.exporters.onnx.padding import Places
-from edgekit.exporters.onnx.plain import causal_state, causal_taps
+from edgekit.exporters.onnx.plain import add_bias, causal_state, causal_taps
 from edgekit.models.config import ModelConfig
 from edgekit.models.rope import rope_tables
 from edgekit.models.weights import floats
@@ -52,19 +52,19 @@ class ContribBlocks:
         Padding is behind a row's new tokens, as the operator has it; the next ones overwrite it.
         """
         self._places = places
-        graph, half = self._graph, self._config.head_dim // 2
+        graph, config = self._graph, self._config
+        half = config.head_dim // 2
         end = graph.node("Add", [places.held, places.size], "positions.end")
         last = graph.node("Sub", [end, graph.integers(1)], "positions.last")
         last = graph.node("Squeeze", [last, graph.integers(1)], "positions.last_flat")
         total = graph.node("Shape", [mask], "mask.shape", start=1)
         total = graph.node("Squeeze", [total], "mask.size")
-        tables = zip(
-            ("cos_cache", "sin_cache"), rope_tables(self._config, self._context), strict=True
-        )
+        tables = rope_tables(config.rope, config.head_dim, self._context)
+        named = zip(("cos_cache", "sin_cache"), tables, strict=True)
         self._lengths = [
             graph.node("Cast", [last], "positions.last_int32", to=TensorProto.INT32),
             graph.node("Cast", [total], "mask.size_int32", to=TensorProto.INT32),
-            *(store_floats(graph, name, table[:, 0, :half]) for name, table in tables),
+            *(store_floats(graph, name, table[:, 0, :half]) for name, table in named),
         ]
 
     def embedding(self, tokens: str, name: str) -> str:
@@ -100,6 +100,10 @@ class ContribBlocks:
         if len(names) == 1:
             return [y]
         return self._graph.split(y, [part.shape[0] for part in packed], f"{name}.split")
+
+    def biased(self, x: str, name: str) -> str:
+        """Add."""
+        return add_bias(self._graph, x, name, self._weights)
 
     def _linear(self, x: str, name: str) -> str:
         weight = self._weights[f"{name}.weight"]

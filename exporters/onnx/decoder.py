@@ -12,6 +12,7 @@ from torch import Tensor
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.target import Job, Options
 from edgekit.models.activations import per_block
+from edgekit.models.architecture import Attention, GatedMlp, ShortConv
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.recipe import Resolved, shared_rows
 from edgekit.quantize.tensor import QuantizedTensor
@@ -26,6 +27,7 @@ LONGEST_CHECK = 4096
 OPTIONS = frozenset({"abi", "portable"})
 HELD_AS_SUCH: frozenset[str] = frozenset()
 PACKAGES = ("onnx", "onnxruntime")
+BLOCK_KINDS = (Attention, ShortConv, GatedMlp)
 SCHEMES = "float, w8, w4, w8gN, w4gN and w4gNa"
 OPSET = 21
 """ONNX 1.16: the first with types of 4 bits and scales of blocks."""
@@ -37,7 +39,7 @@ COLUMNS = 32
 
 def check_config(config: ModelConfig, options: Options) -> None:
     """Refuse heads that ONNX Runtime's attention does not rotate."""
-    if options.portable or "full_attention" not in config.layer_types:
+    if options.portable or not config.architecture.attentions():
         return
     if config.head_dim % ROTATED:
         raise EdgekitError(
@@ -120,9 +122,9 @@ def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
     opsets = {"": OPSET} if options.portable else {"": OPSET, CONTRIB: 1}
     with new_data_file(data) as file:
         graph = OnnxGraph(file, data.name, opsets)
-        build(graph, _blocks(graph, job), job.config, NAMES[options.abi])
+        build(graph, _blocks(graph, job), job.config.architecture, NAMES[options.abi])
     job.weights.clear()
-    onnx.save_model(graph.model(), path)
+    onnx.save_model(graph.model(job.config.family.upper()), path)
     if not options.portable:
         from edgekit.exporters.onnx.optimised import check_fast
 

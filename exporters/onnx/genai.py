@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edgekit.exporters.onnx.states import GENAI
+from edgekit.models.architecture import ShortConv
 from edgekit.models.config import ModelConfig
 
 
@@ -14,20 +16,22 @@ def write_genai_config(
     path: Path, config: ModelConfig, context: int, model_file: str, shared_buffer: bool
 ) -> None:
     """Describe a model; `shared_buffer` says that caches are written where they are read."""
+    convs = config.architecture.short_convs()
     inputs = {
         "input_ids": "input_ids",
         "attention_mask": "attention_mask",
         "past_key_names": "past_key_values.%d.key",
         "past_value_names": "past_key_values.%d.value",
-        "past_conv_names": "past.%d.conv",
     }
     outputs = {
         "logits": "logits",
         "present_key_names": "present.%d.key",
         "present_value_names": "present.%d.value",
-        "present_conv_names": "present.%d.conv",
     }
-    decoder = {
+    if convs:
+        inputs["past_conv_names"] = GENAI.past_conv
+        outputs["present_conv_names"] = GENAI.present_conv
+    decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": model_file,
         "head_size": config.head_dim,
@@ -37,9 +41,13 @@ def write_genai_config(
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
-        "layer_types": list(config.layer_types),
-        "conv_cache_size": config.conv_kernel - 1,
     }
+    if convs:
+        decoder["layer_types"] = [
+            "conv" if isinstance(layer.mixer, ShortConv) else "full_attention"
+            for layer in config.architecture.layers
+        ]
+        decoder["conv_cache_size"] = convs[0].kernel - 1
     pad = config.eos_ids[0] if config.pad_id is None else config.pad_id
     model = {
         "type": config.family,

@@ -150,10 +150,10 @@ class OnnxGraph:
         """Take rows of `[batch, rows, width]`; `places` is `[batch, n, 1]`."""
         return self.node("GatherND", [value, places], name, batch_dims=1)
 
-    def model(self) -> onnx.ModelProto:
-        """Return the whole model."""
+    def model(self, name: str) -> onnx.ModelProto:
+        """Return the whole model, its graph called `name`."""
         graph = helper.make_graph(
-            self._nodes, "LFM2", self._inputs, self._outputs, list(self._constants.values())
+            self._nodes, name, self._inputs, self._outputs, list(self._constants.values())
         )
         opsets = [helper.make_opsetid(name, version) for name, version in self._opsets.items()]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)

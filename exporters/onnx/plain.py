@@ -1,4 +1,4 @@
-"""The blocks of an LFM2 in operators that ONNX itself defines, for any run time.
+"""The blocks of a decoder in operators that ONNX itself defines, for any run time.
 
 Weights lie as `[columns, rows]`, so that DequantizeLinear and MatMul are one product in ONNX
 Runtime (onnxruntime fuses them to MatMulNBits; an extra Transpose keeps it from doing so).
@@ -58,9 +58,9 @@ class PlainBlocks:
     def _rotation(self, positions: str) -> list[str]:
         """Return cosines and sines of positions `[batch, n]` as `[batch, 1, n, head_dim]`."""
         graph, found = self._graph, []
-        for name, table in zip(
-            ("cos_cache", "sin_cache"), rope_tables(self._config, self._context), strict=True
-        ):
+        config = self._config
+        tables = rope_tables(config.rope, config.head_dim, self._context)
+        for name, table in zip(("cos_cache", "sin_cache"), tables, strict=True):
             constant = store_floats(graph, name, table[:, 0])
             rows = graph.node("Gather", [constant, positions], f"{positions}.{name}")
             found.append(graph.node("Unsqueeze", [rows, graph.integers(1)], f"{rows}.heads"))
@@ -112,6 +112,10 @@ class PlainBlocks:
     def linears(self, x: str, names: Sequence[str]) -> list[str]:
         """DequantizeLinear and MatMul for each."""
         return [self._linear(x, name) for name in names]
+
+    def biased(self, x: str, name: str) -> str:
+        """Add."""
+        return add_bias(self._graph, x, name, self._weights)
 
     def _linear(self, x: str, name: str) -> str:
         constants, attributes = store_turned(
@@ -197,6 +201,12 @@ class PlainBlocks:
             graph.node("Mul", [*turned, sin], f"{name}.sin"),
         ]
         return graph.node("Add", parts, f"{name}.rotated")
+
+
+def add_bias(graph: OnnxGraph, x: str, name: str, weights: Mapping[str, Weight]) -> str:
+    """Add the bias of the linear of that name to what it gave."""
+    bias = store_floats(graph, f"{name}.bias", floats(weights[f"{name}.bias"]))
+    return graph.node("Add", [x, bias], f"{name}.biased")
 
 
 def causal_state(

@@ -15,8 +15,8 @@ from edgekit.exporters.onnx.packing import Packed, unpack_matrix
 from edgekit.formats.onnx.file import OnnxFile
 from edgekit.formats.onnx.model import Tensor as Constant
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.packing import unpack
-from edgekit.quantize.recipe import EMBEDDING, HEAD, tied_shapes
 from edgekit.quantize.tensor import QuantizedTensor
 
 _CODES = {"int8": (8, True), "uint8": (8, False), "int4": (4, True), "uint4": (4, False)}
@@ -28,7 +28,7 @@ def weights(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     A tied head comes last, and only where the file holds another one than the embedding.
     EdgekitError where the file holds other tensors than the model has.
     """
-    shapes, tied = tied_shapes(config.tensor_shapes())
+    shapes, tied = config.tied_shapes()
     reader = _Reader(OnnxFile.open(path), shapes)
     for name in shapes:
         if name not in tied or not reader.equal(name, tied[name]):
@@ -39,7 +39,7 @@ def stored_size(path: Path, config: ModelConfig | None) -> StoredSize:
     """Return the bytes of the model's constants; EdgekitError as `weights`."""
     if config is None:
         raise EdgekitError(f"{path}: nothing says which model's tensors it holds")
-    shapes, _ = tied_shapes(config.tensor_shapes())
+    shapes, _ = config.tied_shapes()
     return StoredSize(_Reader(OnnxFile.open(path), shapes).nbytes(), config.parameter_count)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from onnx import TensorProto
 
 from edgekit.exporters.onnx.graph import OnnxGraph
-from edgekit.models.config import ModelConfig
+from edgekit.models.architecture import Attention, ShortConv
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,18 @@ class Names:
     default_rows: int | None
     logits_rows: int | str
 
-    def conv(self, graph: OnnxGraph, config: ModelConfig, layer: int) -> tuple[str, str]:
+    def conv(self, graph: OnnxGraph, block: ShortConv, layer: int) -> tuple[str, str]:
         """Declare the state of a convolution, in and out."""
-        columns = config.conv_kernel - 1 + self.extra_taps
-        dims: list[int | str] = ["batch_size", config.hidden_size, columns]
+        columns = block.kernel - 1 + self.extra_taps
+        dims: list[int | str] = ["batch_size", block.width, columns]
         past = graph.input(self.past_conv % layer, TensorProto.FLOAT, dims)
         return past, graph.output(self.present_conv % layer, TensorProto.FLOAT, dims)
 
-    def cache(
-        self, graph: OnnxGraph, config: ModelConfig, layer: int
-    ) -> tuple[list[str], list[str]]:
+    def cache(self, graph: OnnxGraph, block: Attention, layer: int) -> tuple[list[str], list[str]]:
         """Declare the caches of keys and values, in and out."""
 
         def dims(positions: str) -> list[str | int]:
-            return ["batch_size", config.num_kv_heads, positions, config.head_dim]
+            return ["batch_size", block.kv_heads, positions, block.head_dim]
 
         past = [
             graph.input(

@@ -11,7 +11,7 @@ from edgekit.common.plural import counted
 from edgekit.common.tables import markdown_table
 from edgekit.errors import EdgekitError, VerificationError
 from edgekit.metrics.logits import Logits, kld, top1
-from edgekit.models.lfm2 import LFM2
+from edgekit.models.decoder import Decoder
 
 MAX_KLD = 0.003
 """Most nats that the engine's distribution may stray, on average, from the eager quantized model.
@@ -112,7 +112,7 @@ class Verification:
         return {"verified": True, "max_kld": self.max_kld, **asdict(self)}
 
 
-def reference(tokens: list[int], float_model: LFM2, quantized_model: LFM2) -> Reference:
+def reference(tokens: list[int], float_model: Decoder, quantized_model: Decoder) -> Reference:
     """Run both eager models over the tokens, one matrix in float memory at a time."""
     batch, start = torch.tensor([tokens]), torch.zeros(1, dtype=torch.long)
     with torch.inference_mode():

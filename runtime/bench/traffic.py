@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.names import EMBEDDING
 from edgekit.quantize.table import scheme_text
 from edgekit.runtime.decode_bytes import Traffic
 from edgekit.runtime.engines.gguf.facts import count_types, file_traffic, model_name, open_checked
-from edgekit.runtime.fit import EMBEDDING, kv_bytes_per_position
+from edgekit.runtime.fit import kv_bytes_per_position
 from edgekit.runtime.model_files import ModelFile
 
 

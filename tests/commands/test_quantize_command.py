@@ -13,7 +13,7 @@ from support.gguf_models import small_model
 
 from edgekit.models.checkpoint import Checkpoint
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import EMBEDDING, HEAD
+from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import load_quantized
 from edgekit.quantize.tensor import QuantizedTensor

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +23,8 @@ from edgekit.models.eager import build_eager
 from edgekit.models.source import resolve_model
 from edgekit.models.weights import row_block
 from edgekit.quantize.apply import quantize_tensors
-from edgekit.quantize.recipe import (
-    EMBEDDING,
-    HEAD,
-    Recipe,
-    Rule,
-    preset,
-    resolve,
-    tied_shapes,
-    uniform,
-)
+from edgekit.quantize.names import EMBEDDING, HEAD
+from edgekit.quantize.recipe import Recipe, Rule, preset, resolve, uniform
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.runtime.engines.executorch.decoder import ExecutorchEngine
@@ -231,12 +223,12 @@ def short_chunks(
     Its last layer is no attention: only then do the results of earlier chunks matter later.
     """
     heads, kv_heads = request.param
-    config = replace(
-        config,
-        layer_types=("full_attention", "conv"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-    )
+    changes = {
+        "layer_types": ["full_attention", "conv"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+    config = ModelConfig.from_dict(config.to_dict() | changes)
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5
@@ -267,7 +259,7 @@ def test_every_way_to_attend_computes_the_models_logits(
 def test_the_graph_is_cut_at_the_caches_and_the_last_row_alone(tiny_artifact: Path) -> None:
     """One delegate from attention to attention, one in each attention, one for the last row."""
     program = Program.open(tiny_artifact / "model.pte")
-    attentions = resolve_model("lfm2-tiny").config.layer_types.count("full_attention")
+    attentions = len(resolve_model("lfm2-tiny").config.architecture.attentions())
     assert len(program.methods[FORWARD].delegates) == 2 * attentions + 3
 
 
@@ -283,7 +275,7 @@ def test_grouped_int8_is_refused_before_any_weight_is_read(name: str) -> None:
 
 def test_the_bundled_model_is_in_its_artifact(tiny_artifact: Path) -> None:
     source = resolve_model("lfm2-tiny")
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    shapes, tied = source.config.tied_shapes()
     rows = resolve(preset("int8"), shapes)
     weights = dict(quantize_tensors(rows, source.checkpoint.tensor, tied))
     assert_holds(Program.open(tiny_artifact / "model.pte"), weights)

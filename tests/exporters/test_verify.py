@@ -21,7 +21,7 @@ from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.quantize.apply import quantize_tensors
-from edgekit.quantize.recipe import preset, resolve, tied_shapes
+from edgekit.quantize.recipe import preset, resolve
 from edgekit.runtime.engines.executorch.decoder import ExecutorchEngine
 
 TEXT = (
@@ -123,7 +123,7 @@ def expected() -> Reference:
     source = resolve_model("lfm2-tiny")
     assert source.folder is not None
     tokens = Tokenizer.load(source.folder).encode(TEXT)
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    shapes, tied = source.config.tied_shapes()
     rows = resolve(preset("int8"), shapes)
     weights = dict(quantize_tensors(rows, source.checkpoint.tensor, tied))
     read = float_reader(source.config, source.checkpoint)

@@ -18,7 +18,8 @@ from edgekit.models.config import ModelConfig
 from edgekit.models.source import resolve_model
 from edgekit.models.weights import floats
 from edgekit.quantize.apply import quantize_tensors
-from edgekit.quantize.recipe import EMBEDDING, HEAD, Recipe, Rule, resolve, tied_shapes
+from edgekit.quantize.names import EMBEDDING, HEAD
+from edgekit.quantize.recipe import Recipe, Rule, resolve
 from edgekit.quantize.scheme import Scheme
 from edgekit.workflows.api import export_model
 
@@ -131,7 +132,7 @@ def test_a_tied_head_comes_where_the_file_holds_another(tmp_path: Path, head: st
             "tie_word_embeddings": True,
         }
     )
-    shapes, tied = tied_shapes(config.tensor_shapes())
+    shapes, tied = config.tied_shapes()
     source = {name: drawn(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     rules = (Rule(HEAD, Scheme.parse(head)), Rule(EMBEDDING, Scheme.parse("w8")))
     recipe = Recipe((*rules, Rule(".*conv.*|.*w2.*", Scheme.parse("w4g32"))))

@@ -39,6 +39,21 @@ PUBLISHED = {  # from the model cards at https://huggingface.co/LiquidAI
     "lfm2.5-1.2b-base": 1_170_340_608,
     "lfm2.5-2.6b": 2_697_198_592,
 }
+COUNTED = {  # the tensors of the public checkpoints, a tied head once
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-1b-instruct": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.2-3b-instruct": 3_212_749_824,
+    "smollm2-135m": 134_515_008,
+    "smollm2-135m-instruct": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-360m-instruct": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "smollm2-1.7b-instruct": 1_711_376_384,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+}
 RAW: dict[str, Any] = {
     "model_type": "lfm2",
     "vocab_size": 32,
@@ -62,7 +77,12 @@ def make_folder(folder: Path, **changes: object) -> Path:
 
 
 def test_every_model_has_its_published_size() -> None:
-    assert set(catalogue()) == {"lfm2-tiny", *PUBLISHED}
+    assert set(catalogue()) == {"lfm2-tiny", *PUBLISHED, *COUNTED}
+    for name, count in COUNTED.items():
+        model = catalogue()[name]
+        assert model.config.parameter_count == count
+        assert model.hub_id is not None
+        assert model.hub_id.lower().partition("/")[2] == name
     for name, count in PUBLISHED.items():
         model = catalogue()[name]
         assert model.config.parameter_count == count
@@ -77,7 +97,9 @@ def test_names_are_found_in_any_case_and_by_alias() -> None:
     assert find_model("lfm2-1.2") is None
 
 
-@pytest.mark.parametrize("name", ["lfm2-350m", "lfm2.5-1.2b", "lfm2.5-230m", "lfm2.5-2.6b"])
+@pytest.mark.parametrize(
+    "name", ["lfm2-350m", "lfm2.5-1.2b", "lfm2.5-230m", "llama-3.2-1b", "qwen3-4b"]
+)
 def test_random_weights_need_no_files(name: str) -> None:
     source = resolve_model(name, random_weights=True)
     model = find_model(name)
@@ -175,7 +197,7 @@ def test_the_command_lists_the_catalogue(tmp_path: Path, monkeypatch: pytest.Mon
     assert lines[0].split() == ["name", "parameters", "licence", "hub", "id", "local"]
     assert len(lines) == len(catalogue()) + 1
     assert any("lfm2.5-1.2b-instruct, lfm2.5-1.2b " in line for line in lines)
-    assert all(line.endswith("no") for line in lines if "LiquidAI/" in line)
+    assert all(line.endswith("no") for line in lines[2:] if "lfm2-tiny" not in line)
 
     rows = json.loads(CliRunner().invoke(command, ["--json"]).stdout)
     assert [row["name"] for row in rows] == list(catalogue())

@@ -20,18 +20,21 @@ from edgekit.models.random_weights import RandomCheckpoint
 
 Tensors = dict[str, torch.Tensor]
 
-CONFIG = ModelConfig(
-    family="lfm2",
-    vocab_size=32,
-    hidden_size=16,
-    layer_types=("conv", "full_attention"),
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    intermediate_size=24,
-    max_context=64,
-    bos_id=1,
-    eos_ids=(7,),
+CONFIG = ModelConfig.from_dict(
+    {
+        "model_type": "lfm2",
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "layer_types": ["conv", "full_attention"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "intermediate_size": 24,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 7,
+        "block_auto_adjust_ff_dim": False,
+    }
 )
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from edgekit.common.files import load_json_object
 from edgekit.errors import EdgekitError
 from edgekit.models.config import ModelConfig
+from edgekit.models.families.lfm2 import Lfm2Config
 
 SIXTEEN = [2, 5, 8, 10, 12, 14]
 PUBLIC = {
@@ -126,7 +127,10 @@ def test_a_null_multiplier_switches_the_rounding_off() -> None:
     [
         ({"model_type": None}, "model_type is missing"),
         ({"model_type": "lfm2_moe"}, "mixture of experts; only dense text models"),
-        ({"model_type": "lfm3"}, "model_type 'lfm3' is not supported; supported: lfm2, dense"),
+        (
+            {"model_type": "lfm3"},
+            "model_type 'lfm3' is not supported; supported: lfm2, llama, qwen3",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"vocab_size": "65536"}, "vocab_size must be an integer, not '65536'"),
@@ -271,8 +275,9 @@ def test_shapes_are_those_of_transformers(raw: dict[str, Any]) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shapes.pop("lm_head.weight")  # tied
     assert shapes == config.tensor_shapes()
-    assert reference.rope_parameters["rope_theta"] == config.rope_theta
+    assert reference.rope_parameters["rope_theta"] == config.rope.theta
     assert reference.norm_eps == config.norm_eps
+    assert isinstance(config, Lfm2Config)
     assert tuple(reference.layer_types) == config.layer_types
 
 

@@ -10,11 +10,12 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from edgekit.exporters.executorch.blocks import XnnpackBlocks
 from edgekit.models.config import ModelConfig
+from edgekit.models.decoder import Decoder
 from edgekit.models.eager import build_eager, float_reader
-from edgekit.models.lfm2 import LFM2
 from edgekit.models.source import resolve_model
 from edgekit.quantize.apply import quantize_tensors
-from edgekit.quantize.recipe import EMBEDDING, HEAD, Recipe, preset, resolve, tied_shapes, uniform
+from edgekit.quantize.names import EMBEDDING, HEAD
+from edgekit.quantize.recipe import Recipe, preset, resolve, uniform
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import Weight
 
@@ -67,7 +68,7 @@ def random_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     return weights
 
 
-def eager(config: ModelConfig, weights: dict[str, Tensor], context: int = CONTEXT) -> LFM2:
+def eager(config: ModelConfig, weights: dict[str, Tensor], context: int = CONTEXT) -> Decoder:
     head = HEAD if HEAD in weights else EMBEDDING
     return build_eager(config, {**weights, HEAD: weights[head]}.__getitem__, context)
 
@@ -86,7 +87,7 @@ def tokens_of(config: ModelConfig, seed: int, length: int = LENGTH) -> Tensor:
     return torch.randint(config.vocab_size, (1, length), generator=generator)
 
 
-def run(model: LFM2, tokens: Tensor, sizes: Sequence[int]) -> Tensor:
+def run(model: Decoder, tokens: Tensor, sizes: Sequence[int]) -> Tensor:
     """Feed the tokens in pieces from position 0; return the logits of each piece's last token."""
     ends = list(itertools.accumulate(sizes))
     assert ends[-1] == tokens.shape[1]
@@ -100,7 +101,7 @@ def run(model: LFM2, tokens: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 @pytest.fixture(params=SHAPES, ids=["mixed", "one-kv-head-untied", "wide-heads-untied"])
-def pair(request: pytest.FixtureRequest) -> tuple[LFM2, Tensor, Tensor]:
+def pair(request: pytest.FixtureRequest) -> tuple[Decoder, Tensor, Tensor]:
     """Our model, tokens `[1, n]`, and transformers' logits `[n, vocab]` for them."""
     seed, *shape = request.param
     config = small_config(*shape)
@@ -116,20 +117,22 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert float((actual - expected).abs().max()) < TOLERANCE
 
 
-def test_every_position_of_a_prefill(pair: tuple[LFM2, Tensor, Tensor]) -> None:
+def test_every_position_of_a_prefill(pair: tuple[Decoder, Tensor, Tensor]) -> None:
     model, tokens, expected = pair
     with torch.no_grad():
         assert_close(model.all_logits(tokens, torch.zeros(1, dtype=torch.long)), expected)
 
 
 @pytest.mark.parametrize("sizes", [[LENGTH], [1, 2, 5, 29], [30, 1, 1, 5], [1] * LENGTH])
-def test_chunks_and_single_tokens(pair: tuple[LFM2, Tensor, Tensor], sizes: list[int]) -> None:
+def test_chunks_and_single_tokens(pair: tuple[Decoder, Tensor, Tensor], sizes: list[int]) -> None:
     model, tokens, expected = pair
     last = torch.tensor(list(itertools.accumulate(sizes))) - 1
     assert_close(run(model, tokens, sizes), expected[last])
 
 
-def test_a_prompt_at_position_0_forgets_the_one_before(pair: tuple[LFM2, Tensor, Tensor]) -> None:
+def test_a_prompt_at_position_0_forgets_the_one_before(
+    pair: tuple[Decoder, Tensor, Tensor],
+) -> None:
     model, tokens, expected = pair
     run(model, tokens.flip(1), [LENGTH - 1, 1])
     assert_close(run(model, tokens, [1, LENGTH - 1]), expected[[0, -1]])
@@ -161,7 +164,7 @@ def test_the_bundled_model_is_the_one_transformers_loads() -> None:
 
 
 def quantized(config: ModelConfig, recipe: Recipe, seed: int) -> dict[str, Weight]:
-    shapes, tied = tied_shapes(config.tensor_shapes())
+    shapes, tied = config.tied_shapes()
     weights = random_weights(config, seed)
     return dict(quantize_tensors(resolve(recipe, shapes), weights.__getitem__, tied))
 
@@ -178,7 +181,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 def test_the_operators_that_are_exported_compute_the_same(name: str) -> None:
     config = small_config(layers=(C, A, C))
     weights = quantized(config, RECIPES[name](), seed=5)
-    exported = LFM2(XnnpackBlocks(weights.__getitem__), config, CONTEXT).eval()
+    exported = Decoder(XnnpackBlocks(weights.__getitem__), config.architecture, CONTEXT).eval()
     reference = build_eager(config, weights.__getitem__, CONTEXT)
     tokens = tokens_of(config, 5)
     for sizes in ([LENGTH], [20, 1, 16]):

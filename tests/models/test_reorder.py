@@ -8,16 +8,17 @@ from torch import Tensor
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import build_eager
 from edgekit.models.reorder import grouped_orders, reordered
-from edgekit.quantize.recipe import EMBEDDING, HEAD, resolve, tied_shapes, uniform
+from edgekit.quantize.names import EMBEDDING, HEAD
+from edgekit.quantize.recipe import resolve, uniform
 from edgekit.quantize.scheme import Scheme
 
 TOLERANCE = 1e-5
 
 
 def orders_of(config: ModelConfig, weights: dict[str, Tensor], scheme: str) -> dict[str, Tensor]:
-    shapes, _ = tied_shapes(config.tensor_shapes())
+    shapes, _ = config.tied_shapes()
     rows = resolve(uniform(Scheme.parse(scheme)), shapes)
-    return grouped_orders(config, rows, weights.__getitem__)
+    return grouped_orders(config.architecture, rows, weights.__getitem__)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -29,7 +30,7 @@ def test_the_function_is_the_same(seed: int) -> None:
         f"model.layers.{index}.feed_forward": torch.randperm(128, generator=generator)
         for index in range(3)
     } | {f"model.layers.{index}.conv": torch.randperm(64, generator=generator) for index in (0, 2)}
-    read = reordered(weights.__getitem__, orders)
+    read = reordered(config.architecture, weights.__getitem__, orders)
     moved = {name: read(name) for name in weights}
     changed = {name for name in weights if not torch.equal(moved[name], weights[name])}
     assert {name.split(".", 3)[3] for name in changed} == {
@@ -58,7 +59,9 @@ def test_a_wrong_order_would_show() -> None:
     config = small_config()
     weights = random_weights(config, 2)
     order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
-    read = reordered(weights.__getitem__, {"model.layers.0.feed_forward": order})
+    read = reordered(
+        config.architecture, weights.__getitem__, {"model.layers.0.feed_forward": order}
+    )
     name = "model.layers.0.feed_forward.w2.weight"
     wrong = {each: read(each) for each in weights} | {name: weights[name]}
     tokens, start = tokens_of(config, 2), torch.zeros(1, dtype=torch.long)

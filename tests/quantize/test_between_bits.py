@@ -18,7 +18,7 @@ from edgekit.exporters.readback import read_weights
 from edgekit.formats.artifact.read import Artifact
 from edgekit.formats.gguf.file import GgufFile
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import EMBEDDING, tied_shapes
+from edgekit.quantize.names import EMBEDDING
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import load_quantized
 from edgekit.quantize.tensor import QuantizedTensor
@@ -126,7 +126,7 @@ def test_rows_of_parts_of_blocks_are_refused_before_any_work(tmp_path: Path) -> 
 def test_a_budget_chooses_among_those_that_a_target_holds_as_such(
     target: str, found: set[str]
 ) -> None:
-    shapes, _ = tied_shapes(ModelConfig.load(edgekit_model()).tensor_shapes())
+    shapes, _ = ModelConfig.load(edgekit_model()).tied_shapes()
     schemes = {scheme.name for scheme in _schemes(find_target(target, Options()), shapes)}
     assert schemes & {"w5g32", "w6g16", "w8g16"} == found
     assert {"w4g32", "w8"} <= schemes

@@ -22,18 +22,21 @@ from edgekit.runtime.fit import (
 )
 
 ATTENTION = (2, 5, 8, 10, 12, 14)
-LFM2_1_2B = ModelConfig(
-    family="lfm2",
-    vocab_size=65_536,
-    hidden_size=2048,
-    layer_types=tuple("full_attention" if i in ATTENTION else "conv" for i in range(16)),
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=64,
-    intermediate_size=8192,
-    max_context=128_000,
-    bos_id=1,
-    eos_ids=(7,),
+LFM2_1_2B = ModelConfig.from_dict(
+    {
+        "model_type": "lfm2",
+        "vocab_size": 65_536,
+        "hidden_size": 2048,
+        "layer_types": ["full_attention" if i in ATTENTION else "conv" for i in range(16)],
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 128_000,
+        "bos_token_id": 1,
+        "eos_token_id": 7,
+        "block_auto_adjust_ff_dim": False,
+    }
 )
 
 

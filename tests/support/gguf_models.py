@@ -14,7 +14,7 @@ from edgekit.exporters.contract.weights import Weights
 from edgekit.exporters.gguf import decoder as gguf
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import ModelSource, resolve_model
-from edgekit.quantize.recipe import Recipe, preset, resolve, tied_shapes, uniform
+from edgekit.quantize.recipe import Recipe, preset, resolve, uniform
 from edgekit.quantize.scheme import Scheme
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -62,8 +62,9 @@ def recipe_of(scheme: str | Recipe) -> Recipe:
 
 def job_of(source: ModelSource, scheme: str | Recipe) -> Job:
     """Quantize a model for the target, as `edgekit export` does."""
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    shapes, tied = source.config.tied_shapes()
     rows = resolve(recipe_of(scheme), shapes)
+    gguf.check_model(source.config)
     gguf.check_rows(rows)
     weights = Weights(rows, tied, source.checkpoint)
     return Job(source.id, source.config, rows, tied, weights, 64, source.folder)

@@ -16,7 +16,7 @@ from edgekit.exporters.onnx import decoder as target
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import build_eager
 from edgekit.quantize.apply import quantize_tensors
-from edgekit.quantize.recipe import Recipe, resolve, tied_shapes
+from edgekit.quantize.recipe import Recipe, resolve
 from edgekit.quantize.tensor import Weight
 
 Abi = Literal["genai", "transformersjs"]
@@ -83,7 +83,7 @@ def write(
 ) -> Written:
     options = Options(abi=abi, portable=portable)
     tensors = random_weights(config)
-    shapes, tied = tied_shapes(config.tensor_shapes())
+    shapes, tied = config.tied_shapes()
     rows = resolve(recipe, shapes)
     weights = dict(quantize_tensors(rows, tensors.__getitem__, tied))
     (folder / "config.json").write_text("{}")

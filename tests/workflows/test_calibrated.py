@@ -22,7 +22,7 @@ from edgekit.models.codes import CodesFile
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
 from edgekit.quantize.gptq import Inputs, gptq
-from edgekit.quantize.recipe import EMBEDDING
+from edgekit.quantize.names import EMBEDDING
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import load_quantized, load_with_about
 from edgekit.quantize.tensor import QuantizedTensor

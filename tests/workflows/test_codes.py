@@ -20,7 +20,7 @@ from edgekit.formats.artifact.read import Artifact
 from edgekit.models.checkpoint import Checkpoint
 from edgekit.models.codes import CodesFile
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import EMBEDDING, HEAD
+from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import About, Contents, load_quantized, save_quantized
 from edgekit.quantize.tensor import QuantizedTensor

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf.llama.imatrix import Imatrix
-from edgekit.exporters.gguf.names import gguf_name
+from edgekit.exporters.gguf.names import gguf_names
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.workflows.importance import imatrix_of_text
 
@@ -81,9 +81,10 @@ def test_sums_are_those_of_transformers_model() -> None:
     del sums["lm_head.weight"]  # llama-imatrix leaves the head out
     found = imatrix_of_text(tiny(), TEXT, "story", context=CONTEXT)
     assert (found.chunk_count, found.chunk_size, found.datasets) == (chunks, CONTEXT, ("story",))
-    assert found.entries.keys() == {gguf_name(name) for name in sums}
+    names = gguf_names(tiny().config)
+    assert found.entries.keys() == {names[name] for name in sums}
     for name, exact in sums.items():
-        entry = found.entries[gguf_name(name)]
+        entry = found.entries[names[name]]
         assert entry.count == chunks * CONTEXT
         torch.testing.assert_close(torch.tensor(entry.sums), exact.float(), rtol=1e-4, atol=0)
 

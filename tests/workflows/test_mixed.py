@@ -17,7 +17,8 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.verify.reference_text import TEXT
 from edgekit.formats.gguf.file import GgufFile
 from edgekit.models.source import ModelSource, resolve_model
-from edgekit.quantize.recipe import EMBEDDING, HEAD, Recipe, Rule, resolve, tied_shapes
+from edgekit.quantize.names import EMBEDDING, HEAD
+from edgekit.quantize.recipe import Recipe, Rule, resolve
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import load_quantized
 from edgekit.quantize.table import total_bytes
@@ -39,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def test_the_choice_fits_and_more_bytes_cost_less() -> None:
     source = resolve_model("lfm2-tiny")
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    shapes, tied = source.config.tied_shapes()
     found = [
         mixed_recipe(source, Budget(bits=bits), SCHEMES, TEXT) for bits in (4.7, 5.5, 7.0, 64.0)
     ]
@@ -68,7 +69,7 @@ def test_what_gptq_leaves_counts_for_the_layers_alone() -> None:
 def test_what_gptq_leaves_is_the_share_that_was_measured() -> None:
     """0.36 of the divergence in README's table; with one scheme both choose the same."""
     source, both = resolve_model("lfm2-tiny"), [Scheme.parse("w4g32"), Scheme.parse("w8")]
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    shapes, tied = source.config.tied_shapes()
     least = total_bytes(resolve(Recipe((Rule(".*", both[0]),)), shapes), tied)
     plain, gptq = (
         mixed_recipe(source, Budget(bytes=least), both, TEXT, gptq=each).choices

@@ -17,7 +17,7 @@ from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.random_weights import RandomCheckpoint
 from edgekit.models.source import resolve_model
 from edgekit.models.tokenizer import Tokenizer
-from edgekit.quantize.recipe import EMBEDDING, HEAD
+from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.scheme import Scheme
 from edgekit.workflows import sensitivity as module
 from edgekit.workflows.sensitivity import FIRST, Sensitivity, sensitivity

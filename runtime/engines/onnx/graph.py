@@ -97,7 +97,7 @@ class _Finder:
         if not states:
             raise self._error("keeps no state of past tokens: it is no decoder with a cache")
         if self._inputs:
-            raise self._error(f"has inputs that no LFM2 decoder has: {_some(self._inputs)}")
+            raise self._error(f"has inputs that no decoder here has: {_some(self._inputs)}")
         logits, vocab_size = self._logits()
         shape = logits.shape or ()
         return Decoder(

@@ -15,7 +15,7 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf.llama.formats import FORMATS
 from edgekit.exporters.gguf.llama.imatrix import Imatrix, Statistics
 from edgekit.exporters.gguf.llama.quantize import quantize_gguf
-from edgekit.exporters.gguf.names import gguf_name
+from edgekit.exporters.gguf.names import gguf_names
 from edgekit.exporters.gguf.readback import StoredWeights
 from edgekit.formats.artifact.read import Artifact
 from edgekit.formats.gguf.file import GgufFile
@@ -48,9 +48,10 @@ def imatrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imatrix of random sums for the bundled model."""
     path = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
     random = np.random.default_rng(0)
-    shapes = resolve_model("lfm2-tiny").config.tensor_shapes()
+    config = resolve_model("lfm2-tiny").config
+    shapes, names = config.tensor_shapes(), gguf_names(config)
     entries = {
-        gguf_name(name): Statistics(random.lognormal(size=shape[1]).astype(np.float32), 512)
+        names[name]: Statistics(random.lognormal(size=shape[1]).astype(np.float32), 512)
         for name, shape in shapes.items()
         if name.startswith("model.layers") and len(shape) == 2
     }
@@ -78,9 +79,10 @@ def test_the_file_is_the_float_file_quantized_and_the_plan_tells_it(
     assert (out / "model.gguf").read_bytes() == (tmp_path / "q.gguf").read_bytes()
 
     stored = GgufFile.open(out / "model.gguf").tensors
+    names = gguf_names(resolve_model("lfm2-tiny").config)
     for row in made["tensors"]:
         if "same_as" not in row:
-            tensor = stored[gguf_name(row["tensor"])]
+            tensor = stored[names[row["tensor"]]]
             assert (row["scheme"], row["bytes"]) == (tensor.type, tensor.nbytes)
     head = made["tensors"][-1]
     assert (head["tensor"], head["scheme"]) == ("lm_head.weight", "Q6_K")

@@ -13,7 +13,7 @@ from support.gguf_models import job_of, small_model, write_gguf_of
 from edgekit.errors import EdgekitError
 from edgekit.exporters.executorch import decoder as executorch
 from edgekit.exporters.gguf import decoder as gguf
-from edgekit.exporters.gguf.names import checkpoint_names, gguf_name
+from edgekit.exporters.gguf.names import gguf_names
 from edgekit.exporters.gguf.readback import weights
 from edgekit.formats.gguf.file import GgufArray, GgufFile
 from edgekit.formats.gguf.writer import PlannedTensor, write_gguf
@@ -21,7 +21,8 @@ from edgekit.models.catalogue import catalogue
 from edgekit.models.random_weights import RandomCheckpoint
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.weights import floats
-from edgekit.quantize.recipe import EMBEDDING, HEAD, Recipe, Rule, resolve, tied_shapes, uniform
+from edgekit.quantize.names import EMBEDDING, HEAD
+from edgekit.quantize.recipe import Recipe, Rule, resolve, uniform
 from edgekit.quantize.scheme import FLOAT, Scheme
 
 SCHEMES = ["w8", "w8g64", "w4", "w4g32", "w4g64", "w4g32a", "int8", "int4", "float"]
@@ -43,7 +44,7 @@ def test_gguf_py_reads_the_weights_bit_for_bit(
     for row in job.rows:
         if row.tensor in once:
             continue
-        tensor = stored[gguf_name(row.tensor)]
+        tensor = stored[gguf_names(job.config)[row.tensor]]
         values = torch.from_numpy(peer.quants.dequantize(tensor.data, tensor.tensor_type).copy())
         expected = floats(job.weights[row.tensor])
         assert torch.equal(values.view(torch.int32), expected.view_as(values).view(torch.int32))
@@ -121,7 +122,7 @@ def test_metadata(tmp_path: Path) -> None:
         "lfm2.shortconv.l_cache": 3,
     }
     assert found["GGUF.version"] == 3
-    assert job.config.rope_theta == 12345.0
+    assert job.config.rope.theta == 12345.0
 
 
 def test_the_tokenizer_is_that_of_the_model(tiny: ModelSource, tmp_path: Path) -> None:
@@ -212,14 +213,15 @@ def test_an_untied_head_is_stored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", [name for name in catalogue() if name != "lfm2-tiny"])
 def test_every_model_of_the_catalogue_has_a_place_for_each_tensor(model: str) -> None:
     config = resolve_model(model, random_weights=True).config
-    shapes, _ = tied_shapes(config.tensor_shapes())
+    shapes, _ = config.tied_shapes()
     for scheme in ("w8", "w4g32", "w4g32a"):
         gguf.check_rows(resolve(uniform(Scheme.parse(scheme)), shapes))
-    names = checkpoint_names(config.num_layers)
-    assert {names[gguf_name(name)] for name in shapes} == set(shapes)
+    names = gguf_names(config)
+    assert names.keys() == shapes.keys()
+    assert len(set(names.values())) == len(names)
     known = set(peer.MODEL_TENSORS[peer.MODEL_ARCH.LFM2])
     patterns = {peer.TENSOR_NAMES[kind] for kind in known}
-    stems = {gguf_name(name).removesuffix(".weight") for name in shapes}
+    stems = {name.removesuffix(".weight") for name in names.values()}
     for stem in stems:
         head, _, rest = stem.partition(".")
         number = rest.partition(".")[0]
@@ -242,7 +244,7 @@ def test_a_model_whose_heads_are_wider_than_it_is_refused(tmp_path: Path) -> Non
 
 
 def test_xnnpack_refuses_zero_points_beforehand(tiny: ModelSource) -> None:
-    shapes, _ = tied_shapes(tiny.config.tensor_shapes())
+    shapes, _ = tiny.config.tied_shapes()
     rows = resolve(uniform(Scheme.parse("w4g32a")), shapes)
     with pytest.raises(EdgekitError, match="cannot hold w4g32a: XNNPACK takes no zero points"):
         executorch.check_rows(rows)

@@ -11,12 +11,14 @@ import tokenizers
 from support.gguf_models import small_model, write_gguf_of
 
 from edgekit.errors import EdgekitError, VerificationError
+from edgekit.exporters.gguf.architectures import LLAMA3_SPLIT, SINGLE_DIGITS_SPLIT
 from edgekit.exporters.gguf.corpus import TEXTS, texts_with
-from edgekit.exporters.gguf.tokenizer import LFM2_SPLIT, tokenizer_metadata
+from edgekit.exporters.gguf.tokenizer import tokenizer_metadata
 from edgekit.exporters.gguf.tokenizer_check import check_tokenizer
 from edgekit.formats.gguf.file import GgufFile
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import resolve_model
+from edgekit.models.tokenizer import Tokenizer
 
 WIKITEXT = Path(__file__).parents[4] / "shared" / "data" / "wikitext-2"
 
@@ -65,7 +67,7 @@ def test_the_bundled_model_splits_as_lfm2_does() -> None:
 
 @pytest.mark.parametrize(
     ("expression", "name"),
-    [(LFM2_SPLIT, "lfm2"), (LFM2_SPLIT.replace("{1,3}", ""), "qwen2"), (None, "gpt-2")],
+    [(LLAMA3_SPLIT, "lfm2"), (LLAMA3_SPLIT.replace("{1,3}", ""), "qwen2"), (None, "gpt-2")],
 )
 def test_expressions_that_llama_cpp_has(model: Path, expression: str | None, name: str) -> None:
     """Each gives the ids of Hugging Face's tokenizers over the whole corpus."""
@@ -77,8 +79,38 @@ def test_expressions_that_llama_cpp_has(model: Path, expression: str | None, nam
     assert compared["tokens"] > 10_000
 
 
-def normalize(document: Document) -> None:
+def single_digits(document: Document) -> None:
+    """As SmolLM2's tokenizer.json has it."""
+    byte_level = document["pre_tokenizer"]["pretokenizers"][1] | {"use_regex": True}
+    steps = [{"type": "Digits", "individual_digits": True}, byte_level]
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+
+
+def composing(document: Document) -> None:
+    """As Qwen3's has it."""
+    split_by(SINGLE_DIGITS_SPLIT)(document)
     document["normalizer"] = {"type": "NFC"}
+
+
+@pytest.mark.parametrize(("change", "name"), [(single_digits, "smollm"), (composing, "qwen2")])
+def test_steps_that_llama_cpp_has(
+    model: Path, change: Callable[[Document], None], name: str
+) -> None:
+    """A text is given in the form that the tokenizer would compose it to."""
+    edit(model, change)
+    path = written(model)
+    assert GgufFile.open(path).metadata["tokenizer.ggml.pre"] == name
+    assert check_tokenizer(path, model)["tokens"] > 10_000
+    decomposed = "re\u0301sume\u0301"
+    if name == "qwen2":
+        assert check_tokenizer(path, model, [decomposed])["texts"] > 1
+        assert len(Tokenizer.load(model).encode(decomposed)) == len(
+            Tokenizer.load(model).encode("r\u00e9sum\u00e9")
+        )
+
+
+def normalize(document: Document) -> None:
+    document["normalizer"] = {"type": "NFKC"}
 
 
 def prefix_space(document: Document) -> None:
@@ -120,9 +152,9 @@ def end_twice(document: Document) -> None:
         (split_twice, "splits text in a way"),
         (remove_matches, "splits text in a way"),
         (split_by_text, "splits text in a way"),
-        (split_by(r"\s+"), "known are lfm2, qwen2, gpt-2"),
-        (no_split, "is none that llama.cpp has"),
-        (digits, "is none that llama.cpp has"),
+        (split_by(r"\s+"), "known are gpt-2, smollm, lfm2, qwen2"),
+        (no_split, "splits text in a way"),
+        (digits, "splits text in a way"),
         (end_twice, "puts the tokens [1, 1] around a text"),
     ],
 )

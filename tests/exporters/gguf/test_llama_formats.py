@@ -26,7 +26,7 @@ from edgekit.exporters.gguf.llama import quantize as llama_quantize
 from edgekit.exporters.gguf.llama.formats import FORMATS, find_format
 from edgekit.exporters.gguf.llama.imatrix import Imatrix, Statistics, is_measured
 from edgekit.exporters.gguf.llama.quantize import StoredTensor, planned_tensors, quantize_gguf
-from edgekit.exporters.gguf.names import checkpoint_names
+from edgekit.exporters.gguf.names import gguf_names
 from edgekit.exporters.gguf.readback import StoredWeights
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import resolve_model
@@ -224,7 +224,8 @@ def test_dequantized_is_what_ggml_reads(
 ) -> None:
     path = quantized(form, False).path
     config = resolve_model("lfm2-tiny").config
-    weights, names = StoredWeights(path, config), checkpoint_names(config.num_layers)
+    weights = StoredWeights(path, config)
+    names = {stored: name for name, stored in gguf_names(config).items()}
     for name, (kind, data) in stored(path).items():
         found, exact = weights[names[name]].squeeze(), tiny.tensors[name]
         assert (found.dtype, found.shape) == (torch.float32, exact.shape)

@@ -45,16 +45,8 @@ from edgekit.models.source import resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import floats
 from edgekit.quantize.apply import quantize_tensors
-from edgekit.quantize.recipe import (
-    EMBEDDING,
-    HEAD,
-    Recipe,
-    Rule,
-    preset,
-    resolve,
-    tied_shapes,
-    uniform,
-)
+from edgekit.quantize.names import EMBEDDING, HEAD
+from edgekit.quantize.recipe import Recipe, Rule, preset, resolve, uniform
 from edgekit.quantize.scheme import Scheme
 
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(320, size=37)]
@@ -218,7 +210,7 @@ def greedy(recipe: str, count: int) -> tuple[list[int], list[int]]:
     """A prompt, and with it what the eager quantized lfm2-tiny says next."""
     source = resolve_model("lfm2-tiny")
     assert source.folder is not None
-    shapes, tied = tied_shapes(source.config.tensor_shapes())
+    shapes, tied = source.config.tied_shapes()
     codes = dict(quantize_tensors(resolve(preset(recipe), shapes), source.checkpoint.tensor, tied))
     model = build_eager(source.config, codes.__getitem__, 64)
     prompt = Tokenizer.load(source.folder).encode("Once upon a time")

@@ -23,9 +23,10 @@ from edgekit.exporters.readback import read_weights
 from edgekit.models.activations import per_token
 from edgekit.models.checkpoint import Checkpoint
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.weight_only import WeightTraining
-from edgekit.quantize.recipe import EMBEDDING, HEAD, Recipe, Rule, preset
+from edgekit.quantize.recipe import Recipe, Rule, preset
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.storage import load_quantized
 from edgekit.quantize.tensor import QuantizedTensor, Weight

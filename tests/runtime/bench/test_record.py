@@ -237,18 +237,21 @@ def test_decode_reads_one_row_of_the_embedding_and_everything_else() -> None:
         {"tensor": "lm_head.weight", "shape": [10, 4], "bytes": 60, "scheme": "w8"},
         {"tensor": "model.embedding_norm.weight", "shape": [4], "bytes": 16, "scheme": "float"},
     ]
-    config = ModelConfig(
-        family="lfm2",
-        vocab_size=10,
-        hidden_size=4,
-        layer_types=("conv", "full_attention", "full_attention"),
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=2,
-        intermediate_size=8,
-        max_context=16,
-        bos_id=1,
-        eos_ids=(7,),
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "lfm2",
+            "vocab_size": 10,
+            "hidden_size": 4,
+            "layer_types": ["conv", "full_attention", "full_attention"],
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 2,
+            "intermediate_size": 8,
+            "max_position_embeddings": 16,
+            "bos_token_id": 1,
+            "eos_token_id": 7,
+            "block_auto_adjust_ff_dim": False,
+        }
     )
     traffic = decode_traffic(rows, config)
     assert traffic.weight_bytes == 6 + 60 + 16
