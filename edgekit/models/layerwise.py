@@ -113,7 +113,7 @@ def layer_codes(
             found |= layer
             exact.leave(index, half, exact.leaving(index, half))
             seen = list(quantized.leaving(index, half))
-            leaving = _wanted(exact, quantized, seen)
+            leaving = _wanted(exact, quantized, seen, _bias(block.leaving, read))
             layer |= codes_of([block.leaving], leaving, Inputs.add_outputs)
             found |= layer
             quantized.leave(index, half, seen)
@@ -133,15 +133,23 @@ def _go_on(exact: "Stream", quantized: "Stream", done: int, states: States | Non
                 stream.leave(index, half, stream.leaving(index, half))
 
 
-def _wanted(exact: "Stream", quantized: "Stream", pieces: Iterable[Tensor]) -> Iterator[Sample]:
-    """Yield what the last linear of a half sees, and what its output should be.
+def _bias(linear: Linear, read: Callable[[str], Tensor]) -> Tensor:
+    """Return what a linear adds to its product, which no code can change."""
+    return torch.zeros(1) if linear.bias is None else read(linear.bias.name).float()
 
-    With the residual it should give what the float model, which is behind the half, has.
+
+def _wanted(
+    exact: "Stream", quantized: "Stream", pieces: Iterable[Tensor], bias: Tensor
+) -> Iterator[Sample]:
+    """Yield what the last linear of a half sees, and what its product should be.
+
+    With the residual and the bias it should give what the float model, which is behind the half,
+    has.
     """
     start = 0
     for seen in pieces:
         part = slice(start, start + len(seen))
-        yield seen, exact.states[part] - quantized.states[part]
+        yield seen, exact.states[part] - quantized.states[part] - bias
         start = part.stop
 
 

@@ -18,10 +18,10 @@ _STEP = 7919  # odd, so that the turns of a block of 2^18 only recur after 2^18 
 class RandomCheckpoint:
     """bf16 weights that depend on the seed and the tensor's name alone.
 
-    Norms are ones; a matrix [out, in] is normal with deviation 1/sqrt(in), so activations keep
-    their size through the layers. To be quick (1.2B weights in seconds) a tensor draws one block
-    of at most 2^18 numbers and repeats it, turned by another amount each time, so no two rows
-    of a weight are equal although the values recur.
+    Norms are ones, biases zeros; a matrix [out, in] is normal with deviation 1/sqrt(in), so
+    activations keep their size through the layers. To be quick (1.2B weights in seconds) a tensor
+    draws one block of at most 2^18 numbers and repeats it, turned by another amount each time, so
+    no two rows of a weight are equal although the values recur.
     """
 
     config: ModelConfig
@@ -36,13 +36,15 @@ class RandomCheckpoint:
         shape = self.shapes().get(name)
         if shape is None:
             raise EdgekitError(f"random weights: the model has no tensor {name}")
+        if name.endswith(".bias"):
+            return torch.zeros(shape, dtype=torch.bfloat16)
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16)
         fan_in = math.prod(shape[1:])
         return _repeat(self._block(name, math.prod(shape)) / math.sqrt(fan_in), shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return bfloat16: what checkpoints of LFM2 are stored in."""
+        """Return bfloat16: what public checkpoints are stored in."""
         return torch.bfloat16
 
     def sha256(self) -> str:

@@ -21,7 +21,10 @@ from edgekit.formats.gguf.file import GgufFile
 from edgekit.models.architecture import Architecture, Layer
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import resolve_model
+from edgekit.models.weights import floats
+from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.names import EMBEDDING, HEAD
+from edgekit.quantize.recipe import Recipe, resolve
 from edgekit.runtime.model_files import find_model_file
 from edgekit.workflows.api import export_model
 
@@ -49,7 +52,7 @@ def assert_like_transformers(artifact: Artifact, name: str, tolerance: float) ->
     config = small_config(name)
     with torch.no_grad():
         expected = theirs(config, random_weights(config))(torch.tensor([TOKENS])).logits[0].numpy()
-    with find_model_file(artifact.folder).load(threads=1, context=CONTEXT) as engine:
+    with find_model_file(artifact.folder).load(1, CONTEXT) as engine:
         found = engine.score(TOKENS, 0)
         assert np.abs(found - expected).max() < tolerance
         for size in (1, 16, 40):
@@ -68,10 +71,10 @@ def test_onnx(name: str, abi: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", IN_GGUF)
 def test_gguf(name: str, tmp_path: Path) -> None:
-    """llama.cpp keeps the cache in float16."""
+    """llama.cpp keeps the cache, and multiplies bf16 weights, in less than float32."""
     artifact = export(name, tmp_path, "gguf", "float")
     assert artifact.manifest["verification"]["verified"]
-    assert_like_transformers(artifact, name, 0.02)
+    assert_like_transformers(artifact, name, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -96,26 +99,32 @@ def test_executorch(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(found[key], weights[key]) for key in weights)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int4", "cb3", "w6g16", "w4g32a"])
+@pytest.mark.parametrize("recipe", ["int8", "int4", "w8g32", "w4g32a", "cb3"])
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
-def test_codes_are_the_same_in_every_file(
+def test_what_is_read_back_is_what_was_quantized(
     name: str, target: str, recipe: str, tmp_path: Path
 ) -> None:
-    """What is read back is what was quantized, rows where the checkpoint has them."""
-    if recipe == "w6g16" and target == "onnx":
-        recipe = "w8g32"
-    if recipe in ("w6g16",):
-        pytest.skip("super-blocks of 256 do not fit rows of 64")
+    """Bit for bit, rows where the checkpoint has them."""
     artifact = export(name, tmp_path, target, recipe)
     assert artifact.manifest["verification"]["verified"]
     config = small_config(name)
-    path = find_model_file(artifact.folder).path
-    found = dict(read_weights(target, path, config))
-    exact = random_weights(config)
-    for key, values in exact.items():
-        error = float((found[key] - values).norm() / values.norm())
-        assert error < (0.25 if values.ndim == 2 else 1e-6), key
+    shapes, tied = config.tied_shapes()
+    rows = resolve(Recipe.named(recipe), shapes)
+    expected = dict(quantize_tensors(rows, random_weights(config).__getitem__, tied))
+    found = dict(read_weights(target, find_model_file(artifact.folder).path, config))
+    assert found.keys() | {HEAD} == expected.keys()
+    for key, values in found.items():
+        assert torch.equal(values, floats(expected[key])), key
+
+
+def test_llama_cpps_own_formats_keep_what_slows_the_rotation(tmp_path: Path) -> None:
+    """Its quantizer copies the divisors; what it stores is held against the plan and verified."""
+    artifact = export("llama-bands", tmp_path, "gguf", "Q8_0")
+    assert artifact.manifest["verification"]["verified"]
+    tensors = GgufFile.open(artifact.folder / "model.gguf").tensors
+    assert tensors["rope_freqs.weight"].type == "F32"
+    assert tensors["blk.0.attn_q.weight"].type == "Q8_0"
 
 
 def test_a_ggufs_rows_of_queries_and_keys_are_in_llama_cpps_order(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from edgekit.models.config import ModelConfig
 from edgekit.models.decoder import Decoder
 from edgekit.models.eager import build_eager
 from edgekit.models.families import MODEL_TYPES
+from edgekit.models.reorder import reordered
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import preset, resolve
@@ -80,6 +81,26 @@ def test_the_operators_that_are_exported_compute_the_same(name: str, recipe: str
         # Activations that round the other way move a quantized model's logits by single steps.
         bound = TOLERANCE if recipe == "float" else 0.03 * float(expected.std())
         assert float((found - expected).square().mean().sqrt()) < bound
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
+def test_neurons_in_another_order_compute_the_same(name: str) -> None:
+    config = small_config(name)
+    weights, tokens = random_weights(config), tokens_of(config, 20)
+    generator = torch.Generator().manual_seed(0)
+    orders = {
+        layer.mlp.name: torch.randperm(config.intermediate_size, generator=generator)
+        for layer in config.architecture.layers
+    }
+    read = reordered(config.architecture, weights.__getitem__, orders)
+    moved = {key: read(key) for key in weights}
+    assert sum(not torch.equal(moved[key], weights[key]) for key in weights) >= 3 * len(orders)
+    with torch.no_grad():
+        found, expected = (
+            build_eager(config, with_head(each).__getitem__, 20).all_logits(tokens, START)
+            for each in (moved, weights)
+        )
+    assert float((found - expected).abs().max()) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from edgekit.models.config import ModelConfig
+from edgekit.models.tokenizer import BYTE_ALPHABET
 from edgekit.quantize.names import HEAD
 
 _SIZES: dict[str, Any] = {
@@ -92,10 +93,34 @@ def theirs(config: ModelConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
 
 
 def small_folder(name: str, place: Path, seed: int = 0) -> Path:
-    """Write a model folder with its random weights, without a tokenizer."""
+    """Write a model folder with its random weights and a tokenizer of single bytes."""
     place.mkdir(parents=True)
     config = small_config(name)
     weights = {key: value.bfloat16() for key, value in random_weights(config, seed).items()}
     save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
     (place / "config.json").write_text(json.dumps(SMALL[name]))
+    (place / "tokenizer.json").write_text(json.dumps(_tokenizer(SMALL[name])))
     return place
+
+
+def _tokenizer(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer.json: the bytes from id 10 on, and one merge, which llama.cpp wants."""
+    special = {"<bos>": raw["bos_token_id"], "<eos>": raw["eos_token_id"]}
+    letters = {letter: 10 + i for i, letter in enumerate(BYTE_ALPHABET)}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": text, "special": True, **flags} for text, i in special.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": byte_level | {"trim_offsets": True},
+        "post_processor": None,
+        "decoder": byte_level | {"trim_offsets": True},
+        "model": {
+            "type": "BPE",
+            "vocab": special | letters | {"th": 266},
+            "merges": ["t h"],
+        },
+    }
