@@ -72,6 +72,8 @@ class _Reader:
                 for name in parts(constant.removesuffix(WEIGHT)):
                     yield name + WEIGHT, _Place(constant, row)
                     row += self._shapes.get(name + WEIGHT, (0,))[0]
+            elif constant in self._shapes:  # a bias
+                yield constant, _Place(constant, 0)
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same numbers; read only where bytes are not shared."""
