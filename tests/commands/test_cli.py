@@ -26,7 +26,9 @@ from edgekit.errors import EdgekitError, Interrupted, VerificationError
 # imported by Python's start-up from .pth files, before any line of edgekit runs.
 LEAN = re.compile(r"click|edgekit|__main__|__mp_main__|_distutils_hack|__editable__.*|_virtualenv")
 # Nothing that does the work, even where it would be cheap to import.
-LEAN_EDGEKIT = re.compile(r"edgekit(\.cli|\.errors|\.version|\.commands(\..+)?)?")
+LEAN_EDGEKIT = re.compile(
+    r"edgekit(\.cli|\.errors|\.version|\.commands(\..+)?|\.devices(\.cpus|\.probe(\.(cpuinfo|rootfs))?)?)?"
+)
 
 _SHOW_MODULES = """
 import atexit, json, sys
