@@ -132,9 +132,11 @@ class Case:
             inputs, simulated, exact, steps = (
                 tuple(_numbered(held, name)) for name in (*_PARTS, "steps")
             )
+            if "otherwise" not in held:
+                raise ValueError("holds no bound: export it again")
             otherwise = float(held.pop("otherwise"))
             found = cls(inputs, simulated, exact, tuple(float(step) for step in steps), otherwise)
-        except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise EdgekitError(f"{path}: cannot be read: {one_line(error)}") from error
         shapes = [[item.shape for item in items] for items in (simulated, exact)]
         fits = shapes[0] == shapes[1] and len(steps) == len(simulated)
