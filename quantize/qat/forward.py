@@ -247,8 +247,9 @@ class Forward(Interpreter):
         units = bias_scales(live.layer, scales, given, per_channel=len(scales) > 1)
         whole = None
         if bias is not None:
-            codes = whole = bias_codes(bias.detach(), units)
-            bias = rounded(bias, lambda _: bias_of_codes(codes, units))
+            whole = bias_codes(bias.detach(), units)
+            value = bias_of_codes(whole, units)
+            bias = rounded(bias, lambda _: value)
         shape = [1] * weight.ndim
         shape[live.layer.channel_axis] = -1
         steps = (weight.detach() / scales.detach().view(shape)).round_()

@@ -191,8 +191,9 @@ def test_kernels_that_saturate_are_refused(written: tuple[str, Path]) -> None:
 
 
 def _constant(model: onnx.ModelProto, name: str) -> NDArray[Any]:
-    (found,) = (item for item in model.graph.initializer if item.name == name)
-    return np.asarray(numpy_helper.to_array(found))
+    (held,) = (item for item in model.graph.initializer if item.name == name)
+    found: NDArray[Any] = numpy_helper.to_array(held)
+    return found
 
 
 def _replace(model: onnx.ModelProto, node: onnx.NodeProto, place: int, value: NDArray[Any]) -> None:
