@@ -30,7 +30,7 @@ from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.network import QuantizedLayer, QuantizedNetwork
 from edgekit.quantize.traced.operators import EMBEDDING, TRANSPOSED, Layer, operator_name
 from edgekit.quantize.traced.schemes import LayerScheme
-from edgekit.quantize.traced.trace import TracedModule, at, copy_graph
+from edgekit.quantize.traced.trace import TracedModule, at, copy_graph, returned
 
 MODEL_FILE = "model.pte"
 ENGINE = "ExecuTorch"
@@ -197,7 +197,7 @@ def _copy_returned_inputs(module: GraphModule) -> None:
             module.graph.call_function(torch.ops.aten.clone.default, (node,))
             if node.op == "placeholder"
             else node
-            for node in returned
+            for node in returned(module)
         ]
     last.args = (tuple(found),)
 

@@ -191,8 +191,8 @@ class _Simulation(Interpreter):
 
     def run_node(self, n: Node) -> object:
         if n.op == "output":
-            returned = cast("tuple[Node, ...]", n.args[0])
-            return tuple(self._given.get(node, self.env[node]) for node in returned)
+            nodes = self._network.traced.outputs
+            return tuple(self._given.get(node, self.env[node]) for node in nodes)
         parameters = self._network.edges.get(n.name)
         found = self._kernels.run(n, self.fetch_args_kwargs_from_env(n)[0], self._layer(n))
         if found is None:
