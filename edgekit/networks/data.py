@@ -88,12 +88,8 @@ def _batch(factory: Factory, number: int, given: Any) -> Batch:  # noqa: ANN401
             f"input, got {type(given).__name__}"
         )
     where = f"{factory}: mini-batch {number}"
-    tensors = [
-        item.detach() if isinstance(item, Tensor) else _tensor(item, where) for item in items
-    ]
-    if isinstance(given, Mapping):
-        return dict(zip(given, tensors, strict=True))
-    return tuple(tensors)
+    tensors = tuple(_tensor(item, where).detach() for item in items)
+    return tensors if named is None else dict(zip(named, tensors, strict=True))
 
 
 def _from_file(path: Path, traced: TracedModule) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.fx import Node
 
 from edgekit.common.tables import markdown_table
 from edgekit.errors import EdgekitError, VerificationError, one_line
@@ -106,7 +107,7 @@ class Case:
         with torch.inference_mode():
             exact = tuple(item.detach() for item in network.traced.graph_module(*inputs))
         steps = [
-            _step(network, node.name, values)
+            _step(network, node, values)
             for node, values in zip(network.traced.outputs, simulated, strict=True)
         ]
         return cls(inputs, simulated, exact, tuple(steps), otherwise)
@@ -333,11 +334,12 @@ def _differences(engine: ModuleEngine, case: Case) -> tuple[Tensor, Tensor, Tens
     return first, second, third
 
 
-def _step(network: QuantizedNetwork, name: str, values: Tensor) -> float:
-    if name in network.edges:
-        return network.edges[name].scale
-    largest = float(values.abs().max()) or 1.0
-    return largest / (LEVELS - 1) if network.edges else largest * LEAST_STEP
+def _step(network: QuantizedNetwork, node: Node, values: Tensor) -> float:
+    is_computed = node.op == "call_function"  # a buffer or an input is returned as it is
+    if is_computed and node.name in network.edges:
+        return network.edges[node.name].scale
+    largest = (float(values.double().abs().max()) if values.numel() else 0.0) or 1.0
+    return largest / (LEVELS - 1) if is_computed and network.edges else largest * LEAST_STEP
 
 
 def _rows(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
