@@ -30,7 +30,7 @@ from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.network import QuantizedLayer, QuantizedNetwork
 from edgekit.quantize.traced.operators import EMBEDDING, TRANSPOSED, Layer, operator_name
 from edgekit.quantize.traced.schemes import LayerScheme
-from edgekit.quantize.traced.trace import TracedModule, at, copy_graph, returned
+from edgekit.quantize.traced.trace import TracedModule, at, copy_graph
 
 MODEL_FILE = "model.pte"
 ENGINE = "ExecuTorch"

@@ -9,7 +9,7 @@ and contrib_ops/cpu/quantization/qlinear_pool.cc. Other kernels (NEON's and XNNP
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor

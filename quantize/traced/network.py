@@ -1,7 +1,6 @@
 """A quantized module: its float graph, the codes of its weights, the parameters of its edges."""
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
