@@ -211,7 +211,7 @@ def _otherwise(network: QuantizedNetwork, inputs: tuple[Tensor, ...]) -> float:
     inputs = _some(network, inputs)
     usual = network.simulate(*inputs)
     nodes = network.traced.outputs
-    steps = [_step(network, node.name, item) for node, item in zip(nodes, usual, strict=True)]
+    steps = [_step(network, node, item) for node, item in zip(nodes, usual, strict=True)]
     found = []
     for seed in range(DRAWS):
         other = network.simulate_otherwise(seed, *inputs)
