@@ -79,21 +79,17 @@ def _from_function(factory: Factory) -> Iterator[Batch]:
 
 
 def _batch(factory: Factory, number: int, given: Any) -> Batch:  # noqa: ANN401
-    items = given if isinstance(given, list | tuple) else [given]
-    if isinstance(given, Mapping):
-        items = list(given.values())
+    named = given if isinstance(given, Mapping) else None
+    items = list(named.values()) if named is not None else given
+    items = items if isinstance(items, list | tuple) else [items]
     if not items or not all(isinstance(item, Tensor | np.ndarray) for item in items):
         raise EdgekitError(
             f"{factory}: mini-batch {number} must be a tensor, or a tuple or dict of one for each "
             f"input, got {type(given).__name__}"
         )
     where = f"{factory}: mini-batch {number}"
-    tensors = [
-        item.detach() if isinstance(item, Tensor) else _tensor(item, where) for item in items
-    ]
-    if isinstance(given, Mapping):
-        return dict(zip(given, tensors, strict=True))
-    return tuple(tensors)
+    tensors = tuple(_tensor(item, where).detach() for item in items)
+    return tensors if named is None else dict(zip(named, tensors, strict=True))
 
 
 def _from_file(path: Path, traced: TracedModule) -> Iterator[Batch]:

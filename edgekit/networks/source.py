@@ -56,8 +56,8 @@ def example_inputs(
             "give one for each input, or none for float32"
         )
     generator = torch.Generator().manual_seed(_SEED)
-    kinds: Sequence[str | None] = dtypes or [None] * len(shapes)
-    found = [_example(text, dtype, generator) for text, dtype in zip(shapes, kinds, strict=True)]
+    said: Sequence[str | None] = dtypes or [None] * len(shapes)
+    found = [_example(text, dtype, generator) for text, dtype in zip(shapes, said, strict=True)]
     named = {name: tensor for name, tensor in found if name is not None}
     if not named:
         return tuple(tensor for _, tensor in found)

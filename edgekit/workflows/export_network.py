@@ -79,14 +79,15 @@ def export_module(
 
     `example_inputs` are the module's arguments, a tuple or, by their names, a dict of tensors whose
     first axis is the batch; `max_batch` lets it vary up to that. `recipe` is a scheme (w8a8, the
-    default, w4a8-tensor, float, ...) or a `LayerRecipe`; `codes`, instead of it, a file of `edgekit
-    quantize`, whose codes are packed as they are. `calibration` gives mini-batches of inputs, of
-    any size, is a `Calibration`, or names what the command's --calibrate takes: a file or folder of
-    inputs, `FILE.py:FUNCTION`, or a saved calibration (the artifact holds `calibration.json`);
-    `method` is how ranges are found.
-    `name` is what the manifest calls the module, by default its class. Raises `EdgekitError` for a
-    mistake and `VerificationError` for a file that does not compute what the quantized module
-    computes; both leave nothing at `output`.
+    default, w4a8-tensor, float, ...) or a `LayerRecipe`; `codes`, instead of it, a file of
+    `edgekit quantize`, whose codes are packed as they are. `calibration` gives mini-batches of
+    inputs, of any size from the example's on, is a `Calibration`, or names what the command's
+    --calibrate takes: a file or folder of inputs, `FILE.py:FUNCTION`, or a saved calibration (the
+    artifact holds `calibration.json`); `method` is how ranges are found. `name` is what the
+    manifest calls the module, by default its class; its `outputs` name the tensors that the file
+    returns, in order, `constant_outputs` what else the module returns, the same in every call.
+    Raises `EdgekitError` for a mistake and `VerificationError` for a file that does not compute
+    what the quantized module computes; both leave nothing at `output`.
     """
     check_exclusions(Quality(), None if recipe is None else "recipe", codes=codes is not None)
     check_output(Path(output), force)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import cast
 
 import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401  registers embedding_*
 import torch
@@ -30,7 +29,7 @@ from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.quantize.traced.network import QuantizedLayer, QuantizedNetwork
 from edgekit.quantize.traced.operators import EMBEDDING, TRANSPOSED, Layer, operator_name
 from edgekit.quantize.traced.schemes import LayerScheme
-from edgekit.quantize.traced.trace import TracedModule, at, copy_graph
+from edgekit.quantize.traced.trace import TracedModule, at, copy_graph, returned
 
 MODEL_FILE = "model.pte"
 ENGINE = "ExecuTorch"
@@ -191,13 +190,12 @@ def _quantize_value(node: Node, parameters: ActivationParameters) -> None:
 def _copy_returned_inputs(module: GraphModule) -> None:
     """Return a copy of an input: the caller's memory is no output's."""
     last = module.graph.output_node()
-    returned = cast("tuple[Node, ...]", last.args[0])
     with module.graph.inserting_before(last):
         found = [
             module.graph.call_function(torch.ops.aten.clone.default, (node,))
             if node.op == "placeholder"
             else node
-            for node in returned
+            for node in returned(module)
         ]
     last.args = (tuple(found),)
 

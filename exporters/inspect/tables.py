@@ -112,7 +112,14 @@ def introduction(path: Path, file_bytes: int, manifest: Mapping[str, Any] | None
     else:
         takes = f"context {manifest['context']}"
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    return [size, f"{model}, recipe {recipe}, {takes}", f"made by {versions}"]
+    lines = [size, f"{model}, recipe {recipe}, {takes}"]
+    if is_module(manifest):
+        taken, given = (
+            ", ".join(f"{item['name']} {item['dtype']}" for item in manifest[key])
+            for key in ("inputs", "outputs")
+        )
+        lines.append(f"takes {taken}; gives {given}")
+    return [*lines, f"made by {versions}"]
 
 
 def component_table(components: Sequence[Component], file_bytes: int) -> str:

@@ -12,7 +12,7 @@ from edgekit.errors import EdgekitError
 from edgekit.quantize.traced.operators import arguments, aten, numbers, operator_name, rank
 from edgekit.quantize.traced.trace import at
 
-ELEMENT_TYPES = {
+ELEMENT_TYPES: dict[torch.dtype, int] = {
     torch.float32: TensorProto.FLOAT,
     torch.int64: TensorProto.INT64,
     torch.int32: TensorProto.INT32,

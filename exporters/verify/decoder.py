@@ -108,8 +108,9 @@ class Verification:
         return max(MAX_KLD, SHARE_OF_QUANTIZATION * self.kld_quantized_vs_float)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures and their bound, for the manifest."""
-        return {"verified": True, "max_kld": self.max_kld, **asdict(self)}
+        """Return the figures that there are and their bound, for the manifest."""
+        figures = {name: value for name, value in asdict(self).items() if value is not None}
+        return {"verified": True, "max_kld": self.max_kld, **figures}
 
 
 def reference(tokens: list[int], float_model: Decoder, quantized_model: Decoder) -> Reference:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.fx import Node
 
 from edgekit.common.tables import markdown_table
 from edgekit.errors import EdgekitError, VerificationError, one_line
@@ -106,7 +107,7 @@ class Case:
         with torch.inference_mode():
             exact = tuple(item.detach() for item in network.traced.graph_module(*inputs))
         steps = [
-            _step(network, node.name, values)
+            _step(network, node, values)
             for node, values in zip(network.traced.outputs, simulated, strict=True)
         ]
         return cls(inputs, simulated, exact, tuple(steps), otherwise)
@@ -132,9 +133,11 @@ class Case:
             inputs, simulated, exact, steps = (
                 tuple(_numbered(held, name)) for name in (*_PARTS, "steps")
             )
+            if "otherwise" not in held:
+                raise ValueError("holds no bound: export it again")
             otherwise = float(held.pop("otherwise"))
             found = cls(inputs, simulated, exact, tuple(float(step) for step in steps), otherwise)
-        except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise EdgekitError(f"{path}: cannot be read: {one_line(error)}") from error
         shapes = [[item.shape for item in items] for items in (simulated, exact)]
         fits = shapes[0] == shapes[1] and len(steps) == len(simulated)
@@ -208,7 +211,7 @@ def _otherwise(network: QuantizedNetwork, inputs: tuple[Tensor, ...]) -> float:
     inputs = _some(network, inputs)
     usual = network.simulate(*inputs)
     nodes = network.traced.outputs
-    steps = [_step(network, node.name, item) for node, item in zip(nodes, usual, strict=True)]
+    steps = [_step(network, node, item) for node, item in zip(nodes, usual, strict=True)]
     found = []
     for seed in range(DRAWS):
         other = network.simulate_otherwise(seed, *inputs)
@@ -331,11 +334,12 @@ def _differences(engine: ModuleEngine, case: Case) -> tuple[Tensor, Tensor, Tens
     return first, second, third
 
 
-def _step(network: QuantizedNetwork, name: str, values: Tensor) -> float:
-    if name in network.edges:
-        return network.edges[name].scale
-    largest = float(values.abs().max()) or 1.0
-    return largest / (LEVELS - 1) if network.edges else largest * LEAST_STEP
+def _step(network: QuantizedNetwork, node: Node, values: Tensor) -> float:
+    is_computed = node.op == "call_function"  # a buffer or an input is returned as it is
+    if is_computed and node.name in network.edges:
+        return network.edges[node.name].scale
+    largest = (float(values.double().abs().max()) if values.numel() else 0.0) or 1.0
+    return largest / (LEVELS - 1) if is_computed and network.edges else largest * LEAST_STEP
 
 
 def _rows(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:

@@ -145,11 +145,10 @@ class Forward(Interpreter):
     def run_node(self, n: Node) -> object:
         """Run a node on the module's tensors, and round its value where it has codes."""
         if n.op == "output":
-            (found,) = self.fetch_args_kwargs_from_env(n)[0]
-            return tuple(
-                self._given.get(node, value)
-                for node, value in zip(n.args[0], found, strict=True)  # type: ignore[arg-type]
-            )
+            nodes = self._graph.placement.traced.outputs
+            (found,), _ = self.fetch_args_kwargs_from_env(n)  # behind dropouts
+            pairs = zip(nodes, found, strict=True)
+            return tuple(self._given.get(node, value) for node, value in pairs)
         if n.op == "get_attr":
             return self._attribute(str(n.target))
         if n.name in self._graph.skipped:
@@ -247,8 +246,9 @@ class Forward(Interpreter):
         units = bias_scales(live.layer, scales, given, per_channel=len(scales) > 1)
         whole = None
         if bias is not None:
-            codes = whole = bias_codes(bias.detach(), units)
-            bias = rounded(bias, lambda _: bias_of_codes(codes, units))
+            whole = bias_codes(bias.detach(), units)
+            value = bias_of_codes(whole, units)
+            bias = rounded(bias, lambda _: value)
         shape = [1] * weight.ndim
         shape[live.layer.channel_axis] = -1
         steps = (weight.detach() / scales.detach().view(shape)).round_()

@@ -9,7 +9,7 @@ and contrib_ops/cpu/quantization/qlinear_pool.cc. Other kernels (NEON's and XNNP
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,8 +87,8 @@ class Kernels:
         `args` are the node's arguments with values in place of nodes. The kernel of a layer or an
         addition that a clamp follows ends in the clamp.
         """
-        if node.target in CLAMPS and (before := cast(Node, node.args[0])) in self._before_clamp:
-            return self._clamp(node, self._before_clamp.pop(before))
+        if node.target in CLAMPS and (found := self._before_clamp.pop(_first(node), None)):
+            return self._clamp(node, found)
         leaving = self._edge(end_of_chain(node))
         if node.op != "call_function" or leaving is None:
             return None
@@ -100,27 +100,24 @@ class Kernels:
     def _layer(
         self, node: Node, args: tuple[Any, ...], layer: LayerCodes, leaving: ActivationParameters
     ) -> Unrounded:
-        entering = self._edge(cast(Node, node.args[0]))
+        entering = self._edge(_first(node))
         assert entering is not None
         return of_layer(node, steps_of(args[0], entering), args[3:], layer, leaving)
 
     def _on(
         self, node: Node, args: tuple[Any, ...], leaving: ActivationParameters
     ) -> Unrounded | None:
-        pairs: dict[object, Callable[..., Unrounded]] = {
-            aten.add.Tensor: of_sum,
-            aten.mul.Tensor: of_product,
-        }
-        pair = pairs.get(node.target)
-        operands = node.args[: 2 if pair else 1]
+        if node.target not in (*_PAIRS, *AVERAGES):
+            return None
+        operands = node.args[: 2 if node.target in _PAIRS else 1]
         edges = [self._edge(item) if isinstance(item, Node) else None for item in operands]
         entering = [edge for edge in edges if edge is not None]
-        if len(entering) < len(operands) or (pair and arguments(node).get("alpha", 1) != 1):
+        if len(entering) < len(operands) or arguments(node).get("alpha", 1) != 1:
             return None
         steps = [steps_of(item, edge) for item, edge in zip(args, entering, strict=False)]
-        if pair is not None:
-            return pair(*steps, entering, leaving)
-        return of_average(node, steps[0], leaving) if node.target in AVERAGES else None
+        if node.target in AVERAGES:
+            return of_average(node, steps[0], leaving)
+        return _PAIRS[node.target](steps[0], steps[1], entering, leaving)
 
     def _clamp(self, node: Node, found: Unrounded) -> Unrounded:
         parameters = self._edge(node)
@@ -220,6 +217,17 @@ def of_average(node: Node, steps: Tensor, parameters: ActivationParameters) -> U
         mean = node.target(steps.double(), wanted)  # type: ignore[operator]
         return Unrounded(mean.float(), parameters.zero_point)
     return _of_windows(steps, taps, taps, [0, 0], wanted, True, parameters)
+
+
+Pair = Callable[[Tensor, Tensor, Sequence[ActivationParameters], ActivationParameters], Unrounded]
+_PAIRS: dict[Any, Pair] = {aten.add.Tensor: of_sum, aten.mul.Tensor: of_product}
+
+
+def _first(node: Node) -> Node:
+    """Return a node's first operand, a tensor's."""
+    found = node.args[0]
+    assert isinstance(found, Node)
+    return found
 
 
 def _of_total(sums: Tensor, count: int, parameters: ActivationParameters) -> Unrounded:

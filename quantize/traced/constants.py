@@ -4,7 +4,7 @@ A residual branch whose last factor is still zero, a class token of zeros: what 
 them is all that there is, while a value that merely was the same in all data may vary in others.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.fx import Interpreter, Node
 from edgekit.quantize.traced.operators import MATRIX_LAYERS, arguments, aten
 from edgekit.quantize.traced.trace import TracedModule
 
-_FACTORS = {
+_FACTORS: dict[Any, tuple[str, ...]] = {
     **dict.fromkeys(MATRIX_LAYERS, ("weight",)),
     aten.layer_norm.default: ("weight",),
     aten.group_norm.default: ("weight",),
@@ -58,8 +58,10 @@ class _Constants(Interpreter):
         tensors = [item for item in node.all_input_nodes if isinstance(self.env[item], Tensor)]
         if node.target in _SHAPES_ONLY or self.found.issuperset(tensors):
             return True
-        named = arguments(node) if node.target in _FACTORS else {}
-        return any(self._is_zero(named[name]) for name in _FACTORS.get(cast(Any, node.target), ()))
+        if node.target not in _FACTORS:
+            return False
+        named = arguments(node)
+        return any(self._is_zero(named[name]) for name in _FACTORS[node.target])
 
     def _is_zero(self, factor: object) -> bool:
         if isinstance(factor, Node):

@@ -1,7 +1,6 @@
 """A quantized module: its float graph, the codes of its weights, the parameters of its edges."""
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -191,8 +190,8 @@ class _Simulation(Interpreter):
 
     def run_node(self, n: Node) -> object:
         if n.op == "output":
-            returned = cast("tuple[Node, ...]", n.args[0])
-            return tuple(self._given.get(node, self.env[node]) for node in returned)
+            nodes = self._network.traced.outputs
+            return tuple(self._given.get(node, self.env[node]) for node in nodes)
         parameters = self._network.edges.get(n.name)
         found = self._kernels.run(n, self.fetch_args_kwargs_from_env(n)[0], self._layer(n))
         if found is None:

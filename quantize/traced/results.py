@@ -34,7 +34,7 @@ class Results:
         cls,
         module: str,
         structure: TreeSpec,
-        leaves: Sequence[Node | Constant],
+        leaves: Sequence[object],
         taken: Sequence[str],
     ) -> "Results":
         """Name the leaves of what a module returns; `taken` are the names of its inputs.

@@ -98,7 +98,7 @@ class TracedModule:
 
         Inputs and parameters may be among them.
         """
-        return list(self.graph_module.graph.output_node().args[0])  # type: ignore[arg-type]
+        return returned(self.graph_module)
 
     def parameter(self, node: Node) -> Tensor:
         """Return the tensor that a `get_attr` node reads."""
@@ -152,6 +152,15 @@ def trace(
     _normalise(graph_module, dropouts)
     example = (*args, *kwargs.values())
     return TracedModule(graph_module, _names(graph_module), example, max_batch, results)
+
+
+def returned(graph_module: GraphModule) -> list[Node]:
+    """Return the nodes of the tensors that a traced graph returns, in order."""
+    found = graph_module.graph.output_node().args[0]
+    assert isinstance(found, tuple)
+    nodes = [node for node in found if isinstance(node, Node)]
+    assert len(nodes) == len(found)
+    return nodes
 
 
 def copy_graph(module: GraphModule) -> GraphModule:
@@ -367,10 +376,8 @@ def _flat(
     last = graph.output_node()
     structure = program.call_spec.out_spec
     assert structure is not None
-    returned = last.args[0] if isinstance(last.args[0], list | tuple) else last.args
-    leaves: list[Any] = [
-        _as_tensor(module, item, last) if isinstance(item, Node) else item for item in returned
-    ]
+    given = last.args[0] if isinstance(last.args[0], list | tuple) else last.args
+    leaves = [_as_tensor(module, item, last) if isinstance(item, Node) else item for item in given]
     inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
     results = Results.of(module, structure, leaves, inputs)
     last.args = (tuple(item for item in leaves if isinstance(item, Node)),)

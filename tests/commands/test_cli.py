@@ -25,8 +25,11 @@ from edgekit.errors import EdgekitError, Interrupted, VerificationError
 # Besides the standard library. `_distutils_hack` and the finders of editable installations are
 # imported by Python's start-up from .pth files, before any line of edgekit runs.
 LEAN = re.compile(r"click|edgekit|__main__|__mp_main__|_distutils_hack|__editable__.*|_virtualenv")
-# Nothing that does the work, even where it would be cheap to import.
-LEAN_EDGEKIT = re.compile(r"edgekit(\.cli|\.errors|\.version|\.commands(\..+)?)?")
+# Nothing that does the work, even where it would be cheap to import; how OpenMP is to wait is said
+# before any command loads it.
+LEAN_EDGEKIT = re.compile(
+    r"edgekit(\.cli|\.errors|\.version|\.commands(\..+)?|\.devices(\.cpus|\.probe(\.rootfs)?)?)?"
+)
 
 _SHOW_MODULES = """
 import atexit, json, sys

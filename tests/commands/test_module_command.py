@@ -383,11 +383,69 @@ def test_damaged_activations_of_a_manifest(code: Path, place: Path, damage: obje
     assert_only_one_line(run("inspect", place / "net"), "edgekit.json: activations must ")
 
 
-def test_a_batch_of_another_size_names_the_option(code: Path, place: Path) -> None:
+def test_larger_mini_batches_need_no_option(code: Path, place: Path) -> None:
     done = export(code, place / "net", "--calibrate", f"{code}:batches")
+    assert done.exit_code == 0, done.stderr
+    manifest = Artifact.open(place / "net").manifest
+    assert (manifest["max_batch"], manifest["verification"]["batches"]) == (None, [1])
+    found = json.loads((place / "net" / "calibration.json").read_text())
+    assert (found["samples"], found["batches"]) == (6, 3)
+
+
+def test_a_smaller_batch_names_the_option(code: Path, place: Path) -> None:
+    words = ("export", f"{code}:net", "--target", "onnx", "--example-shape", "4x3x6x6")
+    done = run(*words, "-o", place / "net", "--calibrate", f"{code}:batches")
     assert_only_one_line(
-        done, "of shape [1, 3, 6, 6], got torch.float32 of shape [2, 3, 6, 6]; --max-batch"
+        done, "of shape [4, 3, 6, 6], got torch.float32 of shape [2, 3, 6, 6]; --max-batch"
     )
+    images(place / "few.npy", some(3))
+    done = run(*words, "-o", place / "net", "--calibrate", place / "few.npy")
+    assert_only_one_line(done, "holds 3 inputs, the module takes batches of 4: give --max-batch")
+
+
+def test_inputs_by_name_and_results_by_theirs(code: Path, place: Path) -> None:
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(0, 9, (7, 5))
+    x = generator.standard_normal((7, 5, 4), dtype=np.float32)
+    np.savez(place / "data.npz", tokens=tokens, x=x)
+    words = ("export", f"{code}:two", "--target", "onnx", "-o", place / "two", "--max-batch", 3)
+    shapes = ("--example-shape", "x=1x5x4", "--example-shape", "tokens=1x5:int64")
+    done = run(*words, *shapes, "--calibrate", place / "data.npz")
+    assert done.exit_code == 0, done.stderr
+    manifest = Artifact.open(place / "two").manifest
+    assert [item["name"] for item in manifest["inputs"]] == ["tokens", "x"]
+    assert [item["name"] for item in manifest["outputs"]] == ["output_0"]
+    shown = run("inspect", place / "two").stdout
+    assert "takes tokens int64, x float32; gives output_0 float32" in shown
+    for more, said in (
+        (("--example-shape", "x=1x5x4", "--example-shape", "1x5"), "or none one"),
+        (("--example-shape", "x=1x5x4", "--example-shape", "x=1x5"), "or none one"),
+        (("--example-shape", "y=1x5x4"), "Two takes no input 'y': it takes tokens, x"),
+        (("--example-shape", "1x5:float64"), "allowed are float32, int64, int32, uint8, bool"),
+        (("--example-shape", "1x5:bool", "--example-dtype", "int64"), "--example-dtype says"),
+    ):
+        assert_only_one_line(run(*words, "--force", "--float", *more), said)
+
+
+def test_a_function_gives_mini_batches_by_name(code: Path, place: Path) -> None:
+    code.write_text(
+        CODE
+        + """
+def named():
+    for seed in range(2):
+        x = torch.rand(4, 5, 4, generator=torch.Generator().manual_seed(seed))
+        yield {"x": x.numpy(), "tokens": torch.zeros(4, 5).long()}
+
+def unnamed():
+    yield {"x": torch.rand(4, 5, 4)}
+"""
+    )
+    shapes = ("--example-shape", "1x5:int64", "--example-shape", "1x5x4")
+    words = ("export", f"{code}:two", "--target", "onnx", "-o", place / "two", *shapes)
+    done = run(*words, "--calibrate", f"{code}:named")
+    assert done.exit_code == 0, done.stderr
+    done = run(*words, "--force", "--calibrate", f"{code}:unnamed")
+    assert_only_one_line(done, "batch 1 must have a tensor for each input, tokens, x: it has x")
 
 
 def test_several_inputs_of_both_types(code: Path, place: Path) -> None:
@@ -432,7 +490,7 @@ def test_a_folder_of_files_and_weights_of_its_own(code: Path, place: Path) -> No
     )
     assert done.exit_code == 0, done.stderr
     saved = json.loads((place / "net" / "calibration.json").read_text())
-    assert (saved["samples"], saved["batches"]) == (7, 4)
+    assert (saved["samples"], saved["batches"]) == (7, 2)
     plain = export(code, place / "plain", "--calibrate", folder, "--max-batch", 2)
     assert plain.exit_code == 0, plain.stderr
     files = [place / name / "model.onnx" for name in ("net", "plain")]

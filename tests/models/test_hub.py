@@ -617,6 +617,7 @@ def test_an_export_that_gets_no_model_leaves_nothing(
 ) -> None:
     """Neither before the plan nor, with the weights, after it."""
     hub.files[COMMIT]["config.json"] = TINY.read_bytes()
+    hub.files[COMMIT]["tokenizer.json"] = TINY.with_name("tokenizer.json").read_bytes()
     hub.answer = Answer(403, to="/model.safetensors" if refused else "/")
     out = tmp_path / "out" / "artifact"
     out.parent.mkdir()

@@ -207,7 +207,7 @@ def test_command_as_json() -> None:
     assert facts["bytes"]["bytes_per_token"] == 1_172_624_388 + 24_576
     assert facts["bandwidth_gb_per_s"] == 12.6
     assert facts["bandwidth_kind"] == "sustained"
-    assert facts["decode_ceiling_tok_per_s"] == pytest.approx(9.7216, abs=0.0001)
+    assert facts["decode_ceiling_tok_per_s"] == pytest.approx(10.7449, abs=0.0001)
     assert [(row["bytes"] >> 30, row["verdict"]) for row in facts["ram"]] == [
         (2, "does not fit"),
         (4, "fits"),

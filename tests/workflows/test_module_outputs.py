@@ -121,16 +121,16 @@ def test_results_of_every_kind(target: str, scheme: str, tmp_path: Path) -> None
 
 
 class Masked(nn.Module):
-    """An image in bytes and a mask of its columns, both given by name."""
+    """An image in bytes and a mask of its columns, both given by name; the mask is returned."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 1)
 
-    def forward(self, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         y = self.conv((pixels.float() / 255 - 0.5) / 0.25)
         wide = mask[:, None, None, :]
-        return y.masked_fill(~wide, 0.0), y * wide
+        return y.masked_fill(~wide, 0.0), y * wide, ~mask, pixels[:, :0]
 
 
 @pytest.mark.parametrize("scheme", ["float", "w8a8"])
@@ -160,8 +160,12 @@ def test_bytes_and_masks_by_name(target: str, scheme: str, tmp_path: Path) -> No
     assert found == [("pixels", "uint8"), ("mask", "bool")]
     given = batch(3)
     bound = 1e-5 if scheme == "float" else 0.2
-    for ours, theirs in zip(module(**given), plain(artifact, given), strict=True):
+    *floats, mask, nothing = zip(module(**given), plain(artifact, given), strict=True)
+    for ours, theirs in floats:
         np.testing.assert_allclose(theirs, ours.detach(), atol=bound)
+    assert np.array_equal(mask[1], mask[0])
+    assert nothing[1].shape == (3, 0, 8, 8)
+    assert nothing[1].dtype == np.dtype(np.uint8)
 
 
 class Gated(nn.Module):

@@ -250,8 +250,9 @@ def _check_module(path: Path, manifest: dict[str, Any]) -> None:
             or not all(_is_count(size) for size in shape)
             or math.prod(shape) > _MAX_ELEMENTS
             or item.get("dtype") not in MODULE_DTYPES
+            or not isinstance(item.get("name"), str)
         ):
-            raise EdgekitError(f"{path}: inputs must hold dtype and shape: {item!r:.80}")
+            raise EdgekitError(f"{path}: inputs must hold name, dtype and shape: {item!r:.80}")
     if not inputs:
         raise EdgekitError(f"{path}: inputs must not be empty")
     for item in manifest["outputs"]:

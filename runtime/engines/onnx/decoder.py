@@ -223,8 +223,8 @@ def open_session(path: Path, threads: int, exact_bytes: bool = False) -> ort.Inf
     """Open a model as onnxruntime-genai does (src/models/model.cpp): its defaults, our threads.
 
     So idle threads spin for a while, then sleep. Beside a loop on each CPU a third of lfm2-tiny's
-    decoding speed is left (`benchmarks/beside_load.py`); shorter spins changed little, and none
-    made it slower on quiet CPUs. genai itself takes half the CPUs where it is not told.
+    decoding speed is left (`benchmarks/beside_load.py`); shorter spins changed little, and no spin
+    at all made it slower on quiet CPUs. genai itself takes half the CPUs where it is not told.
     `exact_bytes`: without integer dot products a CPU's products of unsigned by signed bytes
     saturate 16 bits; there alone, multiply by slower exact ones.
     """

@@ -13,12 +13,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
 from support import operator_nets
 from support.traced_nets import NETS, batch_for, quantized
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgekit.errors import VerificationError
+from edgekit.errors import EdgekitError, VerificationError
 from edgekit.exporters.onnx import network as module_onnx
 from edgekit.exporters.verify.network import (
     UNDECIDED,
@@ -190,8 +191,9 @@ def test_kernels_that_saturate_are_refused(written: tuple[str, Path]) -> None:
 
 
 def _constant(model: onnx.ModelProto, name: str) -> NDArray[Any]:
-    (found,) = (item for item in model.graph.initializer if item.name == name)
-    return np.asarray(numpy_helper.to_array(found))
+    (held,) = (item for item in model.graph.initializer if item.name == name)
+    found: NDArray[Any] = numpy_helper.to_array(held)
+    return found
 
 
 def _replace(model: onnx.ModelProto, node: onnx.NodeProto, place: int, value: NDArray[Any]) -> None:
@@ -304,3 +306,15 @@ def test_an_artifact_keeps_the_bound_of_its_network(tmp_path: Path) -> None:
     case.save(tmp_path / "reference.safetensors")
     found = compare(_Itself(network), [type(case).load(tmp_path / "reference.safetensors")])
     assert found.max_rms_steps == 1.5
+
+
+def test_an_artifact_from_before_says_what_to_do(tmp_path: Path) -> None:
+    network, x = _network("small")
+    path = tmp_path / "reference.safetensors"
+    case = reference_case(network, (x,), 0.75)
+    case.save(path)
+    held = load_file(path)  # as it was written before it held its bound
+    del held["otherwise"]
+    save_file(held, path)
+    with pytest.raises(EdgekitError, match="holds no bound: export it again"):
+        type(case).load(path)
