@@ -100,9 +100,10 @@ def test_a_saved_calibration_gives_the_same_file(tmp_path: Path) -> None:
 
 
 def test_a_path_means_the_data_that_it_means_on_the_command_line(tmp_path: Path) -> None:
-    batches = [batch_for("residual", 4, seed) for seed in range(3)]
-    first = _export(tmp_path / "a", calibration=batches)
-    np.save(tmp_path / "x.npy", torch.cat(batches).numpy())
+    rows = torch.cat([batch_for("residual", 4, seed) for seed in range(10)])
+    # A file is cut into mini-batches of 32, whatever the example's batch is.
+    first = _export(tmp_path / "a", calibration=[rows[:32], rows[32:]])
+    np.save(tmp_path / "x.npy", rows.numpy())
     for number, given in enumerate((tmp_path / "x.npy", str(tmp_path / "x.npy"))):
         again = _export(tmp_path / f"b{number}", calibration=given)
         assert again.model_path.read_bytes() == first.model_path.read_bytes()
