@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING
 
 from edgekit.errors import EdgekitError, VerificationError
-from edgekit.version import __version__
+from edgekit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from edgekit.formats.artifact.read import Artifact
@@ -45,7 +45,6 @@ __all__ = [
     "SamplingParams",
     "Tokenizer",
     "VerificationError",
-    "__version__",
     "bench",
     "evaluate",
     "export",

@@ -190,7 +190,7 @@ def test_a_block_that_a_target_has_not_is_refused_by_name(
         EdgekitError,
         match=f"layers.1.recurrence: target {target} cannot hold a block of the kind Recurrence",
     ):
-        check_model(find_target(target, Options()), config)
+        check_model(find_target(target, Options()), config, Options())
 
 
 @pytest.mark.skipif(
@@ -218,7 +218,7 @@ def test_onnxruntime_genai_runs_the_folder(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["executorch", "gguf", "onnx"])
 def test_models_of_the_catalogue_have_a_place_in_every_target(name: str, target: str) -> None:
     config: ModelConfig = resolve_model(name, random_weights=True).config
-    check_model(find_target(target, Options()), config)
+    check_model(find_target(target, Options()), config, Options())
     assert config.tied_shapes()[1] == {HEAD: EMBEDDING}
     names = gguf_names(config)
     known = set(peer.MODEL_TENSORS[getattr(peer.MODEL_ARCH, config.family.upper())])

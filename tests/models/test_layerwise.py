@@ -22,7 +22,7 @@ def test_a_linear_lacks_nothing_where_nothing_was_rounded_before_it(name: str) -
     weights = random_weights(config)
     table = {HEAD: weights[EMBEDDING], **weights}
     shapes, _ = config.tied_shapes()
-    lacking = {}
+    lacking: dict[int, float] = {}
 
     def choose(weight: Tensor, inputs: Inputs, scheme: Scheme) -> QuantizedTensor:
         hessian = inputs.hessian_of(weight)

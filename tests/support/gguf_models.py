@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from edgekit.exporters.contract.target import Job
+from edgekit.exporters.contract.target import Job, Options
 from edgekit.exporters.contract.weights import Weights
 from edgekit.exporters.gguf import decoder as gguf
 from edgekit.models.config import ModelConfig
@@ -64,7 +64,7 @@ def job_of(source: ModelSource, scheme: str | Recipe) -> Job:
     """Quantize a model for the target, as `edgekit export` does."""
     shapes, tied = source.config.tied_shapes()
     rows = resolve(recipe_of(scheme), shapes)
-    gguf.check_model(source.config)
+    gguf.check_config(source.config, Options())
     gguf.check_rows(rows)
     weights = Weights(rows, tied, source.checkpoint)
     return Job(source.id, source.config, rows, tied, weights, 64, source.folder)
