@@ -1,1 +1,1 @@
-"""Device profiles, probing of the local machine, memory and speed prediction."""
+"""Device profiles, the CPUs that this process may use, and the probe of this machine."""

@@ -1,1 +1,5 @@
-"""Exporters: one file per target, the artifact folder and its verification."""
+"""Exporters: a folder for each target, what they share, verification and reports.
+
+`registry.py` names the targets; `readback.py` compares weights across files, `read_codes.py` takes
+codes back out of a model file.
+"""
