@@ -1,9 +1,9 @@
 """Quantization-aware training: an ordinary loop whose result is codes.
 
 In reading order: `prepare.py` (which kind), `milestones.py`, `straight_through.py` (the gradients),
-`opaque.py` (what `torch.compile` does not look into), `weights.py` (one weight), `carried.py` (what
+`opaque.py` (what `torch.compile` does not look into), `weights.py`, `carried.py` (what
 copies of the module take along); then `traced.py` with `forward.py` (the folded graph run on the
-module's own tensors) and `layers.py` (batch norms), or `weight_only.py`; `training.py` holds what both
+module's own tensors), `layers.py` (batch norms), or `weight_only.py`; `training.py` is what both
 share, `distill.py` losses. What it computes in `eval()` is `QuantizedNetwork.simulate`, bit for bit:
 a change to one is one to the other.
 """
