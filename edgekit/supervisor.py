@@ -5,8 +5,9 @@ nothing but Python, waits, passes signals on and ends as the child did. Where th
 removes what is half-written and says which engine was at work on which file
 (edgekit/common/last_words.py).
 
-What C and C++ write to descriptor 2 is held back for a moment: of what a library says while it
-crashes, the one line quotes the last. Python's own stderr stays what it was.
+What C and C++ write to descriptor 2 is shown when the command has ended: of what a library says
+while it crashes, the one line quotes the last instead. How long a process takes to die of what it
+said cannot be known. Python's own stderr stays what it was.
 """
 
 import os
@@ -22,7 +23,6 @@ from edgekit.common.last_words import SharedWords, Words, leave_words_in
 _PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 _WAITED_FOR = _PASSED_ON | {signal.SIGCHLD}
 _NO_CRASH = _PASSED_ON | {signal.SIGPIPE}
-_HELD_BACK_S = 0.5
 _LONGEST_END = 4096  # bytes, of which the last line is looked for
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -78,70 +78,50 @@ def _divert_native_stderr(chatter: int) -> None:
 def _watch(child: int, words: SharedWords, chatter: int) -> NoReturn:
     """Wait for the child, passing signals on; end as it did."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a caller that ignores it would hide the end
-    shown = _Shown(chatter)
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            _end_as(os.waitstatus_to_exitcode(status), words.read(), shown, words.hidden)
-        came = signal.sigtimedwait(_WAITED_FOR, _HELD_BACK_S)
-        shown.go_on()
+            _end_as(os.waitstatus_to_exitcode(status), words, chatter)
+        came = signal.sigwaitinfo(_WAITED_FOR)
         # A key on the terminal reaches the child by itself.
-        if came and came.si_signo in _PASSED_ON and came.si_code <= 0:
+        if came.si_signo in _PASSED_ON and came.si_code <= 0:
             with suppress(ProcessLookupError):
                 os.kill(child, came.si_signo)
 
 
-class _Shown:
-    """What the child's libraries wrote, and how much of it the user has been shown."""
-
-    def __init__(self, chatter: int) -> None:
-        self._chatter, self._shown, self._seen = chatter, 0, 0
-
-    def go_on(self) -> None:
-        """Show what was there at the last call already."""
-        self._show(self._seen)
-        self._seen = os.fstat(self._chatter).st_size
-
-    def rest(self) -> None:
-        """Show everything."""
-        self._show(os.fstat(self._chatter).st_size)
-
-    def not_shown(self) -> str:
-        """Return the end of what has not been shown."""
-        return _end_of(self._chatter, self._shown)
-
-    def _show(self, end: int) -> None:
-        while self._shown < end:
-            data = os.pread(self._chatter, min(1 << 16, end - self._shown), self._shown)
-            self._shown += len(data)
-            with suppress(OSError):  # nobody reads it
-                os.write(2, data)
-
-
-def _end_of(file: int, begin: int = 0) -> str:
-    size = os.fstat(file).st_size
-    begin = max(begin, size - _LONGEST_END)
-    return os.pread(file, size - begin, begin).decode(errors="replace")
-
-
-def _end_as(code: int, words: Words, shown: _Shown, hidden: int) -> NoReturn:
+def _end_as(code: int, words: SharedWords, chatter: int) -> NoReturn:
     """End with the child's exit status or by its signal; after a crash, with one line."""
-    if words.partial or words.folders:
-        _remove(words)
+    last = words.read()
+    if last.partial or last.folders:
+        _remove(last)
     if code < 0 and -code not in _NO_CRASH:
         from edgekit.runtime.engines.crash import crash_line
 
-        line = crash_line(-code, words, shown.not_shown() + _end_of(hidden))
+        line = crash_line(-code, last, f"{_end_of(chatter)}\n{_end_of(words.hidden)}")
         start = "\n" if os.isatty(2) else ""  # whatever stands on the terminal's line
         with suppress(OSError):
             os.write(2, f"{start}{line}\n".encode(errors="backslashreplace"))
         os._exit(1)
-    shown.rest()
+    _show(chatter)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITED_FOR)
     os._exit(code if code >= 0 else 128 - code)  # of a signal: the first process cannot be killed
+
+
+def _show(chatter: int) -> None:
+    """Print all that the child's libraries wrote."""
+    place = 0
+    while data := os.pread(chatter, 1 << 16, place):
+        place += len(data)
+        with suppress(OSError):  # nobody reads it
+            os.write(2, data)
+
+
+def _end_of(file: int) -> str:
+    begin = max(0, os.fstat(file).st_size - _LONGEST_END)
+    return os.pread(file, _LONGEST_END, begin).decode(errors="replace")
 
 
 def _remove(words: Words) -> None:

@@ -175,10 +175,17 @@ def _print_json(path: Path, engine: "Engine", answer: "Generation") -> None:
 def _converse(chat: "Chat") -> None:
     from edgekit.runtime.generation.chat import converse
 
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (its import gives `input` line editing)
+    converse(chat, _ask, _write, lambda line: click.echo(line, err=True))
 
-    converse(chat, lambda: input("> "), _write, lambda line: click.echo(line, err=True))
+
+def _ask() -> str:
+    """Read a line; without readline Python would write the prompt where libraries write."""
+    try:
+        import readline  # noqa: F401  (its import gives `input` line editing)
+    except ImportError:
+        click.echo("> ", nl=False)
+        return input()
+    return input("> ")
 
 
 def _write(text: str) -> None:
