@@ -119,11 +119,11 @@ def _snapshot(hub_id: str, revision: str | None, offline: bool, weights: bool) -
         # `snapshot_download` would fetch them in threads, and Ctrl-C would wait for the last
         if file.will_download:
             path = hf_hub_download(hub_id, file.filename, revision=file.commit_hash)
-            _check_content(Path(path))
+            _check_content(hub_id, Path(path))
     return Path(find())
 
 
-def _check_content(link: Path) -> None:
+def _check_content(hub_id: str, link: Path) -> None:
     """Refuse a file that arrived damaged, and remove it from the cache.
 
     The cache names a large file by the sha256 that the hub states.
@@ -133,6 +133,6 @@ def _check_content(link: Path) -> None:
         blob.unlink()
         link.unlink(missing_ok=True)
         raise EdgekitError(
-            f"{link.name}: arrived damaged: its sha256 is not the one that the hub states; it is "
+            f"{hub_id}: {link.name} arrived damaged: its sha256 is not the one that the hub states; it is "
             "removed, try again"
         )

@@ -562,7 +562,7 @@ def test_a_file_that_arrives_damaged_is_not_kept(hub: Hub, tmp_path: Path) -> No
     headers = {"Accept-Ranges": "bytes"}
     hub.answer = Answer(200, headers, damaged, to="/model.safetensors", method="GET")
     text = result(run(hub, tmp_path, "download('org/mini')"))
-    assert text.startswith("one line: model.safetensors: arrived damaged: its sha256 is not")
+    assert text.startswith("one line: org/mini: model.safetensors arrived damaged: its sha256")
     hub.answer = None
     folder = folder_of(run(hub, tmp_path, "download('org/mini')"))
     assert contents(folder) == {name: hub.files[COMMIT][name] for name in NEEDED}
