@@ -133,6 +133,6 @@ def _check_content(hub_id: str, link: Path) -> None:
         blob.unlink()
         link.unlink(missing_ok=True)
         raise EdgekitError(
-            f"{hub_id}: {link.name} arrived damaged: its sha256 is not the one that the hub states; it is "
-            "removed, try again"
+            f"{hub_id}: {link.name} arrived damaged: its sha256 is not the one that the hub "
+            "states; it is removed, try again"
         )
