@@ -11,7 +11,6 @@ tracebacks.
 """
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -77,17 +76,14 @@ class Commands(click.Group):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - what click's own returns
-        """Run the command; an error ends it with one line and an exit status.
-
-        Where the command was asked for JSON, the error is JSON on standard output as well.
-        """
+        """Run the command; an error ends it with one line and an exit status."""
         share_cpus_well()  # before any command loads torch or an engine
-        with _errors_in_one_line("--json" in [*ctx._protected_args, *ctx.args]):
+        with _errors_in_one_line():
             return super().invoke(ctx)
 
 
 @contextmanager
-def _errors_in_one_line(as_json: bool = False) -> Iterator[None]:
+def _errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (click.Abort, click.exceptions.Exit, click.exceptions.NoArgsIsHelpError):
@@ -95,20 +91,20 @@ def _errors_in_one_line(as_json: bool = False) -> Iterator[None]:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
-        _end(f"{error.format_message()}{hint}", error.exit_code, as_json)
+        _end(f"{error.format_message()}{hint}", error.exit_code)
     except EdgekitError as error:
-        _end(str(error), error.exit_status, as_json)
+        _end(str(error), error.exit_status)
     except KeyboardInterrupt:
-        _end("interrupted", INTERRUPTED, as_json)
+        _end("interrupted", INTERRUPTED)
     except Terminated as error:
-        _end("terminated", error.exit_status, as_json)
+        _end("terminated", error.exit_status)
     except BrokenPipeError:
         _discard(sys.stdout)
         sys.exit(READER_GONE)
     except Exception as error:
         if os.environ.get("EDGEKIT_TRACEBACK"):
             raise
-        _end(*describe(error), as_json)
+        _end(*describe(error))
 
 
 def describe(error: Exception) -> tuple[str, int]:
@@ -124,14 +120,10 @@ def describe(error: Exception) -> tuple[str, int]:
     return f"internal error: {kind}: {text[:300]} (EDGEKIT_TRACEBACK=1 shows where)", DEFECT
 
 
-def _end(message: str, status: int, as_json: bool) -> NoReturn:
+def _end(message: str, status: int) -> NoReturn:
     """Print the one line; what cannot be written is let go, for there is no other place for it."""
     with suppress(OSError):
-        line = line_for_user(message)
-        if as_json:
-            said = {"message": line.removeprefix("edgekit: "), "exit_status": status}
-            click.echo(json.dumps({"error": said}))
-        click.echo(line, err=True)
+        click.echo(line_for_user(message), err=True)
     for stream in (sys.stdout, sys.stderr):
         _flush_or_discard(stream)
     sys.exit(status)

@@ -286,11 +286,3 @@ def test_public_names_are_imported_when_used() -> None:
     assert set(edgekit.__all__) <= set(dir(edgekit))
     with pytest.raises(AttributeError, match="no attribute 'export_models'"):
         _ = edgekit.export_models
-
-
-@pytest.mark.parametrize("arguments", [("inspect", "absent"), ("fit", "absent"), ("models", "-x")])
-def test_where_json_is_asked_for_an_error_is_json_too(arguments: tuple[str, ...]) -> None:
-    result = CliRunner().invoke(main, [*arguments, "--json"])
-    error = json.loads(result.stdout)["error"]
-    assert error["exit_status"] == result.exit_code == 2
-    assert result.stderr == f"edgekit: {error['message']}\n"
