@@ -13,6 +13,7 @@ from support.gguf_models import job_of, small_model, write_gguf_of
 from edgekit.errors import EdgekitError
 from edgekit.exporters.executorch import decoder as executorch
 from edgekit.exporters.gguf import decoder as gguf
+from edgekit.exporters.gguf.architectures import find_architecture
 from edgekit.exporters.gguf.names import gguf_names
 from edgekit.exporters.gguf.readback import weights
 from edgekit.formats.gguf.file import GgufArray, GgufFile
@@ -219,7 +220,8 @@ def test_every_model_of_the_catalogue_has_a_place_for_each_tensor(model: str) ->
     names = gguf_names(config)
     assert names.keys() == shapes.keys()
     assert len(set(names.values())) == len(names)
-    known = set(peer.MODEL_TENSORS[peer.MODEL_ARCH.LFM2])
+    architecture = peer.MODEL_ARCH[find_architecture(config).name.upper()]
+    known = set(peer.MODEL_TENSORS[architecture])
     patterns = {peer.TENSOR_NAMES[kind] for kind in known}
     stems = {name.removesuffix(".weight") for name in names.values()}
     for stem in stems:
