@@ -149,7 +149,7 @@ def test_without_the_engine_it_is_unverified_and_says_so(
     """`edgekit verify` verifies it later, with the tokenizer."""
     with monkeypatch.context() as patch:
         for name in [*sys.modules]:
-            if name.startswith(("llama_cpp", "edgekit.runtime.gguf", "edgekit.runtime.llama")):
+            if name.startswith(("llama_cpp", "edgekit.runtime.engines.gguf")):
                 patch.delitem(sys.modules, name)
         patch.setitem(sys.modules, "llama_cpp", None)
         done = export(model, place / "out", "--int8")
