@@ -33,11 +33,15 @@ def folder(place: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "target", "words"),
     [
-        ({"layer_types": ["conv"] * 2}, ["gguf"], "layer_types are all conv; llama.cpp's LFM2 has"),
+        (
+            {"layer_types": ["conv"] * 2},
+            ["gguf"],
+            "layer_types are all of convolution; llama.cpp's lfm2 has",
+        ),
         (
             {"layer_types": ["full_attention"]},
             ["gguf", "--scheme", "Q4_K_M"],
-            "layer_types are all full_attention; llama.cpp's LFM2 has",
+            "layer_types are all of attention; llama.cpp's lfm2 has",
         ),
         (
             {"layer_types": ["conv", "full_attention"] * 257},
@@ -63,7 +67,7 @@ def folder(place: Path, **changes: object) -> Path:
         (
             {"model_type": "foo"},
             ["onnx"],
-            "'foo' is not supported; supported: lfm2, dense text models",
+            "'foo' is not supported; supported: lfm2, llama, qwen3, dense text models",
         ),
         (
             {"model_type": "foo"},
