@@ -23,6 +23,7 @@ from edgekit.models.config_keys import (
     Keys,
     check_range,
     missing,
+    show,
     token_ids,
 )
 from edgekit.models.families import find_family
@@ -120,7 +121,7 @@ class ModelConfig:
         family = find_family(raw["model_type"])
         if raw.get("quantization_config") is not None:
             raise EdgekitError(
-                "config: quantization_config says the weights are already quantized; "
+                f"config: quantization_config says the weights are already quantized{_by(raw)}; "
                 "give the original bf16, fp16 or fp32 checkpoint"
             )
         config: ModelConfig = family.read(keys)
@@ -160,6 +161,13 @@ class ModelConfig:
         """
         shapes = {tensor.name: tensor.shape for tensor in self.architecture.table()}
         return shapes, dict(self.architecture.ties())
+
+
+def _by(raw: Mapping[str, Any]) -> str:
+    """Return who quantized the weights, as transformers names methods."""
+    table = raw["quantization_config"]
+    method = table.get("quant_method") if isinstance(table, dict) else None
+    return f" by {show(method)}" if isinstance(method, str) else ""
 
 
 def _generation_ids(file: Path, vocab_size: object) -> dict[str, Any]:

@@ -274,7 +274,8 @@ def test_what_was_kept_of_another_run_is_not_used(
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"\xff\xfe\x00\x01", "is not UTF-8: byte 0xff at offset 0"),
+        (b"\xff\x01\x00\x01", "is not UTF-8: byte 0xff at offset 0"),
+        (b"\xff\xfe\x00\x01", "is not UTF-8 but UTF-16 or UTF-32"),
         (b"Too short.", "tokens; calibration needs at least 512"),
         (None, "cannot be read: No such file or directory"),
     ],
