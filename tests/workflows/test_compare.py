@@ -160,7 +160,7 @@ def test_what_files_say_needs_no_engine(tiny_artifact: Path, tmp_path: Path) -> 
         check=False,
     )
     assert needed.returncode != 0
-    assert "pip install 'edgekit[" in needed.stderr
+    assert "pip install " in needed.stderr
 
 
 def test_perplexities_of_other_tokens_are_told_apart(

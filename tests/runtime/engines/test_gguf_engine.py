@@ -1,5 +1,6 @@
 """The gguf engine on a file that gguf-py wrote, against transformers' model of the same weights."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from support.foreign_gguf import FOLDER, write_foreign_gguf
 from transformers import Lfm2ForCausalLM
 
+from edgekit.common.install import install_command
 from edgekit.errors import EdgekitError
 from edgekit.runtime.engines.engine import ENGINES, EngineMissing, import_engine, load_engine
 from edgekit.runtime.engines.gguf import decoder as gguf_engine
@@ -241,7 +243,7 @@ def test_a_file_without_a_context_length_is_refused(path: Path, tmp_path: Path) 
 
 def test_an_assertion_of_ggml_ends_the_process_with_one_line() -> None:
     code = (
-        "from edgekit.runtime import llama_library\n"
+        "from edgekit.runtime.engines.gguf import library as llama_library\n"
         "llama_library.start()\n"
         "said = b'GGML_ASSERT(%s) failed', b'a / b: c'\n"
         "llama_library.llama._lib.ggml_abort(b'/x/ggml.c', 12, *said)"
@@ -255,8 +257,8 @@ def test_a_missing_run_time_is_named_with_its_extra(monkeypatch: pytest.MonkeyPa
     for module in (ENGINES["gguf"], "edgekit.runtime.engines.gguf.library"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    message = r"^the gguf engine needs llama-cpp-python: pip install 'edgekit\[gguf\]'$"
-    with pytest.raises(EngineMissing, match=message):
+    message = f"the gguf engine needs llama-cpp-python: {install_command('gguf')}"
+    with pytest.raises(EngineMissing, match=f"^{re.escape(message)}$"):
         import_engine("gguf")
 
 

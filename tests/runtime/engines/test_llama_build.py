@@ -152,7 +152,7 @@ class _Make:
         _script(
             folder / ".venv/bin/python",
             'case "$*" in\n'
-            "*llama_build*) cat answer ;;\n"
+            "*engines.gguf.build*) cat answer ;;\n"
             '*" uninstall "*) echo uninstall >>log ;;\n'
             '*" cache remove "*) echo cache remove >>log ;;\n'
             '*" install "*) echo "install|$CFLAGS|$CXXFLAGS|$CMAKE_ARGS" >>log ;;\n'
