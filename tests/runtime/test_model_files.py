@@ -34,7 +34,7 @@ def run(*arguments: object) -> Result:
 def run_json(*arguments: object) -> dict[str, Any]:
     done = run(*arguments, "--json")
     assert (done.exit_code, done.stderr) == (0, "")
-    facts: dict[str, Any] = json.loads(done.stdout)
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # the pieces come before
     return facts
 
 

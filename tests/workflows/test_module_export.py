@@ -149,7 +149,7 @@ def test_a_finished_network_is_exported_as_it_is(tmp_path: Path) -> None:
         ({"method": "guess"}, "unknown calibration method"),
         ({"recipe": "w3a8"}, "unknown scheme 'w3a8'"),
         ({"recipe": "w8a8-affine"}, "target onnx cannot hold w8a8-affine"),
-        ({"target": "gguf"}, "llama.cpp runs the architectures it knows"),
+        ({"target": "gguf"}, "target gguf cannot hold networks of other kinds"),
         ({"target": "coreml"}, "unknown target 'coreml': allowed are executorch, onnx"),
     ],
 )

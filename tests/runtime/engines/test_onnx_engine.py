@@ -325,7 +325,7 @@ def rename_output(model: onnx.ModelProto, name: str) -> None:
         (lambda m: drop(m, "present.2.key"), "has the state 'past_key_values.2.key' but no output"),
         (
             lambda m: m.graph.input.append(helper.make_tensor_value_info("pixels", 1, [1, 3])),
-            "has inputs that no LFM2 decoder has: pixels",
+            "has inputs that no decoder here has: pixels",
         ),
         (
             lambda m: retype(m, "input_ids", TensorProto.FLOAT),
