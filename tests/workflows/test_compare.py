@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from gguf import GGUFReader
 
 from edgekit.cli import main
+from edgekit.common.files import sha256_of
 from edgekit.common.plots import Axis, Point, bars, lines, scatter
 from edgekit.exporters.readback import TensorComparison, stored_size
 from edgekit.exporters.verify.reference_text import TEXT
@@ -172,6 +173,12 @@ def test_perplexities_of_other_tokens_are_told_apart(
     content = json.loads((other / "tokenizer.json").read_text())
     content["model"]["merges"] = content["model"]["merges"][:100]
     (other / "tokenizer.json").write_text(json.dumps(content))
+    manifest = json.loads((other / "edgekit.json").read_text())
+    manifest["files"]["tokenizer.json"] = {
+        "bytes": (other / "tokenizer.json").stat().st_size,
+        "sha256": sha256_of(other / "tokenizer.json"),
+    }
+    (other / "edgekit.json").write_text(json.dumps(manifest))
     options = {"context": 64, "chunks": 1, "prompt": 0, "generate": 0, "threads": 1}
     found = compare([tiny_artifact, other], TEXT, **options)  # type: ignore[arg-type]
     assert not found.same_tokens
