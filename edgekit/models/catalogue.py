@@ -53,6 +53,11 @@ def find_model(name: str) -> CatalogueModel | None:
     return None
 
 
+def find_by_hub_id(hub_id: str) -> CatalogueModel | None:
+    """Return the model that the hub has under that id; None if the catalogue has none."""
+    return next((model for model in catalogue().values() if model.hub_id == hub_id), None)
+
+
 def unknown_model(name: str) -> EdgekitError:
     """Make the error for a name that is neither known, nor a folder, nor a hub id."""
     known = [alias for model in catalogue().values() for alias in (model.name, *model.aliases)]

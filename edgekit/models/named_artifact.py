@@ -4,7 +4,7 @@ from pathlib import Path
 
 from edgekit.errors import EdgekitError
 from edgekit.formats.artifact.read import Artifact, export_first
-from edgekit.models.catalogue import catalogue, find_model
+from edgekit.models.catalogue import find_by_hub_id, find_model
 
 
 def open_artifact(path: Path | str) -> Artifact:
@@ -13,12 +13,6 @@ def open_artifact(path: Path | str) -> Artifact:
     A model's name, given where no such folder is, is answered with the command that exports it.
     """
     name = str(path)
-    if not Path(path).exists() and _is_model(name):
+    if not Path(path).exists() and (find_model(name) or find_by_hub_id(name)):
         raise EdgekitError(f"{name}: {export_first(name)}")
     return Artifact.open(path)
-
-
-def _is_model(name: str) -> bool:
-    return find_model(name) is not None or any(
-        model.hub_id == name for model in catalogue().values()
-    )

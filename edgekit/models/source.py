@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.errors import EdgekitError
-from edgekit.models.catalogue import CatalogueModel, catalogue, find_model, unknown_model
+from edgekit.models.catalogue import (
+    CatalogueModel,
+    catalogue,
+    find_by_hub_id,
+    find_model,
+    unknown_model,
+)
 from edgekit.models.config import ModelConfig
 from edgekit.models.hub_name import one_revision, parse_hub_name
 from edgekit.models.kinds import file_kind, folder_without_config
@@ -153,7 +159,7 @@ def _resolve(name: str, revision: str | None, random_weights: bool, offline: boo
 
 def _names(hub_id: str) -> list[str]:
     """Return the catalogue's names of a model."""
-    known = next((one for one in catalogue().values() if hub_id in (one.name, one.hub_id)), None)
+    known = catalogue().get(hub_id) or find_by_hub_id(hub_id)
     return [] if known is None else [known.name, *known.aliases]
 
 
