@@ -167,9 +167,7 @@ def test_export_inspect_verify_and_bench(code: Path, place: Path) -> None:
     words = ("--max-batch", 4, "--calibrate", data, "--json")
     done = export(code, place / "net", *words, name="talkative")
     assert done.exit_code == 0, done.stderr
-    first, warned = done.stderr.splitlines()  # five inputs are too few for ranges
-    assert first == "building"
-    assert warned.startswith("edgekit: warning: quantization moves the outputs by ")
+    assert done.stderr == "building\n"  # what the function prints, and no warning
     said = json.loads(done.stdout)
     assert said["recipe"] == "w8a8"
     assert said["max_batch"] == 4

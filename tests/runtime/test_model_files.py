@@ -34,7 +34,9 @@ def run(*arguments: object) -> Result:
 def run_json(*arguments: object) -> dict[str, Any]:
     done = run(*arguments, "--json")
     assert (done.exit_code, done.stderr) == (0, "")
-    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # the pieces come before
+    lines = done.stdout.splitlines()
+    said = lines[-1] if arguments[0] == "run" else done.stdout  # before it come the pieces
+    facts: dict[str, Any] = json.loads(said)
     return facts
 
 

@@ -5,7 +5,6 @@ import re
 import resource
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from support.command_line import assert_one_line, edgekit, interrupted_when, killed_at
 from support.gguf_models import small_model
+from support.missing import uninstall
 
 from edgekit.cli import main
 from edgekit.common.install import install_command
@@ -148,10 +148,7 @@ def test_without_the_engine_it_is_unverified_and_says_so(
 ) -> None:
     """`edgekit verify` verifies it later, with the tokenizer."""
     with monkeypatch.context() as patch:
-        for name in [*sys.modules]:
-            if name.startswith(("llama_cpp", "edgekit.runtime.engines.gguf")):
-                patch.delitem(sys.modules, name)
-        patch.setitem(sys.modules, "llama_cpp", None)
+        uninstall(patch, "llama_cpp", "edgekit.runtime.engines.gguf")
         done = export(model, place / "out", "--int8")
     assert done.exit_code == 0, done.stderr
     assert "is not verified: the gguf engine needs" in done.stderr

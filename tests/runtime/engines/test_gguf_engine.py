@@ -11,11 +11,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from support.foreign_gguf import FOLDER, write_foreign_gguf
+from support.missing import uninstall
 from transformers import Lfm2ForCausalLM
 
 from edgekit.common.install import install_command
 from edgekit.errors import EdgekitError
-from edgekit.runtime.engines.engine import ENGINES, EngineMissing, import_engine, load_engine
+from edgekit.runtime.engines.engine import EngineMissing, import_engine, load_engine
 from edgekit.runtime.engines.gguf import decoder as gguf_engine
 from edgekit.runtime.engines.gguf.decoder import GgufEngine
 
@@ -254,9 +255,7 @@ def test_an_assertion_of_ggml_ends_the_process_with_one_line() -> None:
 
 
 def test_a_missing_run_time_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (ENGINES["gguf"], "edgekit.runtime.engines.gguf.library"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    uninstall(monkeypatch, "llama_cpp", "edgekit.runtime.engines.gguf")
     message = f"the gguf engine needs llama-cpp-python: {install_command('gguf')}"
     with pytest.raises(EngineMissing, match=f"^{re.escape(message)}$"):
         import_engine("gguf")
