@@ -7,7 +7,7 @@ ARTIFACT := out/lfm2-tiny-int8
 STORY := Tell me a story about a dog and a ball.
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test test-all lint format types package clean FORCE
+.PHONY: help demo demo-smollm2 test test-all lint format types docs package clean FORCE
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,6 +20,9 @@ demo: $(VENV)/.installed ## Export the bundled model, write a story with the fil
 	@$(BIN)/edgekit run $(ARTIFACT) "$(STORY)" --seed 1 --max-tokens 200
 	@echo; echo "== edgekit bench $(ARTIFACT) -p 256 -n 64 -r 3"
 	@$(BIN)/edgekit bench $(ARTIFACT) -p 256 -n 64 -r 3
+
+demo-smollm2: $(VENV)/.installed-dev ## A real model to three engines, beside llama.cpp's formats
+	@examples/smollm2.sh
 
 test: $(VENV)/.installed-dev ## Run the fast tests
 	$(PYTEST) -n 2 -m "not slow"
@@ -37,6 +40,9 @@ format: $(VENV)/.installed-dev ## Repair what ruff can
 
 types: $(VENV)/.installed-dev ## Check types, strictly
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev ## Build the documentation's pages into out/site
+	$(BIN)/mkdocs build --quiet --strict
 
 package: $(VENV)/.installed-dev ## Build wheel and sdist in a temporary folder and check them
 	$(PYTEST) tests/test_packaging.py

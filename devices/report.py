@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from edgekit.common.tables import markdown_table, plain_table
+from edgekit.common.tables import fitting_table, plain_table
 from edgekit.devices.probe.machine import Cache, Cluster, Machine, probe
 from edgekit.devices.profile import LOCAL, DeviceProfile, bundled_profiles, find_profile
 
@@ -41,16 +41,15 @@ def _json(facts: object) -> str:
 
 def devices_table(profiles: Sequence[DeviceProfile], machine: Machine) -> str:
     """List this machine and every profile, one row each."""
-    header = ["device", "name", "CPU", "ISA features", "GB/s", "RAM GB"]
+    header = ["device", "name", "GB/s", "RAM GB", "CPU"]
     local = [
         LOCAL,
         machine.device or "this machine",
-        machine.cpu or UNKNOWN,
-        _words(machine.isa),
         "measured by fit",
         UNKNOWN if machine.ram_bytes is None else f"{machine.ram_bytes / GIB:.1f}",
+        machine.cpu or UNKNOWN,
     ]
-    return markdown_table(header, [local, *map(_profile_row, profiles)], "llllll")
+    return fitting_table(header, [local, *map(_profile_row, profiles)], "lllll")
 
 
 def profile_text(profile: DeviceProfile) -> str:
@@ -107,8 +106,9 @@ def machine_text(machine: Machine) -> str:
 def _profile_row(profile: DeviceProfile) -> list[str]:
     bandwidth = profile.bandwidth
     speed = UNKNOWN if bandwidth is None else f"{bandwidth[0]:g} {bandwidth[1]}"
-    features = _words(profile.isa)
-    return [profile.id, profile.name, profile.cpu, features, speed, _ram_options(profile)]
+    ram = profile.ram_gb
+    sizes = "-".join(f"{size:g}" for size in dict.fromkeys((ram[0], ram[-1]))) if ram else "varies"
+    return [profile.id, profile.name, speed, sizes, profile.cpu]
 
 
 def _ram_options(profile: DeviceProfile) -> str:

@@ -58,9 +58,25 @@ def format_json(table: Sequence[Mapping[str, Any]]) -> str:
             ratio = entry["sqnr_db"]
             cells.append("-" if ratio is None else f"{ratio:.1f}")
         lines.append(cells)
+    return f"{plain_table(lines, 'llllrr'[: len(lines[0])])}\n{totals(table)}"
+
+
+def summary(table: Sequence[Mapping[str, Any]]) -> str:
+    """Return what `table_json` gave as a row for each scheme, with `format_json`'s last line."""
+    counts: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for entry in table:
+        scheme = scheme_text(entry)
+        counts[scheme] = counts.get(scheme, 0) + 1
+        sizes[scheme] = sizes.get(scheme, 0) + (0 if "same_as" in entry else entry["bytes"])
+    rows = [[scheme, f"{count:,}", f"{sizes[scheme]:,}"] for scheme, count in counts.items()]
+    return f"{plain_table([['scheme', 'tensors', 'bytes'], *rows], 'lrr')}\n{totals(table)}"
+
+
+def totals(table: Sequence[Mapping[str, Any]]) -> str:
+    """Return the last line of a table: the tensors and their bytes, shared ones once."""
     total = json_bytes(table)
-    text = plain_table(lines, "llllrr"[: len(lines[0])])
-    return f"{text}\n{len(table)} tensors, {total:,} bytes ({total / 1e6:,.1f} MB)"
+    return f"{len(table)} tensors, {total:,} bytes ({total / 1e6:,.1f} MB)"
 
 
 def scheme_text(entry: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ def export_module_of(
     output: Path | None,
     dry_run: bool,
     force: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Export the module that a function returns, or show what would be stored."""
@@ -42,6 +43,7 @@ def export_module_of(
         from edgekit.exporters.contract.network_target import find_module_target, rows_text
         from edgekit.exporters.verify import network as verify_module
         from edgekit.formats.artifact.write import check_output
+        from edgekit.quantize.table import summary
         from edgekit.workflows.export_network import export_network
         from edgekit.workflows.quality import Quality, check_exclusions
 
@@ -76,7 +78,7 @@ def export_module_of(
     if as_json:
         print_json({"artifact": str(folder), **artifact.manifest})
         return
-    click.echo(rows_text(rows))
+    click.echo(rows_text(rows) if verbose else summary(rows))
     click.echo(f"\n{verify_module.figures_text(artifact.manifest['verification'])}")
     click.echo(f"\n{size_line(folder, artifact.manifest['file'])}")
 

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 @click.option("--random-weights", is_flag=True, help="The model's shapes with random weights.")
 @click.option("--dry-run", is_flag=True, help="Print what each tensor would be stored as; stop.")
 @click.option("--force", is_flag=True, help="Replace an artifact of the same name.")
+@click.option("-v", "--verbose", is_flag=True, help="List every tensor, not only the schemes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def command(
     model: str,
@@ -88,6 +89,7 @@ def command(
     random_weights: bool,
     dry_run: bool,
     force: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Export MODEL (a name of `edgekit models`, a hub id or a local folder) for an engine.
@@ -132,6 +134,7 @@ def command(
             output=output,
             dry_run=dry_run,
             force=force,
+            verbose=verbose,
             as_json=as_json,
         )
         return
@@ -174,7 +177,7 @@ def command(
     for warning in [*plan.source.notes(), *warnings(plan.rows, plan.tied)]:
         click.echo(f"edgekit: warning: {warning}", err=True)
     if dry_run or not as_json:
-        _show_plan(plan, as_json)
+        _show_plan(plan, every_tensor=dry_run or verbose, as_json=as_json)
     if dry_run:
         return
     with resumable(quality):
@@ -207,14 +210,14 @@ def _export(
         return export_plan(ready, folder, force, stage_printer()), made
 
 
-def _show_plan(plan: "Plan", as_json: bool) -> None:
-    from edgekit.quantize.table import format_json, json_bytes
+def _show_plan(plan: "Plan", every_tensor: bool, as_json: bool) -> None:
+    from edgekit.quantize.table import format_json, json_bytes, summary
 
     if as_json:
         tensors, total = plan.table, json_bytes(plan.table)
         print_json({"model": plan.source.id, "tensors": tensors, "bytes": total})
     else:
-        click.echo(format_json(plan.table))
+        click.echo(format_json(plan.table) if every_tensor else summary(plan.table))
 
 
 def _show_result(folder: Path, manifest: dict[str, Any]) -> None:

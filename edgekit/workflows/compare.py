@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from edgekit.common.progress import Steps, no_steps
-from edgekit.common.tables import markdown_table
+from edgekit.common.tables import fitting_table
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.stored_size import StoredSize
 from edgekit.exporters.readback import (
@@ -176,7 +176,7 @@ class Comparison:
     def text(self) -> str:
         """Return the table, and a line for what could not be known or disturbed a speed."""
         headers, rows = self.table()
-        table = markdown_table(headers, rows, align="ll" + "r" * (len(headers) - 3) + "l")
+        table = fitting_table(headers, rows, align="ll" + "r" * (len(headers) - 3) + "l")
         notes = [f"{one.name}: {one.unread}" for one in self.artifacts if one.unread]
         notes += self.notes
         return "\n\n".join([table, "\n".join(notes)] if notes else [table])

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 from edgekit.common.tables import plain_table
 from edgekit.exporters.registry import TARGETS
-from edgekit.quantize.table import scheme_text
+from edgekit.quantize.table import scheme_text, totals
 from edgekit.quantize.traced.network import QuantizedNetwork
 from edgekit.quantize.traced.operators import Layer
 from edgekit.quantize.traced.schemes import LayerScheme
@@ -98,8 +98,7 @@ def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
         [row["tensor"], scheme_text(row), "x".join(map(str, row["shape"])), f"{row['bytes']:,}"]
         for row in rows
     ]
-    total = sum(row["bytes"] for row in rows)
-    return f"{plain_table(lines, 'lllr')}\n{len(rows)} tensors, {total:,} bytes"
+    return f"{plain_table(lines, 'lllr')}\n{totals(rows)}"
 
 
 def _row(name: str, scheme: str, shape: tuple[int, ...], size: int) -> dict[str, Any]:

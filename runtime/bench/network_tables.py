@@ -1,6 +1,6 @@
 """A benchmark record of modules as Markdown."""
 
-from edgekit.common.tables import markdown_table
+from edgekit.common.tables import fitting_table
 from edgekit.runtime.bench.network import ModuleRecord, ModuleResult
 from edgekit.runtime.bench.tables import gate_notes, load_note, loading_cells, machine_line
 
@@ -27,25 +27,25 @@ def render(record: ModuleRecord) -> str:
 
 def _artifact_table(record: ModuleRecord) -> str:
     headers = [
-        *("artifact", "model", "recipe", "file kB", "engine"),
-        *("load ms", "peak MB", "before load MB"),
+        *("artifact", "file kB", "engine", "load ms", "peak MB", "before load MB"),
+        *("model", "recipe"),
     ]
     rows = [
         [
             item.name,
-            item.model,
-            item.recipe,
             f"{item.file_bytes / 1e3:,.1f}",
             *loading_cells(item),
+            item.model,
+            item.recipe,
         ]
         for item in record.artifacts
     ]
-    return markdown_table(headers, rows, align="lllrlrrr")
+    return fitting_table(headers, rows, align="lrlrrrll")
 
 
 def _latency_table(record: ModuleRecord) -> str:
     headers = ["artifact", "batch", "ms a run", "median", "p95", "least", "inputs/s"]
-    return markdown_table(headers, [_row(item) for item in record.artifacts], align="lrrrrrr")
+    return fitting_table(headers, [_row(item) for item in record.artifacts], align="lrrrrrr")
 
 
 def _row(item: ModuleResult) -> list[str]:
@@ -73,4 +73,4 @@ def _ratio_table(record: ModuleRecord) -> str:
         for ratio in record.ratios()
     ]
     headers = ["artifact", f"speed against {first}", "min-max of pairs"]
-    return markdown_table(headers, rows, align="lrr")
+    return fitting_table(headers, rows, align="lrr")

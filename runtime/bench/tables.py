@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgekit.common.plural import counted
-from edgekit.common.tables import markdown_table
+from edgekit.common.tables import fitting_table, in_lines
 from edgekit.runtime.bench.record import (
     ArtifactResult,
     InProcess,
@@ -35,7 +35,7 @@ def _machine_line(record: Record) -> str:
         f"edgekit {record.edgekit_version}; {record.timestamp_utc}",
     )
     return (
-        f"{line}\nread bandwidth {bandwidth.before.gb_per_s:.1f} GB/s before, "
+        f"{in_lines(line)}\nread bandwidth {bandwidth.before.gb_per_s:.1f} GB/s before, "
         f"{bandwidth.after.gb_per_s:.1f} after ({counted(settings.threads, 'thread')})"
     )
 
@@ -57,25 +57,25 @@ def machine_line(
 def _artifact_table(record: Record) -> str:
     headers = [
         "artifact",
-        "model",
-        "schemes",
         "file MB",
         "engine",
         "load ms",
         "peak MB",
         "before load MB",
+        "model",
+        "schemes",
     ]
     rows = [
         [
             artifact.name,
-            str(artifact.model["id"] or _NOTHING),
-            _schemes(artifact),
             megabytes(artifact.file_bytes),
             *loading_cells(artifact),
+            str(artifact.model["id"] or _NOTHING),
+            _schemes(artifact),
         ]
         for artifact in record.artifacts
     ]
-    return markdown_table(headers, rows, align="lllrlrrr")
+    return fitting_table(headers, rows, align="lrlrrrll")
 
 
 def loading_cells(item: InProcess) -> list[str]:
@@ -110,7 +110,7 @@ def _speed_table(record: Record) -> str:
         for artifact in record.artifacts
         for test in artifact.tests
     ]
-    return markdown_table(headers, rows, align="llrrrrrrr")
+    return fitting_table(headers, rows, align="llrrrrrrr", keys=2)
 
 
 def _speed_row(record: Record, artifact: ArtifactResult, test: ShapeResult) -> list[str]:
@@ -143,7 +143,7 @@ def _ratio_table(record: Record) -> str:
         ]
         for ratio in record.ratios()
     ]
-    return markdown_table(
+    return fitting_table(
         ["artifact", "test", f"speed against {first}", "min-max of pairs"], rows, align="llrr"
     )
 
