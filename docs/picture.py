@@ -24,11 +24,8 @@ def picture(page: str, dark: bool) -> str:
     colours = dict(_VARIABLE.findall(light_rules))
     colours |= dict(_VARIABLE.findall(dark_rules)) if dark else {}
     series = {f"--c{index}": colours[f"--c{index}"] for index in range(6)}
-    rules = "\n".join(
-        line
-        for line in style.splitlines()
-        if re.match(r"(svg|\.grid|\.mark|\.line|\.whisker)", line)
-    )
+    drawn = re.compile(r"svg|\.grid|\.mark|\.line|\.whisker")
+    rules = "\n".join(line for line in style.splitlines() if drawn.match(line))
     numbered = "\n".join(f".s{i} {{ --c: {colour}; }}" for i, colour in enumerate(series.values()))
     own = "".join(f"{name}: {value}; " for name, value in colours.items())
     parts, x, height = [], 0.0, 0.0
@@ -53,6 +50,7 @@ def picture(page: str, dark: bool) -> str:
 
 
 def main() -> None:
+    """Write both pictures of the page that is named."""
     page = Path(sys.argv[1]).read_text(encoding="utf-8")
     PLACE.mkdir(exist_ok=True)
     for name, dark in (("light", False), ("dark", True)):

@@ -15,6 +15,7 @@ BYTES = 800_000
 
 
 def main() -> None:
+    """Fetch the split and write its two ends."""
     path = hf_hub_download("roneneldan/TinyStories", "TinyStories-valid.txt", repo_type="dataset")
     text = Path(path).read_bytes()
     for name, part in (("stories.txt", text[:BYTES]), ("train.txt", text[-BYTES:])):

