@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgekit.commands._completion import schemes
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def _recipe_options(
         click.option(
             "--scheme",
             metavar="SCHEME",
+            shell_complete=schemes,
             help="w8, w8gN, w4, w4gN, w4gNa, w6g16, w5g32, float or a codebook (cb4, cb3, "
             "cb2, each also gN and xN, or cb4nl) for all linears; below 8 bits the embedding and "
             f"the head stay int8.{scheme_of_a_module}",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from edgekit.commands._completion import models
 from edgekit.commands._engine_options import threads_option, tokenizer_option
 from edgekit.commands._json import print_json
 from edgekit.commands._progress import progress_line
@@ -17,7 +18,12 @@ from edgekit.commands._progress import progress_line
     type=click.Path(path_type=Path),
     help="UTF-8 file to measure quality on.",
 )
-@click.option("--reference", metavar="MODEL", help="The float model that they were made of.")
+@click.option(
+    "--reference",
+    metavar="MODEL",
+    shell_complete=models,
+    help="The float model that they were made of.",
+)
 @click.option(
     "--context", type=int, default=512, show_default=True, help="Tokens in a chunk of the text."
 )

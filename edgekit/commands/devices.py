@@ -2,9 +2,11 @@
 
 import click
 
+from edgekit.commands._completion import devices
+
 
 @click.command("devices", short_help="List the known devices and probe this machine.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=devices)
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 def command(name: str | None, as_json: bool) -> None:
     """List the known devices and this machine ("local"), or the facts of one."""

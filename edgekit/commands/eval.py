@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from edgekit.commands._completion import models
 from edgekit.commands._engine_options import threads_option, tokenizer_option
 from edgekit.commands._json import print_json
 from edgekit.commands._progress import progress_line
@@ -19,7 +20,10 @@ from edgekit.commands._progress import progress_line
     help="UTF-8 file to score.",
 )
 @click.option(
-    "--reference", metavar="MODEL|ARTIFACT", help="Compare with it: a model runs in torch, float."
+    "--reference",
+    metavar="MODEL|ARTIFACT",
+    shell_complete=models,
+    help="Compare with it: a model runs in torch, float.",
 )
 @click.option(
     "--context", type=int, default=512, show_default=True, help="Tokens in a chunk of the text."

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from edgekit.commands._completion import models, targets
 from edgekit.commands._json import print_json
 from edgekit.commands._module_options import ModuleChoice, module_options, refuse_for_a_module
 from edgekit.commands._modules import export_module_of
@@ -26,8 +27,14 @@ if TYPE_CHECKING:
 
 
 @click.command("export", short_help="Export a model for an engine and verify the file.")
-@click.argument("model", metavar="MODEL|FILE.py:FUNCTION")
-@click.option("--target", required=True, metavar="TARGET", help="executorch, gguf or onnx")
+@click.argument("model", metavar="MODEL|FILE.py:FUNCTION", shell_complete=models)
+@click.option(
+    "--target",
+    required=True,
+    metavar="TARGET",
+    help="executorch, gguf or onnx",
+    shell_complete=targets,
+)
 @recipe_options_of_any
 @quality_options
 @click.option(

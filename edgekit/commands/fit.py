@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgekit.commands._completion import devices, models
 from edgekit.commands._json import print_json
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
 from edgekit.errors import EdgekitError
@@ -44,10 +45,11 @@ class _Target:
 
 
 @click.command("fit", short_help="Predict memory and decode speed on a device.")
-@click.argument("model", metavar="MODEL|ARTIFACT")
+@click.argument("model", metavar="MODEL|ARTIFACT", shell_complete=models)
 @click.option(
     "--device",
     metavar="NAME",
+    shell_complete=devices,
     default=LOCAL,
     show_default=True,
     help="A device that `edgekit devices` lists; local is this machine.",

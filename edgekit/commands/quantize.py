@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgekit.commands._completion import models
 from edgekit.commands._json import print_json
 from edgekit.commands._module_options import ModuleChoice, module_options, refuse_for_a_module
 from edgekit.commands._modules import quantize_module_of
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command("quantize", short_help="Write the quantized tensors as safetensors.")
-@click.argument("model", metavar="MODEL|FILE.py:FUNCTION")
+@click.argument("model", metavar="MODEL|FILE.py:FUNCTION", shell_complete=models)
 @recipe_options_of_any
 @module_options
 @quality_options

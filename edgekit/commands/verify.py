@@ -4,13 +4,17 @@ from pathlib import Path
 
 import click
 
+from edgekit.commands._completion import models
 from edgekit.commands._json import print_json
 
 
 @click.command("verify", short_help="Run an artifact in its engine and compare it with its model.")
 @click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.option(
-    "--model", metavar="MODEL", help="Where the weights are  [default: what the manifest names]"
+    "--model",
+    metavar="MODEL",
+    shell_complete=models,
+    help="Where the weights are  [default: what the manifest names]",
 )
 @click.option(
     "--adapter",
