@@ -51,8 +51,9 @@ class Factory:
         with self.errors():
             function = getattr(_execute(self.file.resolve()), self.function, None)
         if not callable(function):
-            there = "is no function" if function is not None else "is not there"
-            raise EdgekitError(f"{self.file}: {self.function} {there}")
+            if function is not None:
+                raise EdgekitError(f"{self.file}: {self.function} is no function")
+            raise EdgekitError(f"{self.file}: defines no function {self.function}")
         return self.guard(function)
 
     def guard(self, function: Callable[[], Any]) -> Any:  # noqa: ANN401

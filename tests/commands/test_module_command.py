@@ -595,7 +595,7 @@ def test_calibration_data_that_cannot_be_used(
         ("pipe.npy", "pipe.npy: is no regular file"),
         ("pipes", "pipes/x.npz: is no regular file"),
         ("foreign.npz", "foreign.npz: x.txt: is no array [N, ...] of inputs"),
-        ("net.py:batchez", "batchez is not there"),
+        ("net.py:batchez", "defines no function batchez"),
     ],
 )
 def test_calibration_data_that_are_none(code: Path, place: Path, data: str, said: str) -> None:
@@ -624,7 +624,7 @@ def line_of(text: str) -> int:
         ("leaving", (f"net.py:{line_of('sys.exit')}: ", "exit enough")),
         ("odd", (f"net.py:{line_of('def odd():') + 1}: ", "BaseException: odd")),
         ("nothing", ("nothing must return a torch.nn.Module, it returned NoneType",)),
-        ("missing", ("net.py: missing is not there",)),
+        ("missing", ("net.py: defines no function missing",)),
         ("number", ("net.py: number is no function",)),
         ("mute", (f"net.py:{line_of('def mute():') + 1}: raise Mute: Mute",)),
         ("table", ("Sequential cannot be traced", "want --example-dtype int64")),
