@@ -92,7 +92,7 @@ def matches(shown: list[str], printed: list[str]) -> bool:
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    environment = {**os.environ, "PATH": os.pathsep.join(paths), "COLUMNS": "100"}
+    environment = {**os.environ, "PATH": os.pathsep.join(paths), "COLUMNS": "120"}
     environment.pop("EDGEKIT_TRACEBACK", None)
     return subprocess.run(
         command,
