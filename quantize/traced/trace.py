@@ -59,6 +59,8 @@ _SAME = (
     aten.lift_fresh_copy.default,
 )
 """Operators whose result has their operand's values."""
+_CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
+_FLOAT_MAX = torch.finfo(torch.float32).max
 _RESHAPES = (
     aten.squeeze.dim,
     aten.squeeze.dims,
@@ -418,6 +420,8 @@ def _normalise(graph_module: GraphModule, dropouts: set[str]) -> None:
             _padding_in_numbers(node)
         elif node.target == aten.relu6.default:
             node.target, node.args = aten.hardtanh.default, (node.args[0], 0.0, 6.0)
+        elif node.target in _CLAMPS:
+            _clamp_as_engines_fuse_it(node)
         elif node.target == aten.pad.default and arguments(node)["mode"] == "constant":
             value = arguments(node)["value"] or 0.0
             node.target, node.args = aten.constant_pad_nd.default, (*node.args[:2], value)
@@ -437,6 +441,24 @@ def _normalise(graph_module: GraphModule, dropouts: set[str]) -> None:
             _note_dropout(node)
     graph.eliminate_dead_code()
     graph_module.recompile()
+
+
+def _clamp_as_engines_fuse_it(node: Node) -> None:
+    """Spell a clamp of floats as the activation that it is; what no engine fuses stays.
+
+    An end that is not given is float32's own, for files hold no infinity.
+    """
+    found = arguments(node)
+    low, high = found.get("min"), found.get("max")
+    ends = [-_FLOAT_MAX if low is None else low, _FLOAT_MAX if high is None else high]
+    given = all(isinstance(end, int | float) for end in ends) and ends[0] <= ends[1]
+    if not given or node.meta["val"].dtype != torch.float32:
+        return
+    if low == 0 and high is None:
+        node.target, node.args = aten.relu.default, (node.args[0],)
+    else:
+        node.target, node.args = aten.hardtanh.default, (node.args[0], *map(float, ends))
+    node.kwargs = {}
 
 
 def _passes(node: Node) -> bool:

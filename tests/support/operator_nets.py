@@ -137,6 +137,9 @@ CASES = {
     "sub": _images(lambda x: x - torch.relu(x), onnx={"Sub": 1}),
     "mul": _images(lambda x: x * torch.relu(x)),
     "relu6": _images(nn.ReLU6()),
+    "clamp": _images(lambda x: torch.clamp(x, min=0)),
+    "clamp at one end": _images(lambda x: torch.clamp_max(x.clamp_min(-0.4).clamp(min=-3), 0.5)),
+    "clamp above the range": _images(lambda x: functional.max_pool2d(x, 3, 1, 1).clamp(0.1, 9)),
     "silu": _images(
         nn.SiLU(), onnx={"Sigmoid": 1, "Mul": 1}, executorch={"Sigmoid": 1, "Multiply": 1}
     ),
