@@ -426,6 +426,8 @@ def _normalise(graph_module: GraphModule, dropouts: set[str]) -> None:
             value = arguments(node)["value"] or 0.0
             node.target, node.args = aten.constant_pad_nd.default, (*node.args[:2], value)
             node.kwargs = {}
+        elif node.target == aten.pad.default and arguments(node)["mode"] == "circular":
+            _circle_by_joining(node)
         elif node.target == aten.mean.dim and not arguments(node)["keepdim"]:
             _mean_keeps_axes(node)
         elif node.target in POOLS_1D:
@@ -532,6 +534,23 @@ def _padding_in_numbers(node: Node) -> None:
     node.kwargs = {}
 
 
+def _circle_by_joining(node: Node) -> None:
+    """Join the ends to each axis; what torch makes of it has the example's batch in it."""
+    x, sides = arguments(node)["self"], arguments(node)["pad"]
+    if not all(isinstance(side, int) and side >= 0 for side in sides):
+        return
+    for number, (before, behind) in enumerate(zip(sides[::2], sides[1::2], strict=True)):
+        axis = rank(x) - 1 - number
+        size = x.meta["val"].shape[axis]
+        first, last = (
+            [_insert(node, aten.slice.Tensor, x, (axis, *end))] if end[0] < end[1] else []
+            for end in ((size - before, size), (0, behind))
+        )
+        if first or last:
+            x = _insert(node, aten.cat.default, [*first, x, *last], (axis,))
+    node.replace_all_uses_with(x)
+
+
 def _mean_keeps_axes(node: Node) -> None:
     """Average with the axes kept, which engines have kernels for, then drop them."""
     found = arguments(node)
@@ -601,15 +620,16 @@ def _item_as_tensor(node: Node) -> None:
             node.target, node.args = aten.max_pool2d.default, (x, kernel)
 
 
-def _insert(before: Node, target: OpOverload, x: Node, rest: tuple[Any, ...]) -> Node:
+def _insert(before: Node, target: OpOverload, x: Node | list[Node], rest: tuple[Any, ...]) -> Node:
     """Add a call that belongs to the same line and submodule as the node before which it stands."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, (x, *rest))
     kept = ("nn_module_stack", "stack_trace")
     node.meta = {key: before.meta[key] for key in kept if key in before.meta}
-    value = x.meta["val"]
-    with value.fake_mode:
-        node.meta["val"] = target(value, *rest)
+    operands = x if isinstance(x, list) else [x]
+    values = [item.meta["val"] for item in operands]
+    with values[0].fake_mode:
+        node.meta["val"] = target(values if isinstance(x, list) else values[0], *rest)
     return node
 
 

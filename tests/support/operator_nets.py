@@ -161,6 +161,10 @@ CASES = {
         lambda x: torch.cat([x, torch.relu(x), functional.max_pool2d(x, 3, 1, 1)], 1), 18
     ),
     "split": _images(_split, executorch={"aten::slice_copy.Tensor_out": 2}),
+    "circular padding": _images(
+        lambda x: functional.pad(x, (2, 0, 1, 3), mode="circular")[..., 1:, :],
+        executorch={"aten::slice_copy.Tensor_out": 4},
+    ),
     "select": _images(_last_row, executorch={"aten::slice_copy.Tensor_out": 1, **_SHAPED}),
 }
 
