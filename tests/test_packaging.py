@@ -65,6 +65,7 @@ def test_wheel_holds_the_files_of_the_tree_and_nothing_else(wheel: Path) -> None
         "edgekit/models/lfm2_tiny/model.safetensors",
         "edgekit/models/lfm2_tiny/tokenizer.json",
         "edgekit/devices/profiles/raspberry-pi-5.toml",
+        *(f"edgekit/runtime/engines/trial_models/model.{end}" for end in ("gguf", "onnx", "pte")),
     } <= expected
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from huggingface_hub import DryRunFileInfo, hf_hub_download, snapshot_download
+from huggingface_hub import DryRunFileInfo, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -26,6 +26,7 @@ from edgekit.common.files import sha256_of
 from edgekit.common.progress import somebody_looks
 from edgekit.errors import EdgekitError, Interrupted
 from edgekit.models.hub_reasons import reason
+from edgekit.models.kinds import repository_without_config, repository_without_weights
 
 _SMALL_FILES = (
     "config.json",
@@ -37,7 +38,8 @@ _SMALL_FILES = (
     "chat_template.json",
 )
 _NOT_TOP_LEVEL = ["*/*"]  # in these patterns `*` also matches across folders
-_WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
+_WHOLE = ("model.safetensors", "model.safetensors.index.json")
+_WEIGHT_FILES = ("*.safetensors", _WHOLE[1])
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -53,7 +55,9 @@ def download(
     (enable_progress_bars if somebody_looks() else disable_progress_bars)()
     try:
         with _quietly():
-            return _snapshot(hub_id, revision, offline, weights)
+            folder = _snapshot(hub_id, revision, offline, weights)
+            _check_whole(hub_id, folder, offline, weights)
+            return folder
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"{hub_id}: download cancelled; finished files are kept for next time"
@@ -121,6 +125,22 @@ def _snapshot(hub_id: str, revision: str | None, offline: bool, weights: bool) -
             path = hf_hub_download(hub_id, file.filename, revision=file.commit_hash)
             _check_content(hub_id, Path(path))
     return Path(find())
+
+
+def _check_whole(hub_id: str, folder: Path, offline: bool, weights: bool) -> None:
+    """Say what a repository is that holds no model: the names of its files tell."""
+    configured = (folder / "config.json").is_file()
+    if configured and (not weights or any((folder / name).is_file() for name in _WHOLE)):
+        return
+    try:
+        names = [] if offline else HfApi().list_repo_files(hub_id, revision=folder.name)
+    except Exception:  # noqa: BLE001  (as above; then it cannot be said)
+        names = []
+    top = [name for name in names if "/" not in name]
+    if not configured:
+        raise EdgekitError(f"{hub_id}: {repository_without_config(top)}")
+    if top:
+        raise EdgekitError(f"{hub_id}: {repository_without_weights(hub_id, top)}")
 
 
 def _check_content(hub_id: str, link: Path) -> None:

@@ -1,6 +1,7 @@
 """What a path is that is not a model folder, and what to do with it."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgekit.common.files import first_bytes, stand_in
@@ -39,21 +40,42 @@ def file_kind(path: Path) -> str:
 
 def folder_without_config(folder: Path) -> str:
     """Say what a folder is that holds no config.json."""
-    return _named(folder) or "holds no config.json, so it is not a model folder"
+    return _named(_names_in(folder), folder) or _NO_CONFIG
 
 
 def folder_without_weights(folder: Path, wanted: str) -> str:
     """Say what a folder with a config.json holds instead of the weights, `wanted`."""
-    return _named(folder) or _weights(folder) or wanted
+    names = _names_in(folder)
+    return _named(names, folder) or _weights(names, str(folder)) or wanted
 
 
-def _named(folder: Path) -> str | None:
-    """Return what some file of the folder says that it is."""
-    names = sorted(file.name for file in folder.iterdir())
+def repository_without_config(names: Sequence[str]) -> str:
+    """Say what a repository of the hub is, by its files' names, that holds no config.json."""
+    return _named(sorted(names), None) or _NO_CONFIG
+
+
+def repository_without_weights(hub_id: str, names: Sequence[str]) -> str:
+    """Say what a repository of the hub with a config.json holds in place of the weights."""
+    found = sorted(names)
+    return _named(found, None) or _weights(found, hub_id) or "holds no weights as safetensors"
+
+
+_NO_CONFIG = "holds no config.json, so it is not a model folder"
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def _named(names: list[str], folder: Path | None) -> str | None:
+    """Return what some file says that its folder, or where there is None its repository, is."""
     if ADAPTER_CONFIG in names:
+        given = "DIR, a folder that it is downloaded to"
+        if folder is not None:
+            given = f"{shlex.quote(str(folder))}{_base(folder)}"
         return (
             "is an adapter, not a model: give the model that it was trained on, with "
-            f"--adapter {shlex.quote(str(folder))}{_base(folder)}"
+            f"--adapter {given}"
         )
     if "model_index.json" in names:
         return (
@@ -74,8 +96,8 @@ def _named(folder: Path) -> str | None:
     return None
 
 
-def _weights(folder: Path) -> str | None:
-    names = sorted(file.name for file in folder.iterdir())
+def _weights(names: list[str], place: str) -> str | None:
+    """Return what weights there are, at `place`, a folder or a hub id."""
     stored = [name for name in names if name.endswith(".safetensors")]
     if any("-of-" in name for name in stored):
         return (
@@ -88,7 +110,7 @@ def _weights(folder: Path) -> str | None:
     if not pickles:
         return None
     kind = "a pickle" if pickles[0].endswith(_PICKLES) else "of another framework"
-    place, out = str(folder), f"{str(folder).rstrip('/')}-safetensors"
+    out = f"{place.rstrip('/')}-safetensors"
     return (
         f"holds its weights as {pickles[0]}, {kind}, {_PICKLE_ADVICE}: convert them once: "
         'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '

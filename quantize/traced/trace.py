@@ -59,6 +59,8 @@ _SAME = (
     aten.lift_fresh_copy.default,
 )
 """Operators whose result has their operand's values."""
+_CLAMPS = (aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
+_FLOAT_MAX = torch.finfo(torch.float32).max
 _RESHAPES = (
     aten.squeeze.dim,
     aten.squeeze.dims,
@@ -418,10 +420,14 @@ def _normalise(graph_module: GraphModule, dropouts: set[str]) -> None:
             _padding_in_numbers(node)
         elif node.target == aten.relu6.default:
             node.target, node.args = aten.hardtanh.default, (node.args[0], 0.0, 6.0)
+        elif node.target in _CLAMPS:
+            _clamp_as_engines_fuse_it(node)
         elif node.target == aten.pad.default and arguments(node)["mode"] == "constant":
             value = arguments(node)["value"] or 0.0
             node.target, node.args = aten.constant_pad_nd.default, (*node.args[:2], value)
             node.kwargs = {}
+        elif node.target == aten.pad.default and arguments(node)["mode"] == "circular":
+            _circle_by_joining(node)
         elif node.target == aten.mean.dim and not arguments(node)["keepdim"]:
             _mean_keeps_axes(node)
         elif node.target in POOLS_1D:
@@ -437,6 +443,24 @@ def _normalise(graph_module: GraphModule, dropouts: set[str]) -> None:
             _note_dropout(node)
     graph.eliminate_dead_code()
     graph_module.recompile()
+
+
+def _clamp_as_engines_fuse_it(node: Node) -> None:
+    """Spell a clamp of floats as the activation that it is; what no engine fuses stays.
+
+    An end that is not given is float32's own, for files hold no infinity.
+    """
+    found = arguments(node)
+    low, high = found.get("min"), found.get("max")
+    ends = [-_FLOAT_MAX if low is None else low, _FLOAT_MAX if high is None else high]
+    given = all(isinstance(end, int | float) for end in ends) and ends[0] <= ends[1]
+    if not given or node.meta["val"].dtype != torch.float32:
+        return
+    if low == 0 and high is None:
+        node.target, node.args = aten.relu.default, (node.args[0],)
+    else:
+        node.target, node.args = aten.hardtanh.default, (node.args[0], *map(float, ends))
+    node.kwargs = {}
 
 
 def _passes(node: Node) -> bool:
@@ -510,6 +534,23 @@ def _padding_in_numbers(node: Node) -> None:
     node.kwargs = {}
 
 
+def _circle_by_joining(node: Node) -> None:
+    """Join the ends to each axis; what torch makes of it has the example's batch in it."""
+    x, sides = arguments(node)["self"], arguments(node)["pad"]
+    if not all(isinstance(side, int) and side >= 0 for side in sides):
+        return
+    for number, (before, behind) in enumerate(zip(sides[::2], sides[1::2], strict=True)):
+        axis = rank(x) - 1 - number
+        size = x.meta["val"].shape[axis]
+        first, last = (
+            [_insert(node, aten.slice.Tensor, x, (axis, *end))] if end[0] < end[1] else []
+            for end in ((size - before, size), (0, behind))
+        )
+        if first or last:
+            x = _insert(node, aten.cat.default, [*first, x, *last], (axis,))
+    node.replace_all_uses_with(x)
+
+
 def _mean_keeps_axes(node: Node) -> None:
     """Average with the axes kept, which engines have kernels for, then drop them."""
     found = arguments(node)
@@ -579,15 +620,16 @@ def _item_as_tensor(node: Node) -> None:
             node.target, node.args = aten.max_pool2d.default, (x, kernel)
 
 
-def _insert(before: Node, target: OpOverload, x: Node, rest: tuple[Any, ...]) -> Node:
+def _insert(before: Node, target: OpOverload, x: Node | list[Node], rest: tuple[Any, ...]) -> Node:
     """Add a call that belongs to the same line and submodule as the node before which it stands."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, (x, *rest))
     kept = ("nn_module_stack", "stack_trace")
     node.meta = {key: before.meta[key] for key in kept if key in before.meta}
-    value = x.meta["val"]
-    with value.fake_mode:
-        node.meta["val"] = target(value, *rest)
+    operands = x if isinstance(x, list) else [x]
+    values = [item.meta["val"] for item in operands]
+    with values[0].fake_mode:
+        node.meta["val"] = target(values if isinstance(x, list) else values[0], *rest)
     return node
 
 

@@ -199,6 +199,80 @@ def test_bench_and_compare_name_the_artifact_whose_engine_crashed(
     assert list(tmp_path.iterdir()) == []
 
 
+_NET = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+"""
+MODULES = {"onnx": "edgekit.runtime.engines.onnx.network:"}
+MODULE_LOADS = {"onnx": "open_session"}
+MODULE_RUNS = {"onnx": "OnnxModule.run"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", MODULES)
+def test_a_crash_under_a_module_is_one_line_and_leaves_nothing(
+    target: str, place: Path, tmp_path: Path
+) -> None:
+    file, made = tmp_path / "net.py", tmp_path / "made"
+    file.write_text(_NET)
+    words = ["export", f"{file}:net", "--example-shape", "1x3x4x4", "--scheme", "float"]
+    words += ["--target", target, "-o"]
+    assert _edgekit([*words, str(made)]).returncode == 0
+    before = {path.name: path.read_bytes() for path in made.iterdir()}
+    loads, runs = (f"{MODULES[target]}{each[target]}" for each in (MODULE_LOADS, MODULE_RUNS))
+    record = str(tmp_path / "record.json")
+    for crash in (f"{loads}:abort_loudly", f"{runs}:read_nowhere"):
+        for command in (
+            [*words, str(tmp_path / "out"), "--json"],
+            ["verify", str(made)],
+            ["bench", str(made), "-r", "1", "-t", "1", "-o", record],
+        ):
+            done = _edgekit(command, crash, place)
+            _assert_one_line(done, NAMES[target], "SIGABRT" if crash.endswith("loudly") else "SIGS")
+            assert done.stdout == ""
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"net.py", "made"}
+
+
+@pytest.mark.parametrize(
+    ("command", "crash"),
+    [
+        ("quantize", "edgekit.quantize.storage:save_file"),
+        ("imatrix", "edgekit.exporters.gguf.llama.imatrix:write_gguf"),
+    ],
+)
+def test_a_crash_of_a_command_without_an_engine_is_one_line(
+    command: str, crash: str, place: Path, tmp_path: Path
+) -> None:
+    """While the file is being written, of which nothing stays."""
+    text = place / "words.txt"
+    text.write_text("Once upon a time there was a little dog. " * 40)
+    words = {
+        "quantize": ["--int8"],
+        "imatrix": ["--text", str(text), "--context", "32", "--chunks", "1"],
+    }
+    out = tmp_path / "out"
+    done = _edgekit(
+        [command, str(place / "small"), *words[command], "-o", str(out)],
+        f"{crash}:abort_loudly",
+        place,
+    )
+    _assert_one_line(done, f"the command was ended by SIGABRT: {LAST}; ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_crash_under_inspect_is_one_line(place: Path, artifacts: dict[str, Path]) -> None:
+    crash = "onnxruntime:InferenceSession:read_nowhere"
+    done = _edgekit(["inspect", str(artifacts["onnx"])], crash, place)
+    _assert_one_line(done, str(artifacts["onnx"]), NAMES["onnx"], "SIGSEGV")
+    assert done.stdout == ""
+
+
 def test_an_assertion_of_ggml_is_quoted_and_not_traced(place: Path, tmp_path: Path) -> None:
     """ggml's own abort, reached through the library that is loaded."""
     (tmp_path / "site").mkdir()

@@ -337,6 +337,35 @@ def test_a_hub_id_resolves_to_a_model(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ["config.json", "pytorch_model.bin"],
+            "pytorch_model.bin, a pickle, which can run code and is not loaded: convert them once",
+        ),
+        (["config.json", "tf_model.h5"], "holds its weights as tf_model.h5, of another framework"),
+        (["config.json", "consolidated.safetensors"], "in the layout of their authors"),
+        (["config.json", "README.md"], "holds no weights as safetensors"),
+        (["pytorch_model.bin"], "holds no config.json, so it is not a model folder"),
+        (["tiny.gguf"], "tiny.gguf in it is a finished model for llama.cpp"),
+        (["adapter_config.json", "adapter_model.safetensors"], "is an adapter, not a model"),
+        (["model_index.json", "unet/model.safetensors"], "is a pipeline of diffusers"),
+    ],
+)
+def test_a_repository_that_holds_no_model_is_said_to_be_what_it_is(
+    hub: Hub, tmp_path: Path, names: list[str], said: str
+) -> None:
+    hub.files[COMMIT] = dict.fromkeys(names, b"content")
+    if "config.json" in names:
+        hub.files[COMMIT]["config.json"] = TINY.read_bytes()
+    code = "edgekit.models.source.resolve_model('org/mini').checkpoint"
+    text = result(run(hub, tmp_path, code, imports="edgekit.models.source"))
+    assert text.startswith("one line: org/mini: ")
+    assert said in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
     ("name", "commit"),
     [
         ("https://huggingface.co/org/mini/", COMMIT),

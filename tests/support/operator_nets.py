@@ -137,6 +137,9 @@ CASES = {
     "sub": _images(lambda x: x - torch.relu(x), onnx={"Sub": 1}),
     "mul": _images(lambda x: x * torch.relu(x)),
     "relu6": _images(nn.ReLU6()),
+    "clamp": _images(lambda x: torch.clamp(x, min=0)),
+    "clamp at one end": _images(lambda x: torch.clamp_max(x.clamp_min(-0.4).clamp(min=-3), 0.5)),
+    "clamp above the range": _images(lambda x: functional.max_pool2d(x, 3, 1, 1).clamp(0.1, 9)),
     "silu": _images(
         nn.SiLU(), onnx={"Sigmoid": 1, "Mul": 1}, executorch={"Sigmoid": 1, "Multiply": 1}
     ),
@@ -158,6 +161,10 @@ CASES = {
         lambda x: torch.cat([x, torch.relu(x), functional.max_pool2d(x, 3, 1, 1)], 1), 18
     ),
     "split": _images(_split, executorch={"aten::slice_copy.Tensor_out": 2}),
+    "circular padding": _images(
+        lambda x: functional.pad(x, (2, 0, 1, 3), mode="circular")[..., 1:, :],
+        executorch={"aten::slice_copy.Tensor_out": 4},
+    ),
     "select": _images(_last_row, executorch={"aten::slice_copy.Tensor_out": 1, **_SHAPED}),
 }
 
