@@ -1,12 +1,11 @@
 """What a path stands for: an artifact, a model file that others made, or a folder of theirs."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgekit.common.files import stand_in
 from edgekit.errors import EdgekitError
+from edgekit.formats.artifact.manifest import DecoderManifest
 from edgekit.formats.artifact.read import MANIFEST, TARGET_OF
 from edgekit.formats.onnx.file import OnnxFile
 from edgekit.formats.onnx.genai_config import GenaiConfig, is_genai_folder
@@ -31,7 +30,7 @@ class ModelFile:
     context: int | None = None
     longest: int | None = None
     eos_ids: tuple[int, ...] = ()
-    manifest: Mapping[str, Any] | None = None
+    manifest: DecoderManifest | None = None
 
     @property
     def name(self) -> str:
@@ -106,7 +105,7 @@ def find_model_file(place: Path) -> ModelFile:
         artifact.context,
         artifact.context,
         artifact.eos_ids,
-        artifact.manifest,
+        artifact.decoder,
     )
 
 
