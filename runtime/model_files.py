@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from edgekit.common.files import stand_in
 from edgekit.errors import EdgekitError
@@ -12,6 +13,8 @@ from edgekit.formats.onnx.genai_config import GenaiConfig, is_genai_folder
 from edgekit.models.named_artifact import open_artifact
 from edgekit.models.tokenizer import TOKENIZER_FILE, TextTokenizer, Tokenizer
 from edgekit.runtime.engines.engine import DEFAULT_CONTEXT, Engine, import_engine, load_engine
+from edgekit.runtime.engines.registry import ENGINES
+from edgekit.runtime.engines.stated import stated_by
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,14 @@ class ModelFile:
     def tokenizer(self, given: Path | None = None) -> TextTokenizer:
         """Return the tokenizer of a folder or a tokenizer.json.
 
-        By default the GGUF's own, or what lies beside the file.
+        By default the file's own, or what lies beside it.
         """
         if given is not None:
             return Tokenizer.load(_tokenizer_file(given))
-        if self.manifest is None and self.engine == "gguf":
-            import_engine(self.engine)  # which says what is wrong with llama.cpp, if anything is
-            from edgekit.runtime.engines.gguf.tokenizer import GgufTokenizer
-
-            return GgufTokenizer(self.path)
+        if self.manifest is None and ENGINES.can(self.engine, "tokenizer"):
+            import_engine(self.engine)  # which says what is wrong with its library, if anything is
+            opened = ENGINES.load(self.engine, "tokenizer").open_tokenizer(self.path)
+            return cast(TextTokenizer, opened)
         beside = self.place if self.place.is_dir() else self.path.parent
         # Transformers.js keeps models one folder below their tokenizer
         for folder in (beside, *([beside.parent] if beside.name == "onnx" else [])):
@@ -140,9 +142,7 @@ def _bare_file(place: Path) -> ModelFile:
             f"{place}: is no artifact folder and no file of those that end in "
             f"{', '.join(TARGET_OF)}"
         )
-    if engine != "gguf":
+    stated = stated_by(place, engine)
+    if stated is None:
         return ModelFile(place, place, engine)
-    from edgekit.runtime.engines.gguf.facts import open_checked, stated_context
-
-    longest = stated_context(open_checked(place))
-    return ModelFile(place, place, engine, min(longest, DEFAULT_CONTEXT), longest)
+    return ModelFile(place, place, engine, min(stated.context, DEFAULT_CONTEXT), stated.context)

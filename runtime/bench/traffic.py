@@ -9,7 +9,7 @@ from edgekit.models.config import ModelConfig
 from edgekit.quantize.names import EMBEDDING
 from edgekit.quantize.table import scheme_text
 from edgekit.runtime.decode_bytes import Traffic
-from edgekit.runtime.engines.gguf.facts import count_types, file_traffic, model_name, open_checked
+from edgekit.runtime.engines.stated import stated_by
 from edgekit.runtime.fit import kv_bytes_per_position
 from edgekit.runtime.model_files import ModelFile
 
@@ -27,16 +27,16 @@ class Holdings:
 
 
 def holdings_of(file: ModelFile) -> Holdings:
-    """Read an artifact's manifest, and a GGUF's own table, which counts what is in the file."""
-    table = open_checked(file.path) if file.engine == "gguf" else None
-    traffic = None if table is None else file_traffic(table)
+    """Read an artifact's manifest, and a file's own table, which counts what is in the file."""
+    stated = stated_by(file.path, file.engine)
     if file.manifest is not None:
         rows = file.manifest.tensors
-        if table is None:
+        traffic = None if stated is None else stated.traffic
+        if stated is None:
             traffic = decode_traffic(rows, ModelConfig.load(file.place))
         return Holdings(file.manifest.model.to_json(), count_schemes(rows), traffic)
-    if table is not None:
-        return Holdings({"id": model_name(table)}, count_types(table), traffic)
+    if stated is not None:
+        return Holdings({"id": stated.model}, stated.schemes, stated.traffic)
     return Holdings({"id": None}, {}, None)
 
 
