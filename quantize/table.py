@@ -49,7 +49,7 @@ def format_json(table: Sequence[Mapping[str, Any]]) -> str:
     for entry in table:
         cells = [
             entry["tensor"],
-            scheme_text(entry),
+            scheme_text(entry["scheme"], entry.get("stored_as"), entry.get("instead_of")),
             entry["range"] or "-",
             "x".join(map(str, entry["shape"])),
             "shared" if "same_as" in entry else f"{entry['bytes']:,}",
@@ -79,12 +79,11 @@ def totals(table: Sequence[Mapping[str, Any]]) -> str:
     return f"{len(table)} tensors, {total:,} bytes ({total / 1e6:,.1f} MB)"
 
 
-def scheme_text(entry: Mapping[str, Any]) -> str:
+def scheme_text(scheme: str, stored_as: str | None = None, instead_of: str | None = None) -> str:
     """Return a row's scheme, and what the file holds or was to hold where that is another."""
-    if "stored_as" in entry:
-        return f"{entry['scheme']}, stored as {entry['stored_as']}"
-    instead = f" instead of {entry['instead_of']}" if "instead_of" in entry else ""
-    return f"{entry['scheme']}{instead}"
+    if stored_as is not None:
+        return f"{scheme}, stored as {stored_as}"
+    return scheme if instead_of is None else f"{scheme} instead of {instead_of}"
 
 
 def json_bytes(table: Sequence[Mapping[str, Any]]) -> int:

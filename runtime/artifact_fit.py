@@ -6,8 +6,9 @@ from pathlib import Path
 from edgekit.errors import EdgekitError
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.names import EMBEDDING, HEAD
-from edgekit.runtime.engines.gguf.facts import file_traffic, open_checked
-from edgekit.runtime.fit import HABITS, Fit, predict
+from edgekit.runtime.engines.registry import ENGINES
+from edgekit.runtime.engines.stated import stated_by
+from edgekit.runtime.fit import Fit, predict
 from edgekit.runtime.model_files import find_model_file
 
 
@@ -21,24 +22,23 @@ class _Row:
 def predict_artifact(path: Path, depth: int) -> tuple[Fit, str, str]:
     """Return the prediction, the model's id and the recipe's name; EdgekitError as `predict`."""
     file = find_model_file(path)
-    manifest = file.manifest or {}
-    table = manifest["tensors"]
-    rows = [_Row(row["tensor"], tuple(row["shape"]), row["bytes"]) for row in table]
+    manifest = file.manifest
+    if manifest is None:
+        raise EdgekitError(f"{path}: is no artifact of edgekit's, so no table says what it holds")
+    rows = [_Row(row.tensor, row.shape, row.bytes) for row in manifest.tensors]
     if not {EMBEDDING, HEAD} <= {row.tensor for row in rows}:
         raise EdgekitError(f"{path}: its manifest has no {EMBEDDING} and {HEAD}")
-    if file.engine not in HABITS:
-        raise EdgekitError(f"{path}: fit knows no engine {file.engine!r}, only {', '.join(HABITS)}")
     fit = predict(
         ModelConfig.load(path),
         rows,
         file.context or 0,
         depth,
-        HABITS[file.engine],
-        [row["tensor"] for row in table if "same_as" in row],
+        ENGINES.load(file.engine, "memory").HABITS,
+        [row.tensor for row in manifest.tensors if row.same_as is not None],
         file.file_bytes,
     )
-    # The blocks of a GGUF are larger than what the scheme needs; its own table counts them.
-    traffic = file_traffic(open_checked(file.path)) if file.engine == "gguf" else None
-    if traffic is not None:
-        fit = replace(fit, weight_bytes=traffic.weight_bytes)
-    return fit, str(manifest["model"]["id"]), str(manifest.get("recipe", ""))
+    # Blocks may be larger than what the scheme needs; a file's own table counts them.
+    stated = stated_by(file.path, file.engine)
+    if stated is not None and stated.traffic is not None:
+        fit = replace(fit, weight_bytes=stated.traffic.weight_bytes)
+    return fit, manifest.model.id, manifest.recipe or ""

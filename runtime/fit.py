@@ -38,32 +38,15 @@ from edgekit.errors import EdgekitError
 from edgekit.models.architecture import Block
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.names import EMBEDDING, HEAD
+from edgekit.runtime.engines.habits import FLOAT_BYTES, Habits
 
-FLOAT_BYTES = 4
 PREFILL_CHUNK = 512  # tokens that attend at once, as the exported programs state
 USABLE_RAM = 0.75  # of what is installed; the rest is the operating system's and other programs'
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
 
-@dataclass(frozen=True)
-class Habits:
-    """What an engine does with memory, as said above.
-
-    `packs_linears` False is an engine that multiplies from the file's bytes; `cache_bytes` are
-    those of one number in the KV cache; `whole_prompt` is one that takes any prompt in one pass.
-    """
-
-    packs_linears: bool = True
-    cache_bytes: int = FLOAT_BYTES
-    whole_prompt: bool = True
-
-
-HABITS = {
-    "executorch": Habits(),
-    "gguf": Habits(packs_linears=False, cache_bytes=2, whole_prompt=False),
-    "onnx": Habits(whole_prompt=False),
-}
+_MOST = Habits()
 
 
 class WeightRow(Protocol):
@@ -131,14 +114,15 @@ def predict(
     rows: Sequence[WeightRow],
     context: int,
     depth: int = 0,
-    habits: Habits = HABITS["executorch"],
+    habits: Habits = _MOST,
     shared: Collection[str] = (),
     file_bytes: int | None = None,
 ) -> Fit:
     """Predict for a context of `context` positions, decoding after `depth` of them.
 
-    `shared` names rows whose bytes the file holds under another row; `file_bytes` is the size of a
-    file that is there, by default that of its rows.
+    `habits` are the engine's, by default those that take most memory; `shared` names rows whose
+    bytes the file holds under another row; `file_bytes` is the size of a file that is there, by
+    default that of its rows.
     Raises `EdgekitError` for a context that the model cannot take or a depth outside of it, and
     `ValueError` for a table without embedding or head.
     """

@@ -1,18 +1,20 @@
 """What a path stands for: an artifact, a model file that others made, or a folder of theirs."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from edgekit.common.files import stand_in
 from edgekit.errors import EdgekitError
+from edgekit.formats.artifact.manifest import DecoderManifest
 from edgekit.formats.artifact.read import MANIFEST, TARGET_OF
 from edgekit.formats.onnx.file import OnnxFile
 from edgekit.formats.onnx.genai_config import GenaiConfig, is_genai_folder
 from edgekit.models.named_artifact import open_artifact
 from edgekit.models.tokenizer import TOKENIZER_FILE, TextTokenizer, Tokenizer
 from edgekit.runtime.engines.engine import DEFAULT_CONTEXT, Engine, import_engine, load_engine
+from edgekit.runtime.engines.registry import ENGINES
+from edgekit.runtime.engines.stated import stated_by
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class ModelFile:
     context: int | None = None
     longest: int | None = None
     eos_ids: tuple[int, ...] = ()
-    manifest: Mapping[str, Any] | None = None
+    manifest: DecoderManifest | None = None
 
     @property
     def name(self) -> str:
@@ -65,15 +67,14 @@ class ModelFile:
     def tokenizer(self, given: Path | None = None) -> TextTokenizer:
         """Return the tokenizer of a folder or a tokenizer.json.
 
-        By default the GGUF's own, or what lies beside the file.
+        By default the file's own, or what lies beside it.
         """
         if given is not None:
             return Tokenizer.load(_tokenizer_file(given))
-        if self.manifest is None and self.engine == "gguf":
-            import_engine(self.engine)  # which says what is wrong with llama.cpp, if anything is
-            from edgekit.runtime.engines.gguf.tokenizer import GgufTokenizer
-
-            return GgufTokenizer(self.path)
+        if self.manifest is None and ENGINES.can(self.engine, "tokenizer"):
+            import_engine(self.engine)  # which says what is wrong with its library, if anything is
+            opened = ENGINES.load(self.engine, "tokenizer").open_tokenizer(self.path)
+            return cast(TextTokenizer, opened)
         beside = self.place if self.place.is_dir() else self.path.parent
         # Transformers.js keeps models one folder below their tokenizer
         for folder in (beside, *([beside.parent] if beside.name == "onnx" else [])):
@@ -106,7 +107,7 @@ def find_model_file(place: Path) -> ModelFile:
         artifact.context,
         artifact.context,
         artifact.eos_ids,
-        artifact.manifest,
+        artifact.decoder,
     )
 
 
@@ -141,9 +142,7 @@ def _bare_file(place: Path) -> ModelFile:
             f"{place}: is no artifact folder and no file of those that end in "
             f"{', '.join(TARGET_OF)}"
         )
-    if engine != "gguf":
+    stated = stated_by(place, engine)
+    if stated is None:
         return ModelFile(place, place, engine)
-    from edgekit.runtime.engines.gguf.facts import open_checked, stated_context
-
-    longest = stated_context(open_checked(place))
-    return ModelFile(place, place, engine, min(longest, DEFAULT_CONTEXT), longest)
+    return ModelFile(place, place, engine, min(stated.context, DEFAULT_CONTEXT), stated.context)

@@ -149,6 +149,61 @@ def test_what_names_a_family(line: str, found: bool) -> None:
     assert any(FAMILY.search(name) for name in _spelled(ast.parse(line))) is found
 
 
+# Who may name a target or an engine outside its folder, and why.
+NAMES_TARGETS = {
+    "edgekit.exporters.registry": "the registry of targets",
+    "edgekit.runtime.engines.registry": "the registry of engines",
+    "edgekit.formats.artifact.read": "whose a file is by the end of its name",
+    # The target or the engine that is meant where nobody names one.
+    "edgekit.commands.fit": "the default target",
+    "edgekit.workflows.api": "the default target; formats of llama.cpp's own",
+    "edgekit.workflows.export_network": "the default target",
+    "edgekit.runtime.open_model": "the reference is computed in torch",
+    # A format of llama.cpp's own is no scheme of ours, and only that target has such.
+    "edgekit.commands._recipe_options": "formats of llama.cpp's own",
+    "edgekit.commands.export": "formats of llama.cpp's own",
+    "edgekit.commands.imatrix": "llama.cpp's importance matrix",
+    "edgekit.workflows.export": "formats of llama.cpp's own",
+    "edgekit.workflows.importance": "llama.cpp's importance matrix",
+    "edgekit.workflows.verify": "formats of llama.cpp's own",
+    # To go: the files of a model should be a capability, too.
+    "edgekit.runtime.model_files": "an ONNX model's other files, its context, genai's folders",
+}
+TARGET = re.compile(
+    r"(executorch|gguf|onnx)"
+    r"|edgekit\.exporters\.(executorch|gguf|onnx)\b.*"
+    r"|edgekit\.runtime\.engines\.(executorch|gguf|onnx|torch)\b.*"
+)
+
+
+def test_no_generic_module_names_a_target() -> None:
+    """A registry finds what a target or an engine can do; a name elsewhere is listed above."""
+    found = {
+        module
+        for path, module in _modules()
+        if all(_folder(module, parent) is None for parent in APART)
+        for name in _spelled(ast.parse(path.read_text()))
+        if TARGET.fullmatch(name)
+    }
+    assert found == set(NAMES_TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("if engine == 'gguf': pass", True),
+        ("TABLE = {'onnx': 1}", True),
+        ("from edgekit.exporters.gguf.readback import read", True),
+        ("from edgekit.runtime.engines.torch import decoder", True),
+        ("from edgekit.formats.gguf.file import GgufFile", False),
+        ("'A text on gguf and onnx.'", False),
+        ("said = 'executorch, gguf or onnx'", False),
+    ],
+)
+def test_what_names_a_target(line: str, found: bool) -> None:
+    assert any(TARGET.fullmatch(name) for name in _spelled(ast.parse(line))) is found
+
+
 @pytest.mark.parametrize(
     ("room", "imported", "allowed"),
     [

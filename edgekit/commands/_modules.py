@@ -73,14 +73,14 @@ def export_module_of(
             force=force,
             progress=progress,
         )
-    for warning in verify_module.warnings(artifact.manifest):
+    for warning in verify_module.warnings(artifact.network):
         click.echo(f"edgekit: warning: {warning}", err=True)
     if as_json:
-        print_json({"artifact": str(folder), **artifact.manifest})
+        print_json({"artifact": str(folder), **artifact.manifest.to_json()})
         return
     click.echo(rows_text(rows) if verbose else summary(rows))
-    click.echo(f"\n{verify_module.figures_text(artifact.manifest['verification'])}")
-    click.echo(f"\n{size_line(folder, artifact.manifest['file'])}")
+    click.echo(f"\n{verify_module.figures_text(artifact.manifest.verification)}")
+    click.echo(f"\n{size_line(folder, artifact.manifest.file)}")
 
 
 def quantize_module_of(

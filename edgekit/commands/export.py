@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -22,6 +22,7 @@ from edgekit.commands._recipe_options import RecipeChoice, recipe_options_of_any
 from edgekit.commands._size import size_line
 
 if TYPE_CHECKING:
+    from edgekit.formats.artifact.manifest import Manifest
     from edgekit.workflows.export import Plan
     from edgekit.workflows.quantize import Made
 
@@ -189,7 +190,7 @@ def command(
         return
     with resumable(quality):
         manifest, made = _export(plan, folder, force, as_json)
-    found = manifest["verification"]
+    found = manifest.verification
     if not found["verified"]:
         click.echo(
             f"edgekit: warning: {folder} is not verified: {found['reason']}, then "
@@ -197,14 +198,15 @@ def command(
             err=True,
         )
     if as_json:
-        print_json({"artifact": str(folder), **manifest, **quality_dict(plan.mixed, made)})
+        facts = manifest.to_json() | quality_dict(plan.mixed, made)
+        print_json({"artifact": str(folder), **facts})
     else:
         _show_result(folder, manifest)
 
 
 def _export(
     plan: "Plan", folder: Path, force: bool, as_json: bool
-) -> "tuple[dict[str, Any], Made | None]":
+) -> "tuple[Manifest, Made | None]":
     """Choose the codes, where that was asked for, and export them."""
     from edgekit.common.progress import stage_printer
     from edgekit.workflows.export import export_plan, with_codes
@@ -227,10 +229,10 @@ def _show_plan(plan: "Plan", every_tensor: bool, as_json: bool) -> None:
         click.echo(format_json(plan.table) if every_tensor else summary(plan.table))
 
 
-def _show_result(folder: Path, manifest: dict[str, Any]) -> None:
+def _show_result(folder: Path, manifest: "Manifest") -> None:
     from edgekit.exporters.verify.decoder import figures_text
 
-    found = manifest["verification"]
+    found = manifest.verification
     if found["verified"]:
         click.echo(f"\n{figures_text(found)}")
-    click.echo(f"\n{size_line(folder, manifest['file'])}")
+    click.echo(f"\n{size_line(folder, manifest.file)}")

@@ -38,12 +38,12 @@ def command(artifact: Path, model: str | None, adapter: Path | None, as_json: bo
         from edgekit.common.progress import stage_printer
         from edgekit.exporters.verify import decoder as verify
         from edgekit.exporters.verify import network as verify_module
-        from edgekit.formats.artifact.read import MODULE
+        from edgekit.formats.artifact.manifest import NetworkManifest
         from edgekit.workflows.verify import verify_artifact
 
     manifest = verify_artifact(artifact, model, stage_printer(), adapter)
     if as_json:
-        print_json({"artifact": str(artifact), **manifest})
+        print_json({"artifact": str(artifact), **manifest.to_json()})
     else:
-        kind = verify_module if manifest.get("kind") == MODULE else verify
-        click.echo(kind.figures_text(manifest["verification"]))
+        kind = verify_module if isinstance(manifest, NetworkManifest) else verify
+        click.echo(kind.figures_text(manifest.verification))

@@ -28,11 +28,16 @@ class Registry:
         """Return the names that have a capability, in the order of the registry."""
         return [name for name in self.packages if self._module(name, capability) is not None]
 
-    def load(self, name: str, capability: str) -> ModuleType:
-        """Import the module; EdgekitError for an unknown name and for one that cannot do it.
+    def can(self, name: str, capability: str) -> bool:
+        """Whether a known name has a capability."""
+        return name in self.packages and self._module(name, capability) is not None
 
-        ModuleNotFoundError where a library that it needs is not installed.
-        """
+    def load(self, name: str, capability: str) -> ModuleType:
+        """Import what `find` gives; ModuleNotFoundError where a library it needs is missing."""
+        return importlib.import_module(self.find(name, capability))
+
+    def find(self, name: str, capability: str) -> str:
+        """Return the module; EdgekitError for an unknown name and for one that cannot do it."""
         if name not in self.packages:
             allowed = ", ".join(self.names(capability))
             raise EdgekitError(f"unknown {self.kind} {name!r:.60}: allowed are {allowed}")
@@ -42,7 +47,7 @@ class Registry:
             raise EdgekitError(
                 f"{self.kind} {name} cannot {self.does[capability]}; those that can: {able}"
             )
-        return importlib.import_module(module)
+        return module
 
     def _module(self, name: str, capability: str) -> str | None:
         module = f"{self.packages[name]}.{capability}"

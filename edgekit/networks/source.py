@@ -7,7 +7,7 @@ from pathlib import Path
 from edgekit.common.files import check_file
 from edgekit.common.quiet import quiet_imports
 from edgekit.errors import EdgekitError, one_line
-from edgekit.formats.artifact.read import MODULE_DTYPES
+from edgekit.formats.artifact.parts import MODULE_DTYPES
 from edgekit.networks.user_code import Factory
 
 with quiet_imports():

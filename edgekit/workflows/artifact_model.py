@@ -20,14 +20,14 @@ def model_of(
         raise EdgekitError(
             f"{artifact.folder}: is a module, whose weights no checkpoint holds: export it again"
         )
-    merged = artifact.manifest["model"].get("adapter")
-    if isinstance(merged, dict) and adapter is None:
+    made_of = artifact.decoder.model
+    if made_of.adapter is not None and adapter is None:
         raise EdgekitError(
-            f"{artifact.folder}: the adapter {merged.get('name')!r:.80} is merged into it: "
+            f"{artifact.folder}: the adapter {made_of.adapter.name!r:.80} is merged into it: "
             "`edgekit verify` takes its folder with --adapter"
         )
     source = _resolve(artifact, model, instead, adapter)
-    if source.checkpoint.sha256() != artifact.manifest["model"].get("sha256"):
+    if source.checkpoint.sha256() != made_of.sha256:
         raise EdgekitError(
             f"{artifact.folder}: was made of other weights than those of {model or source.id}"
             + ("" if model else f"; {instead}")
@@ -38,12 +38,12 @@ def model_of(
 def _resolve(
     artifact: Artifact, model: str | None, instead: str, adapter: Path | None
 ) -> ModelSource:
-    made_of = artifact.manifest["model"]
-    revision = made_of.get("revision") if model is None else None
-    random_weights = made_of.get("random_weights") is True
+    made_of = artifact.decoder.model
+    revision = made_of.revision if model is None else None
     try:
-        name = model or made_of["id"]
-        return resolve_model(name, revision, random_weights=random_weights, adapter=adapter)
+        return resolve_model(
+            model or made_of.id, revision, random_weights=made_of.random_weights, adapter=adapter
+        )
     except EdgekitError as error:
         if model is not None:
             raise

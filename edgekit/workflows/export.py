@@ -18,6 +18,8 @@ from edgekit.exporters.gguf.llama.formats import FORMATS
 from edgekit.exporters.gguf.llama.quantize import quantizer_version
 from edgekit.exporters.gguf.readback import StoredWeights
 from edgekit.exporters.registry import TARGETS
+from edgekit.formats.artifact.manifest import DecoderManifest, Manifest
+from edgekit.formats.artifact.parts import AdapterFacts, ModelFacts, TensorRow
 from edgekit.formats.artifact.write import copy_tokenizer, new_artifact, write_manifest
 from edgekit.models.codes import CodesFile
 from edgekit.models.config import ModelConfig
@@ -209,7 +211,7 @@ def _check_table(path: Path, config: ModelConfig, table: list[dict[str, Any]]) -
     check_table(path, config, table)
 
 
-def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> dict[str, Any]:
+def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> Manifest:
     """Quantize, export, verify in the engine; return the manifest of the folder `output`.
 
     The caller has let `check_output` judge that folder. Where the engine is not installed the
@@ -262,9 +264,7 @@ def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> di
         progress("finishing")
         if source.folder is not None:
             copy_tokenizer(source.folder, folder)
-        manifest = _manifest(plan, figures)
-        write_manifest(folder, manifest)
-    return manifest
+        return write_manifest(folder, _manifest(plan, figures))
 
 
 def _missing_engine(name: str) -> str | None:
@@ -290,42 +290,39 @@ def _write_config(source: ModelSource, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(source.config.to_dict(), indent=1) + "\n")
 
 
-def _manifest(plan: Plan, verification: dict[str, Any]) -> dict[str, Any]:
-    source = plan.source
-    return {
-        "model": {
-            "id": source.id,
-            "revision": source.revision,
-            "random_weights": source.random_weights,
-            "sha256": source.checkpoint.sha256(),
-            "parameters": source.config.parameter_count,
-            **({} if source.adapter is None else {"adapter": source.adapter.to_dict()}),
-        },
-        "target": plan.target,
-        "file": plan.model_file,
-        "recipe": plan.recipe.name,
-        **_method(plan),
-        "llama_format": plan.options.llama_format,
-        "tensors": plan.table,
-        "versions": {"edgekit": __version__, **plan.writer.versions(), **_quantizer(plan)},
-        "requires": plan.writer.requires(plan.options),
-        "context": plan.context,
-        "bos_id": source.config.bos_id,
-        "eos_ids": list(source.config.eos_ids),
-        "verification": verification,
-    }
+def _manifest(plan: Plan, verification: dict[str, Any]) -> DecoderManifest:
+    source, codes, adapter = plan.source, plan.codes, plan.source.adapter
+    return DecoderManifest(
+        model=ModelFacts(
+            id=source.id,
+            revision=source.revision,
+            random_weights=source.random_weights,
+            sha256=source.checkpoint.sha256(),
+            parameters=source.config.parameter_count,
+            adapter=None if adapter is None else AdapterFacts.from_json(adapter.to_dict()),
+        ),
+        target=plan.target,
+        file=plan.model_file,
+        recipe=plan.recipe.name,
+        method=_method(plan),
+        codes_sha256=None if codes is None else sha256_of(codes.path),
+        facts={} if codes is None else dict(codes.about.facts),
+        llama_format=plan.options.llama_format,
+        tensors=tuple(map(TensorRow.from_json, plan.table)),
+        versions={"edgekit": __version__, **plan.writer.versions(), **_quantizer(plan)},
+        requires=plan.writer.requires(plan.options),
+        context=plan.context,
+        bos_id=source.config.bos_id,
+        eos_ids=tuple(source.config.eos_ids),
+        verification=verification,
+    )
 
 
-def _method(plan: Plan) -> dict[str, Any]:
-    """Return how the codes were chosen, and of which file they are if they came out of one."""
+def _method(plan: Plan) -> str | None:
+    """Return how the codes were chosen; of a format of llama.cpp's nobody says it."""
     if plan.codes is not None:
-        digest = sha256_of(plan.codes.path)
-        return {
-            "method": plan.codes.about.method,
-            "codes_sha256": digest,
-            "facts": dict(plan.codes.about.facts),
-        }
-    return {} if plan.options.llama_format is not None else {"method": method_of(plan.rows)}
+        return plan.codes.about.method
+    return None if plan.options.llama_format is not None else method_of(plan.rows)
 
 
 def _quantizer(plan: Plan) -> dict[str, str]:

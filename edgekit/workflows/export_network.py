@@ -11,7 +11,9 @@ from typing import Any
 from edgekit.common.progress import Progress
 from edgekit.common.quiet import quiet_imports
 from edgekit.errors import EdgekitError, QuantizationWarning
-from edgekit.formats.artifact.read import MODULE, Artifact
+from edgekit.formats.artifact.manifest import REFERENCE_FILE, NetworkManifest
+from edgekit.formats.artifact.parts import Activation, NetworkInput, NetworkOutput, TensorRow
+from edgekit.formats.artifact.read import Artifact
 from edgekit.version import __version__
 from edgekit.workflows.quality import Quality, check_exclusions
 
@@ -25,7 +27,6 @@ with quiet_imports():
     )
     from edgekit.exporters.verify import network as verification
     from edgekit.exporters.verify.network import (
-        REFERENCE_FILE,
         Probe,
         reference_case,
         verify_module,
@@ -170,17 +171,18 @@ def export_network(
         kept.save(staging / REFERENCE_FILE)
         if network.calibration is not None:
             network.calibration.save(staging / CALIBRATION_FILE)
-        facts = {
-            "model": {"id": name},
-            "target": target,
-            "file": writer.MODEL_FILE,
-            "recipe": recipe,
-            "versions": {"edgekit": __version__, **writer.versions()},
-            "verification": figures,
-        }
-        write_manifest(staging, {"kind": MODULE, **facts, **_graph_facts(network)})
+        manifest = NetworkManifest(
+            model_id=name,
+            target=target,
+            file=writer.MODEL_FILE,
+            recipe=recipe,
+            versions={"edgekit": __version__, **writer.versions()},
+            verification=figures,
+            **_graph_facts(network),
+        )
+        write_manifest(staging, manifest)
     artifact = Artifact.open(folder)
-    for text in verification.warnings(artifact.manifest):
+    for text in verification.warnings(artifact.network):
         warnings.warn(text, QuantizationWarning, stacklevel=2)
     return artifact
 
@@ -249,34 +251,34 @@ def _remember_first(
 def _graph_facts(network: QuantizedNetwork) -> dict[str, Any]:
     """Return what the manifest says of tensors, inputs, outputs and the parameters of each value.
 
-    Sizes of outputs that vary with the batch are null.
+    Sizes of outputs that vary with the batch are None.
     """
     traced = network.traced
     inputs = [
-        {
-            "name": node.name,
-            "dtype": str(item.dtype).removeprefix("torch."),
-            "shape": list(item.shape),
-        }
+        NetworkInput(node.name, _dtype(item), tuple(item.shape))
         for node, item in zip(traced.inputs, traced.example, strict=True)
     ]
-    activations = [
-        {"tensor": traced.names[node], "scale": edge.scale, "zero_point": edge.zero_point}
-        for node, edge in network.edges.items()
-    ]
     outputs = [
-        {
-            "name": name,
-            "dtype": str(node.meta["val"].dtype).removeprefix("torch."),
-            "shape": [size if isinstance(size, int) else None for size in node.meta["val"].shape],
-        }
+        NetworkOutput(
+            name,
+            _dtype(node.meta["val"]),
+            tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape),
+        )
         for name, node in zip(traced.results.names, traced.outputs, strict=True)
     ]
+    activations = [
+        Activation(traced.names[node], edge.scale, edge.zero_point)
+        for node, edge in network.edges.items()
+    ]
     return {
-        "tensors": tensor_rows(traced, network.schemes()),
-        "inputs": inputs,
-        "outputs": outputs,
+        "tensors": tuple(map(TensorRow.from_json, tensor_rows(traced, network.schemes()))),
+        "inputs": tuple(inputs),
+        "outputs": tuple(outputs),
         "constant_outputs": traced.results.constants,
         "max_batch": traced.max_batch,
-        "activations": activations,
+        "activations": tuple(activations),
     }
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

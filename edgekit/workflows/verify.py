@@ -3,7 +3,7 @@
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from edgekit.common.progress import Progress
 from edgekit.errors import EdgekitError
@@ -15,11 +15,13 @@ from edgekit.exporters.inspect.report import open_unchanged
 from edgekit.exporters.read_codes import read_codes
 from edgekit.exporters.verify.decoder import Reference, check_format_cost, reference, verify
 from edgekit.exporters.verify.reference_text import TEXT
+from edgekit.formats.artifact.manifest import DecoderManifest, Manifest
 from edgekit.formats.artifact.read import Artifact
-from edgekit.formats.artifact.write import update_manifest
+from edgekit.formats.artifact.write import record_verification
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
+from edgekit.quantize.ranges import RangeMethod
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scheme import Scheme
 from edgekit.quantize.tensor import Weight
@@ -32,7 +34,7 @@ VERIFY_TOKENS = 128
 
 def verify_artifact(
     path: Path, model: str | None, progress: Progress, adapter: Path | None = None
-) -> dict[str, Any]:
+) -> Manifest:
     """Verify an artifact anew and record the figures in its manifest; return the manifest.
 
     Of a module the manifest is returned with the figures, and the file keeps those of its export.
@@ -56,7 +58,7 @@ def verify_artifact(
     expected = expected_logits(source, _weights(artifact, source), tokens, target)
     progress(f"verifying in {target.ENGINE}")
     found = verify_file(target, artifact.model_path, artifact.context, expected, source)
-    return update_manifest(artifact, {"verification": found})
+    return record_verification(artifact, found)
 
 
 def expected_logits(
@@ -118,25 +120,26 @@ def _weights(artifact: Artifact, source: ModelSource) -> Mapping[str, Weight]:
     The latter for a foreign format, and for codes that came out of a file: its content is known to
     be what was written, and whether that is what the file of codes holds was seen then.
     """
-    if artifact.manifest.get("llama_format") is not None:
+    manifest = artifact.decoder
+    if manifest.llama_format is not None:
         return StoredWeights(artifact.model_path, source.config)
-    if artifact.manifest.get("codes_sha256") is not None:
+    if manifest.codes_sha256 is not None:
         # What a file holds as such is read back as int8 codes as well: the same numbers.
-        rows = stored_rows(_rows(artifact), ())
+        rows = stored_rows(_rows(manifest), ())
         return read_codes(artifact.target, artifact.model_path, source.config, rows)
     _, tied = source.config.tied_shapes()
-    return Weights(_rows(artifact), tied, source.checkpoint)
+    return Weights(_rows(manifest), tied, source.checkpoint)
 
 
-def _rows(artifact: Artifact) -> list[Resolved]:
+def _rows(manifest: DecoderManifest) -> list[Resolved]:
     """Return the manifest's table as rows to quantize by."""
     return [
         Resolved(
-            row["tensor"],
-            Scheme.parse(row["scheme"]),
-            row.get("range"),
-            tuple(row["shape"]),
-            row["bytes"],
+            row.tensor,
+            Scheme.parse(row.scheme),
+            cast(RangeMethod | None, row.range),
+            row.shape,
+            row.bytes,
         )
-        for row in artifact.manifest["tensors"]
+        for row in manifest.tensors
     ]

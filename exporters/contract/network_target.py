@@ -95,7 +95,12 @@ def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows as an aligned table with a last line of totals (no newline at the end)."""
     lines = [["tensor", "scheme", "shape", "bytes"]]
     lines += [
-        [row["tensor"], scheme_text(row), "x".join(map(str, row["shape"])), f"{row['bytes']:,}"]
+        [
+            row["tensor"],
+            scheme_text(row["scheme"], row.get("stored_as")),
+            "x".join(map(str, row["shape"])),
+            f"{row['bytes']:,}",
+        ]
         for row in rows
     ]
     return f"{plain_table(lines, 'lllr')}\n{totals(rows)}"

@@ -28,6 +28,7 @@ from edgekit.exporters.inspect.tables import (
     weight_rows,
     weight_table,
 )
+from edgekit.formats.artifact.manifest import Manifest
 from edgekit.formats.pte.program import FORWARD, Method, Program, Span
 from edgekit.formats.pte.xnnpack_graph import BACKEND, Graph, GraphConstant, read_graph
 
@@ -70,7 +71,7 @@ class Report:
     planned_bytes: int
     metadata: dict[str, Any]
     weights: WeightRows
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     checked_files: int | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class Report:
         return joined([*parts, *checks(self.manifest, self.checked_files)])
 
 
-def report(path: Path, manifest: dict[str, Any] | None, checked: int | None) -> Report:
+def report(path: Path, manifest: Manifest | None, checked: int | None) -> Report:
     """Report on a `.pte`; EdgekitError where it is foreign or corrupt."""
     program = Program.open(path)
     forward = program.methods.get(FORWARD)

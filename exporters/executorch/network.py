@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  # registers quantized_decomposed
 from torch.export import Dim, export
 from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
 
 from edgekit.errors import EdgekitError, one_line
 from edgekit.quantize.observers import ActivationParameters
@@ -91,7 +92,9 @@ def write_module(network: QuantizedNetwork, path: Path, progress: Callable[[str]
     progress("lowering to XNNPACK")
     with _refusals(network.traced), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        edge = to_edge_transform_and_lower(
+            program, transform_passes=[_one_reader_each], partitioner=[XnnpackPartitioner()]
+        )
         progress("planning memory")
         lowered = edge.to_executorch(
             ExecutorchBackendConfig(
@@ -102,6 +105,24 @@ def write_module(network: QuantizedNetwork, path: Path, progress: Callable[[str]
     progress("writing the program")
     with path.open("wb") as file:
         lowered.write_to_file(file)
+
+
+def _one_reader_each(module: GraphModule) -> PassResult:
+    """Give each reader of dequantized codes a dequantize operator of its own.
+
+    `on_codes` writes them so, but an operator that ExecuTorch decomposes (softplus, mish) may read
+    its input twice. A delegate of XNNPACK's that gives out what it also reads itself computed wrong
+    values then (executorch 1.5.1).
+    """
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or "dequantize_per_tensor" not in str(node.target):
+            continue
+        for reader in list(node.users)[1:]:
+            with module.graph.inserting_before(reader):
+                copy = module.graph.node_copy(node)
+            reader.replace_input_with(node, copy)
+    module.recompile()
+    return PassResult(module, True)
 
 
 @contextmanager

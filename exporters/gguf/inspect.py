@@ -22,6 +22,7 @@ from edgekit.exporters.inspect.tables import (
     weight_rows,
     weight_table,
 )
+from edgekit.formats.artifact.manifest import Manifest
 from edgekit.formats.gguf.file import STRING, GgufArray, GgufFile, GgufTensor
 
 _LONGEST_ARRAY = 64
@@ -46,7 +47,7 @@ class Report:
     bits_per_weight: float
     metadata: dict[str, Any]
     weights: WeightRows
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     checked_files: int | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class Report:
         )
 
 
-def report(path: Path, manifest: dict[str, Any] | None, checked: int | None) -> Report:
+def report(path: Path, manifest: Manifest | None, checked: int | None) -> Report:
     """Report on a GGUF; EdgekitError where it is foreign or corrupt."""
     file = GgufFile.open(path)
     tensors = list(file.tensors.values())

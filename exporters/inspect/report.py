@@ -5,6 +5,7 @@ from typing import Any, Protocol, cast
 
 from edgekit.errors import EdgekitError, VerificationError
 from edgekit.exporters.registry import TARGETS
+from edgekit.formats.artifact.manifest import Manifest
 from edgekit.formats.artifact.read import MANIFEST, TARGET_OF, Artifact, DamagedArtifact
 from edgekit.formats.onnx.genai_config import GenaiConfig, is_genai_folder
 from edgekit.models.named_artifact import open_artifact
@@ -25,7 +26,7 @@ class Report(Protocol):
 class Inspector(Protocol):
     """A module that reports on one target's files."""
 
-    def report(self, path: Path, manifest: dict[str, Any] | None, checked: int | None) -> Report:
+    def report(self, path: Path, manifest: Manifest | None, checked: int | None) -> Report:
         """Report on a model file; EdgekitError where it is foreign or corrupt.
 
         `manifest` is None for a bare file; `checked` counts the files whose content was compared
@@ -49,7 +50,7 @@ def inspect(path: Path, check: bool = False) -> Report:
     if is_genai_folder(path) and not (path / MANIFEST).exists() and not check:
         return _bare_file(GenaiConfig.open(path).model_path)
     artifact = open_unchanged(path) if check else open_artifact(path)
-    checked = len(artifact.manifest["files"]) if check else None
+    checked = len(artifact.manifest.files) if check else None
     return _inspector(artifact.target, path).report(artifact.model_path, artifact.manifest, checked)
 
 

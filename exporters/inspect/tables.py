@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from edgekit.common.tables import markdown_table
-from edgekit.formats.artifact.read import MODULE
+from edgekit.formats.artifact.manifest import Manifest, NetworkManifest
 from edgekit.quantize.table import scheme_text
 
 TABLES = "norms, convolutions, tables"
@@ -60,13 +60,14 @@ def name_shared(pieces: Sequence[Piece]) -> list[Piece]:
     return [Piece(both.get((p.offset, p.size), p.name), p.offset, p.size) for p in pieces]
 
 
-def weight_rows(manifest: Mapping[str, Any] | None) -> WeightRows:
+def weight_rows(manifest: Manifest | None) -> WeightRows:
     """Sum the manifest's table over the layers; no rows for a bare file."""
     counts, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    for row in manifest["tensors"] if manifest else ():
-        kind = _LAYER.sub("", row["tensor"]).removesuffix(".weight")
-        counts[kind, scheme_text(row)] += 1
-        sizes[kind, scheme_text(row)] += row["bytes"]
+    for row in manifest.tensors if manifest else ():
+        kind = _LAYER.sub("", row.tensor).removesuffix(".weight")
+        scheme = scheme_text(row.scheme, row.stored_as, row.instead_of)
+        counts[kind, scheme] += 1
+        sizes[kind, scheme] += row.bytes
     return [(*key, counts[key], sizes[key]) for key in counts]
 
 
@@ -83,43 +84,49 @@ class Weighed(Protocol):
         """The manifest's table, summed over the layers."""
         ...
 
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest, None for a bare file."""
+        ...
+
 
 def report_json(report: Weighed) -> dict[str, Any]:
     """Return a report for `--json`: its path as text, the rows of its weights as objects."""
     names = ("kind", "scheme", "tensors", "bytes")
     rows = [dict(zip(names, row, strict=True)) for row in report.weights]
     facts: dict[str, Any] = asdict(cast(Any, report))
-    return facts | {"path": str(report.path), "weights": rows}
+    manifest = None if report.manifest is None else report.manifest.to_json()
+    return facts | {"path": str(report.path), "weights": rows, "manifest": manifest}
 
 
-def is_module(manifest: Mapping[str, Any] | None) -> bool:
+def is_module(manifest: Manifest | None) -> bool:
     """Whether a manifest is that of a module."""
-    return manifest is not None and manifest.get("kind") == MODULE
+    return isinstance(manifest, NetworkManifest)
 
 
-def introduction(path: Path, file_bytes: int, manifest: Mapping[str, Any] | None) -> list[str]:
+def introduction(path: Path, file_bytes: int, manifest: Manifest | None) -> list[str]:
     """Return what the file is, and by what it was made where there is a manifest."""
     megabytes = f" ({file_bytes / 1e6:,.1f} MB)" if file_bytes >= 1e6 else ""
     size = f"{path}: {file_bytes:,} bytes{megabytes}"
     if manifest is None:
         return [size]
-    model, recipe = manifest["model"]["id"], manifest.get("recipe")
-    if manifest.get("codes_sha256") is not None:
-        recipe = f"{recipe}, codes by {manifest.get('method')}"
-    if is_module(manifest):
-        largest = manifest.get("max_batch")
-        takes = f"a module, batches of {f'up to {largest}' if largest else 'one size'}"
-    else:
-        takes = f"context {manifest['context']}"
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    lines = [size, f"{model}, recipe {recipe}, {takes}"]
-    if is_module(manifest):
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    return [size, *_contents(manifest), f"made by {versions}"]
+
+
+def _contents(manifest: Manifest) -> list[str]:
+    """Return which model it is, and what it takes."""
+    about = f"{manifest.model_id}, recipe {manifest.recipe}"
+    if isinstance(manifest, NetworkManifest):
+        largest = manifest.max_batch
+        batches = f"batches of {f'up to {largest}' if largest else 'one size'}"
         taken, given = (
-            ", ".join(f"{item['name']} {item['dtype']}" for item in manifest[key])
-            for key in ("inputs", "outputs")
+            ", ".join(f"{item.name} {item.dtype}" for item in items)
+            for items in (manifest.inputs, manifest.outputs)
         )
-        lines.append(f"takes {taken}; gives {given}")
-    return [*lines, f"made by {versions}"]
+        return [f"{about}, a module, {batches}", f"takes {taken}; gives {given or 'no name'}"]
+    codes = "" if manifest.codes_sha256 is None else f", codes by {manifest.method}"
+    return [f"{about}{codes}, context {manifest.context}"]
 
 
 def component_table(components: Sequence[Component], file_bytes: int) -> str:
@@ -157,10 +164,10 @@ def value_table(title: str, values: Mapping[str, Any]) -> str:
     return markdown_table([title, "value"], rows or [["none", "-"]])
 
 
-def checks(manifest: Mapping[str, Any] | None, checked: int | None) -> list[str]:
+def checks(manifest: Manifest | None, checked: int | None) -> list[str]:
     """Return the figures of the verification and what `--check` found."""
-    verification = (manifest or {}).get("verification")
-    parts = [value_table("verification", verification)] if isinstance(verification, dict) else []
+    figures = manifest.verification if manifest else {}
+    parts = [value_table("verification", figures)] if figures else []
     if checked is not None:
         whole = "The file has" if checked == 1 else f"All {checked} files have"
         parts.append(f"{whole} the content that was exported.")

@@ -27,6 +27,7 @@ from edgekit.exporters.inspect.tables import (
     weight_table,
 )
 from edgekit.exporters.onnx.names import SCALES, ZERO_POINTS
+from edgekit.formats.artifact.manifest import Manifest
 from edgekit.formats.onnx.file import OnnxFile
 from edgekit.formats.onnx.model import Node
 
@@ -60,7 +61,7 @@ class Report:
     opsets: dict[str, int]
     metadata: dict[str, Any]
     weights: WeightRows
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     checked_files: int | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class Report:
         return joined([*parts, *checks(self.manifest, self.checked_files)])
 
 
-def report(path: Path, manifest: dict[str, Any] | None, checked: int | None) -> Report:
+def report(path: Path, manifest: Manifest | None, checked: int | None) -> Report:
     """Report on a model; EdgekitError where it is no sound ONNX file."""
     from edgekit.exporters.onnx.optimised import kernels_run
 

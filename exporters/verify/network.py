@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from edgekit.common.tables import markdown_table
 from edgekit.errors import EdgekitError, VerificationError, one_line
+from edgekit.formats.artifact.manifest import NetworkManifest
 from edgekit.quantize.observers import LEVELS
 from edgekit.quantize.traced.network import TIE, QuantizedNetwork
 
@@ -36,8 +37,6 @@ _MOVED = (
 LEAST_STEP = 2e-5
 """Step, relative to the largest value, of outputs that have no codes: float32 sums differ."""
 
-REFERENCE_FILE = "reference.safetensors"
-"""In an artifact: inputs and what they must give, for `edgekit verify` on any machine."""
 _REFERENCE_BYTES = 1 << 17
 """As many inputs as fit are kept, but one at least."""
 
@@ -267,10 +266,10 @@ def compare(engine: ModuleEngine, cases: Iterable[Case]) -> ModuleVerification:
     return result
 
 
-def warnings(manifest: Mapping[str, Any]) -> list[str]:
+def warnings(manifest: NetworkManifest) -> list[str]:
     """Return what a user should know of a module that is verified, by its manifest."""
-    steps = manifest["verification"]["quantization_rms_steps"]
-    if not manifest["activations"] or steps <= LARGE_QUANTIZATION:  # without codes no steps
+    steps = manifest.verification["quantization_rms_steps"]
+    if not manifest.activations or steps <= LARGE_QUANTIZATION:  # without codes no steps
         return []
     return [_MOVED.format(steps)]
 

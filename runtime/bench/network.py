@@ -237,15 +237,15 @@ class _Subject:
     @property
     def batch(self) -> int:
         """Inputs of a run; EdgekitError where the module does not take so many."""
-        largest = self.artifact.manifest.get("max_batch")
-        only = self.artifact.manifest["inputs"][0]["shape"][0]
+        largest = self.artifact.network.max_batch
+        only = self.artifact.network.inputs[0].shape[0]
         if largest is None:
             if self.asked not in (None, only):
                 raise EdgekitError(
                     f"{self.name}: takes batches of {only} only, not of --batch {self.asked}: "
                     "export it with --max-batch"
                 )
-            return int(only)
+            return only
         if self.asked is not None and self.asked > largest:
             raise EdgekitError(
                 f"{self.name}: takes batches of up to {largest}, not of --batch {self.asked}"
@@ -254,22 +254,22 @@ class _Subject:
 
     def inputs(self) -> list[dict[str, Any]]:
         """Return type and shape of each input of a run."""
-        batch, varies = self.batch, self.artifact.manifest.get("max_batch") is not None
+        batch, varies = self.batch, self.artifact.network.max_batch is not None
         return [
-            item | {"shape": [batch, *item["shape"][1:]] if varies else item["shape"]}
-            for item in self.artifact.manifest["inputs"]
+            item.to_json() | {"shape": [batch, *item.shape[1:]] if varies else list(item.shape)}
+            for item in self.artifact.network.inputs
         ]
 
     def result(
         self, load: dict[str, Any], peak: int | None, samples: list[ModuleSample]
     ) -> ModuleResult:
-        manifest = self.artifact.manifest
+        manifest = self.artifact.network
         return ModuleResult(
             name=self.name,
             path=str(self.artifact.folder),
             target=self.artifact.target,
-            model=manifest["model"]["id"],
-            recipe=str(manifest.get("recipe", "")),
+            model=manifest.model_id,
+            recipe=manifest.recipe or "",
             file_bytes=self.artifact.model_path.stat().st_size,
             batch=self.batch,
             **process_facts(load, peak),

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgekit.formats.artifact.parts import TensorRow
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.names import EMBEDDING
 from edgekit.quantize.table import scheme_text
 from edgekit.runtime.decode_bytes import Traffic
-from edgekit.runtime.engines.gguf.facts import count_types, file_traffic, model_name, open_checked
+from edgekit.runtime.engines.stated import stated_by
 from edgekit.runtime.fit import kv_bytes_per_position
 from edgekit.runtime.model_files import ModelFile
 
@@ -26,20 +27,20 @@ class Holdings:
 
 
 def holdings_of(file: ModelFile) -> Holdings:
-    """Read an artifact's manifest, and a GGUF's own table, which counts what is in the file."""
-    table = open_checked(file.path) if file.engine == "gguf" else None
-    traffic = None if table is None else file_traffic(table)
+    """Read an artifact's manifest, and a file's own table, which counts what is in the file."""
+    stated = stated_by(file.path, file.engine)
     if file.manifest is not None:
-        rows = file.manifest["tensors"]
-        if table is None:
+        rows = file.manifest.tensors
+        traffic = None if stated is None else stated.traffic
+        if stated is None:
             traffic = decode_traffic(rows, ModelConfig.load(file.place))
-        return Holdings(file.manifest["model"], count_schemes(rows), traffic)
-    if table is not None:
-        return Holdings({"id": model_name(table)}, count_types(table), traffic)
+        return Holdings(file.manifest.model.to_json(), count_schemes(rows), traffic)
+    if stated is not None:
+        return Holdings({"id": stated.model}, stated.schemes, stated.traffic)
     return Holdings({"id": None}, {}, None)
 
 
-def decode_traffic(rows: Iterable[Mapping[str, Any]], config: ModelConfig) -> Traffic:
+def decode_traffic(rows: Iterable[TensorRow], config: ModelConfig) -> Traffic:
     """Return the bytes per decoded token of a manifest's scheme table.
 
     Every weight is read once per token except the embedding, of which one row is looked up. The
@@ -47,17 +48,17 @@ def decode_traffic(rows: Iterable[Mapping[str, Any]], config: ModelConfig) -> Tr
     attention layer; the conv state (a few positions) is too small to count.
     """
     weights = sum(
-        row["bytes"] // row["shape"][0] if row["tensor"] == EMBEDDING else row["bytes"]
-        for row in rows
+        row.bytes // row.shape[0] if row.tensor == EMBEDDING else row.bytes for row in rows
     )
     return Traffic(weights, kv_bytes_per_position(config))
 
 
-def count_schemes(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+def count_schemes(rows: Iterable[TensorRow]) -> dict[str, dict[str, int]]:
     """Return tensors and bytes per scheme, in the table's order."""
     counts: dict[str, dict[str, int]] = {}
     for row in rows:
-        count = counts.setdefault(scheme_text(row), {"tensors": 0, "bytes": 0})
+        scheme = scheme_text(row.scheme, row.stored_as, row.instead_of)
+        count = counts.setdefault(scheme, {"tensors": 0, "bytes": 0})
         count["tensors"] += 1
-        count["bytes"] += row["bytes"]
+        count["bytes"] += row.bytes
     return counts

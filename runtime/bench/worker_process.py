@@ -13,7 +13,7 @@ from edgekit.common.process_end import how_it_ended, last_line, quoted
 from edgekit.errors import EdgekitError, EngineCrash
 from edgekit.runtime.bench.accounting import peak_bytes
 from edgekit.runtime.decode_bytes import Shape
-from edgekit.runtime.engines.crash import library
+from edgekit.runtime.engines.crash import library_of
 
 _SAMPLING_S = 0.1  # a reading takes about 0.1 ms: a thousandth of one CPU
 
@@ -126,7 +126,7 @@ class WorkerProcess:
         name = how_it_ended(status)
         hint = _SIGNAL_HINTS.get(name, "the model file may be damaged: export it again")
         seen = f" (it held {self.peak_bytes / 1e6:.0f} MB)" if self.peak_bytes else ""
-        who = "the engine's process" if self._engine is None else library(self._engine)
+        who = "the engine's process" if self._engine is None else library_of(self._engine).name
         return EngineCrash(
             f"{self.label}: {doing}: {who} was ended by {name}{seen}{quoted(self._last_words())}; "
             f"{hint}"

@@ -1,5 +1,4 @@
-"""Engines: `engine.py` says what each offers, a folder holds each one's run time.
+"""Engines: `registry.py` has their names, a folder holds each one's run time.
 
-A folder's `decoder.py` opens language models, `network.py` networks; an engine without the file
-cannot run the kind.
+`engine.py` says what an engine of language models offers, `network_engine.py` what one of networks.
 """

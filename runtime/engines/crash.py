@@ -1,20 +1,13 @@
 """What is said where a native library ends its process: who, on which file, and what to do."""
 
 import signal
-from importlib import metadata
+from typing import cast
 
 from edgekit.common.last_words import NO_ENGINE, Words
 from edgekit.common.process_end import how_it_ended, last_line, quoted
 from edgekit.errors import line_for_user
-
-# What users call an engine, and what they install of it.
-_LIBRARIES = {
-    "executorch": ("ExecuTorch", "executorch"),
-    "gguf": ("llama.cpp", "llama-cpp-python"),
-    "onnx": ("ONNX Runtime", "onnxruntime"),
-    "torch": ("PyTorch", "torch"),
-}
-
+from edgekit.runtime.engines.library import Library
+from edgekit.runtime.engines.registry import ENGINES
 
 _OUT_OF_MEMORY = (
     "the system does this when memory runs out: take a smaller model or context, or end other work"
@@ -30,18 +23,14 @@ def crash_line(number: int, words: Words, written: str) -> str:
         return line_for_user(f"the command was ended by {end}{quoted(said)}; {advice}")
     engine, path = words.engines[words.active]
     return line_for_user(
-        f"{path}: {library(engine)} was ended by {end}{quoted(said)}; "
+        f"{path}: {library_of(engine).name} was ended by {end}{quoted(said)}; "
         f"{advice_after(number, engine)}"
     )
 
 
-def library(engine: str) -> str:
-    """Return the name and version of an engine's library, `llama.cpp (llama-cpp-python 1)`."""
-    title, package = _LIBRARIES[engine]
-    version = _version(package)
-    if title.lower() == package:
-        return f"{title} {version}"
-    return f"{title} ({package} {version})"
+def library_of(engine: str) -> Library:
+    """Return what is said of an engine's library."""
+    return cast(Library, ENGINES.load(engine, "installed").LIBRARY)
 
 
 def advice_after(number: int, engine: str) -> str:
@@ -49,25 +38,8 @@ def advice_after(number: int, engine: str) -> str:
     if number == signal.SIGKILL:
         return _OUT_OF_MEMORY
     if number == signal.SIGILL:
-        return f"it was made for another CPU: {reinstall_command(engine)}"
+        return f"it was made for another CPU: {library_of(engine).reinstall_command()}"
     return (
-        f"the file is damaged or the library broken: {reinstall_command(engine)}; "
+        f"the file is damaged or the library broken: {library_of(engine).reinstall_command()}; "
         "EDGEKIT_TRACEBACK=1 shows where"
     )
-
-
-def reinstall_command(engine: str) -> str:
-    """Return the shell command that installs an engine's library anew, fit for this machine."""
-    if engine == "gguf":
-        from edgekit.runtime.engines.gguf.build import reinstall_command as compile_anew
-
-        return compile_anew()
-    package = _LIBRARIES[engine][1]
-    return f"pip install --force-reinstall --no-deps {package}=={_version(package)}"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "of an unknown version"

@@ -19,17 +19,9 @@ from edgekit.devices.cpus import share_cpus_well
 from edgekit.errors import EdgekitError
 from edgekit.metrics.logits import Logits
 from edgekit.runtime.engines.first_load import check_first_load
+from edgekit.runtime.engines.registry import ENGINES
 
 TokenIds = NDArray[np.int64]
-
-# Each module offers `open_engine(model_path, threads, context) -> Engine`; the one asked for is
-# imported, because an engine brings its own run time.
-ENGINES = {
-    "executorch": "edgekit.runtime.engines.executorch.decoder",
-    "gguf": "edgekit.runtime.engines.gguf.decoder",
-    "onnx": "edgekit.runtime.engines.onnx.decoder",
-    "torch": "edgekit.runtime.engines.torch.decoder",
-}
 
 DEFAULT_CONTEXT = 2048
 """Positions that a file gets room for which leaves that open; fewer where its model takes fewer."""
@@ -185,16 +177,17 @@ class EngineMissing(EdgekitError):
 
 
 def import_engine(name: str) -> ModuleType:
-    """Import the engine of that name; EngineMissing where its run time is not installed.
+    """Import the engine of that name: `open_engine(model_path, threads, context) -> Engine`.
+
+    EdgekitError for an unknown name; EngineMissing where its run time is not installed.
 
     EngineCrash where its library does not survive a first load, which is tried elsewhere.
     """
-    if name not in ENGINES:
-        raise EdgekitError(f"unknown engine {name!r}; the engines are {', '.join(sorted(ENGINES))}")
+    module = ENGINES.find(name, "decoder")
     share_cpus_well()
     check_first_load(name)
     try:
-        return importlib.import_module(ENGINES[name])
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package == "edgekit":

@@ -17,28 +17,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from edgekit.common.files import cache_folder, new_file
 from edgekit.common.process_end import how_it_ended, last_line, quoted
 from edgekit.errors import EdgekitError, EngineCrash
-from edgekit.runtime.engines.crash import library, reinstall_command
+from edgekit.runtime.engines.crash import library_of
+from edgekit.runtime.engines.registry import ENGINES
 
-# Where an engine's machine code lies, below its package.
-_CODE = {
-    "executorch": (
-        ("executorch", "extension/pybindings/*.so"),
-        ("executorch", "extension/llm/custom_ops/*.so"),
-        ("executorch", "kernels/quantized/*.so"),
-        ("torch", "lib/libtorch_cpu.so"),
-    ),
-    "gguf": (("llama_cpp", "lib/*.so*"),),
-    "onnx": (("onnxruntime", "capi/*.so*"),),
-}
 _MODELS = Path(__file__).with_name("trial_models")
-_FILES = {"executorch": "model.pte", "gguf": "model.gguf", "onnx": "model.onnx"}
 # This very package, wherever the process is started: `-m` would look into the working folder first.
 _START = """
 import json, sys
@@ -60,7 +48,7 @@ def check_first_load(engine: str) -> None:
 
     An engine that is not installed, or has no machine code of its own, is no matter of this.
     """
-    if engine not in _CODE or not sys.executable or not (code := sorted(_code(engine))):
+    if not sys.executable or not (code := sorted(_code(engine))):
         return
     key: dict[str, object] = {"engine": engine, "code": code, "cpu": _cpu()}
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -78,10 +66,8 @@ def check_first_load(engine: str) -> None:
 
 def run_trial(engine: str) -> None:
     """Load and run a small model in this process, which may be its end."""
-    from edgekit.runtime.engines.engine import ENGINES
-
-    module = import_module(ENGINES[engine])
-    with module.open_engine(_MODELS / _FILES[engine], 1, None) as opened:
+    module = ENGINES.load(engine, "decoder")
+    with module.open_engine(_MODELS / library_of(engine).trial, 1, None) as opened:
         opened.prefill(_PROMPT)
         opened.decode(0)
 
@@ -103,15 +89,16 @@ def _survives(engine: str) -> bool:
         last = last_line(said.read().decode(errors="replace"))
     if status in (0, _FAILED) or -status in _FROM_OUTSIDE:
         return status == 0
+    library = library_of(engine)
     raise EngineCrash(
-        f"{library(engine)} does not work on this machine: running a small model ended in "
-        f"{how_it_ended(status)}{quoted(last)}; {reinstall_command(engine)}"
+        f"{library.name} does not work on this machine: running a small model ended in "
+        f"{how_it_ended(status)}{quoted(last)}; {library.reinstall_command()}"
     )
 
 
 def _code(engine: str) -> Iterator[tuple[str, int, int]]:
     """Yield path, size and time of each file with an engine's machine code."""
-    for package, pattern in _CODE[engine]:
+    for package, pattern in library_of(engine).code:
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             for file in Path(folder).glob(pattern):

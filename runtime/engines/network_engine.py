@@ -14,14 +14,9 @@ from edgekit.common.last_words import NO_ENGINE, engine_opens, engine_works
 from edgekit.errors import EdgekitError
 from edgekit.runtime.engines.engine import EngineMissing
 from edgekit.runtime.engines.first_load import check_first_load
+from edgekit.runtime.engines.registry import ENGINES
 
 Array = NDArray[Any]
-
-# Each module offers `open_module(path, threads) -> ModuleEngine`; only the one asked is imported.
-MODULE_ENGINES = {
-    "executorch": "edgekit.runtime.engines.executorch.network",
-    "onnx": "edgekit.runtime.engines.onnx.network",
-}
 
 
 class ModuleEngine(AbstractContextManager["ModuleEngine", None], Protocol):
@@ -77,15 +72,15 @@ def load_module(target: str, path: Path | str, threads: int | None = None) -> Mo
 
 
 def import_module_engine(target: str) -> ModuleType:
-    """Import a target's engine with its libraries; EdgekitError for a target without one."""
-    if target not in MODULE_ENGINES:
-        raise EdgekitError(
-            f"no engine runs modules of target {target!r:.60}: allowed are "
-            f"{', '.join(MODULE_ENGINES)}"
-        )
+    """Import a target's engine: `open_module(path, threads) -> ModuleEngine`.
+
+    EdgekitError for a target whose engine runs no modules; EngineMissing where its run time is not
+    installed.
+    """
+    module = ENGINES.find(target, "network")
     check_first_load(target)
     try:
-        return importlib.import_module(MODULE_ENGINES[target])
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise EngineMissing(f"the {target} engine needs {error.name}") from error
 

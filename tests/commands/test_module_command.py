@@ -177,7 +177,7 @@ def test_export_inspect_verify_and_bench(code: Path, place: Path) -> None:
     again = run("verify", place / "net")
     assert again.exit_code == 0, again.stderr
     assert again.stdout.startswith("verified over 8 outputs, batches of 4\n")
-    assert Artifact.open(place / "net").manifest["verification"]["batches"] == [1, 4]
+    assert Artifact.open(place / "net").manifest.verification["batches"] == [1, 4]
     timed = run("bench", place / "net", "-r", 2, "--batch", 3, "--json")
     assert timed.exit_code == 0, timed.stderr
     (result,) = json.loads(timed.stdout)["artifacts"]
@@ -295,7 +295,7 @@ def test_export_packs_the_codes_that_quantize_wrote(code: Path, place: Path) -> 
     assert done.exit_code == 0, done.stderr
     assert re.search(r"conv\.weight +w4a8, stored as w8a8 +4x3x3x3 +124\n", done.stdout)
     artifact = Artifact.open(place / "out")
-    assert artifact.manifest["recipe"] == "w4a8"
+    assert artifact.manifest.recipe == "w4a8"
     stored = [
         numpy_helper.to_array(item)
         for item in onnx.load(artifact.model_path).graph.initializer
@@ -384,8 +384,8 @@ def test_damaged_activations_of_a_manifest(code: Path, place: Path, damage: obje
 def test_larger_mini_batches_need_no_option(code: Path, place: Path) -> None:
     done = export(code, place / "net", "--calibrate", f"{code}:batches")
     assert done.exit_code == 0, done.stderr
-    manifest = Artifact.open(place / "net").manifest
-    assert (manifest["max_batch"], manifest["verification"]["batches"]) == (None, [1])
+    manifest = Artifact.open(place / "net").network
+    assert (manifest.max_batch, manifest.verification["batches"]) == (None, [1])
     found = json.loads((place / "net" / "calibration.json").read_text())
     assert (found["samples"], found["batches"]) == (6, 3)
 
@@ -410,9 +410,9 @@ def test_inputs_by_name_and_results_by_theirs(code: Path, place: Path) -> None:
     shapes = ("--example-shape", "x=1x5x4", "--example-shape", "tokens=1x5:int64")
     done = run(*words, *shapes, "--calibrate", place / "data.npz")
     assert done.exit_code == 0, done.stderr
-    manifest = Artifact.open(place / "two").manifest
-    assert [item["name"] for item in manifest["inputs"]] == ["tokens", "x"]
-    assert [item["name"] for item in manifest["outputs"]] == ["output_0"]
+    manifest = Artifact.open(place / "two").network
+    assert [item.name for item in manifest.inputs] == ["tokens", "x"]
+    assert [item.name for item in manifest.outputs] == ["output_0"]
     shown = run("inspect", place / "two").stdout
     assert "takes tokens int64, x float32; gives output_0 float32" in shown
     for more, said in (
@@ -458,8 +458,8 @@ def test_several_inputs_of_both_types(code: Path, place: Path) -> None:
     ]
     done = run(*words, "--calibrate", place / "data.npz")
     assert done.exit_code == 0, done.stderr
-    inputs = Artifact.open(place / "two").manifest["inputs"]
-    assert [(item["name"], item["dtype"]) for item in inputs] == [
+    inputs = Artifact.open(place / "two").network.inputs
+    assert [(item.name, item.dtype) for item in inputs] == [
         ("tokens", "int64"),
         ("x", "float32"),
     ]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 from edgekit.cli import main
 from edgekit.models.source import resolve_model
 from edgekit.runtime.engines import engine
+from edgekit.runtime.engines.registry import ENGINES
 
 
 @pytest.fixture
@@ -83,13 +85,20 @@ def test_a_model_that_is_gone_asks_for_its_place(artifact: Path) -> None:
     assert verify(artifact, "--model", "lfm2-tiny").exit_code == 0
 
 
+def without_the_engine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Put an engine in the place of ExecuTorch whose run time is not installed."""
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "decoder.py").write_text("import no_such_run_time\n")
+    monkeypatch.syspath_prepend(folder.parent)
+    packages = {**ENGINES.packages, "executorch": folder.name}
+    monkeypatch.setattr(engine, "ENGINES", replace(ENGINES, packages=packages))
+
+
 def test_without_its_engine_an_artifact_cannot_be_verified(
     artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    absent = tmp_path / "absent_engine.py"
-    absent.write_text("import no_such_run_time\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(engine.ENGINES, "executorch", "absent_engine")
+    without_the_engine(monkeypatch, tmp_path / "absent_engine")
     done = verify(artifact)
     assert done.exit_code == 2
     assert "the executorch engine needs no_such_run_time: pip install" in done.stderr
@@ -98,10 +107,13 @@ def test_without_its_engine_an_artifact_cannot_be_verified(
 def test_an_export_without_the_engine_says_that_it_is_not_verified(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "missing_engine.py").write_text("import no_such_run_time\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(engine.ENGINES, "executorch", "missing_engine")
-    folder = tmp_path / "out"
+    with monkeypatch.context() as patches:
+        without_the_engine(patches, tmp_path / "missing_engine")
+        folder = _unverified(tmp_path / "out")
+    assert verify(folder).exit_code == 0
+
+
+def _unverified(folder: Path) -> Path:
     command = ["export", "lfm2-tiny", "--target", "executorch", "--context", "16", "-o", folder]
     done = CliRunner().invoke(main, list(map(str, command)))
     assert done.exit_code == 0
@@ -109,8 +121,7 @@ def test_an_export_without_the_engine_says_that_it_is_not_verified(
     assert f"edgekit verify {folder}" in done.stderr
     found = manifest(folder)["verification"]
     assert found["verified"] is False
-    monkeypatch.setitem(engine.ENGINES, "executorch", "edgekit.runtime.engines.executorch.decoder")
-    assert verify(folder).exit_code == 0
+    return folder
 
 
 def test_a_damaged_file_is_not_verified(artifact: Path) -> None:

@@ -65,7 +65,7 @@ def assert_like_transformers(artifact: Artifact, name: str, tolerance: float) ->
 @pytest.mark.parametrize("name", SMALL)
 def test_onnx(name: str, abi: str, tmp_path: Path) -> None:
     artifact = export(name, tmp_path, "onnx", "float", ONNX[abi])
-    assert artifact.manifest["verification"]["verified"]
+    assert artifact.manifest.verification["verified"]
     assert_like_transformers(artifact, name, 1e-3)
 
 
@@ -73,7 +73,7 @@ def test_onnx(name: str, abi: str, tmp_path: Path) -> None:
 def test_gguf(name: str, tmp_path: Path) -> None:
     """llama.cpp keeps the cache, and multiplies bf16 weights, in less than float32."""
     artifact = export(name, tmp_path, "gguf", "float")
-    assert artifact.manifest["verification"]["verified"]
+    assert artifact.manifest.verification["verified"]
     assert_like_transformers(artifact, name, 0.1)
 
 
@@ -90,7 +90,7 @@ def test_gguf(name: str, tmp_path: Path) -> None:
 )
 def test_executorch(name: str, tmp_path: Path) -> None:
     artifact = export(name, tmp_path, "executorch", "float")
-    assert artifact.manifest["verification"]["verified"]
+    assert artifact.manifest.verification["verified"]
     assert_like_transformers(artifact, name, 1e-3)
     weights = random_weights(small_config(name))
     path = find_model_file(artifact.folder).path
@@ -107,7 +107,7 @@ def test_what_is_read_back_is_what_was_quantized(
 ) -> None:
     """Bit for bit, rows where the checkpoint has them."""
     artifact = export(name, tmp_path, target, recipe)
-    assert artifact.manifest["verification"]["verified"]
+    assert artifact.manifest.verification["verified"]
     config = small_config(name)
     shapes, tied = config.tied_shapes()
     rows = resolve(Recipe.named(recipe), shapes)
@@ -121,7 +121,7 @@ def test_what_is_read_back_is_what_was_quantized(
 def test_llama_cpps_own_formats_keep_what_slows_the_rotation(tmp_path: Path) -> None:
     """Its quantizer copies the divisors; what it stores is held against the plan and verified."""
     artifact = export("llama-bands", tmp_path, "gguf", "Q8_0")
-    assert artifact.manifest["verification"]["verified"]
+    assert artifact.manifest.verification["verified"]
     tensors = GgufFile.open(artifact.folder / "model.gguf").tensors
     assert tensors["rope_freqs.weight"].type == "F32"
     assert tensors["blk.0.attn_q.weight"].type == "Q8_0"

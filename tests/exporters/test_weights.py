@@ -28,7 +28,7 @@ def test_a_file_gives_back_what_torch_saw(tiny_artifact: Path) -> None:
     checkpoint = resolve_model("lfm2-tiny").checkpoint
     artifact = Artifact.open(tiny_artifact)
     config = ModelConfig.load(tiny_artifact)
-    schemes = {row["tensor"]: row["scheme"] for row in artifact.manifest["tensors"]}
+    schemes = {row.tensor: row.scheme for row in artifact.manifest.tensors}
     names = []
     for name, tensor in read_weights(artifact.target, artifact.model_path, config):
         exact = checkpoint.tensor(name).float()

@@ -12,6 +12,8 @@ import pytest
 
 from edgekit.common.files import sha256_of
 from edgekit.errors import EdgekitError
+from edgekit.formats.artifact.manifest import from_json
+from edgekit.formats.artifact.parts import FileFacts
 from edgekit.formats.artifact.read import Artifact
 from edgekit.formats.artifact.write import (
     check_output,
@@ -39,8 +41,13 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "model.pte").write_bytes(b"weights" * 100)
     (folder / "tokenizer.json").write_text("{}")
-    write_manifest(folder, MANIFEST)
+    put_manifest(folder)
     return folder
+
+
+def put_manifest(folder: Path, **changes: object) -> None:
+    """Write a manifest that lists what is in the folder."""
+    write_manifest(folder, from_json({"format_version": 1, "files": {}} | MANIFEST | changes))
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -62,11 +69,8 @@ def test_what_was_written_is_read_back(folder: Path) -> None:
     assert artifact.target == "executorch"
     assert artifact.model_path == folder / "model.pte"
     assert (artifact.context, artifact.bos_id, artifact.eos_ids) == (16, 1, (7, 9))
-    assert set(artifact.manifest["files"]) == {"model.pte", "tokenizer.json"}
-    assert artifact.manifest["files"]["model.pte"] == {
-        "bytes": 700,
-        "sha256": sha256_of(folder / "model.pte"),
-    }
+    assert set(artifact.manifest.files) == {"model.pte", "tokenizer.json"}
+    assert artifact.manifest.files["model.pte"] == FileFacts(700, sha256_of(folder / "model.pte"))
     assert artifact.damaged_files() == []
 
 
@@ -99,10 +103,10 @@ def test_what_is_no_file_and_no_folder(tmp_path: Path) -> None:
 
 def test_ids_beyond_the_vocabulary(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"vocab_size": 10}))
-    write_manifest(folder, MANIFEST)
+    put_manifest(folder)
     assert Artifact.open(folder).eos_ids == (7, 9)
     for change in ({"bos_id": 1 << 40}, {"bos_id": 10}, {"eos_ids": [7, 10]}):
-        write_manifest(folder, MANIFEST | change)
+        put_manifest(folder, **change)
         assert_refused(folder, "must be token ids below 10, the vocabulary of config.json, got ")
 
 
@@ -145,7 +149,7 @@ def test_any_key_of_any_type(folder: Path, key: str, value: object) -> None:
         assert "\n" not in str(error)
         assert len(str(error)) < 600
     else:
-        assert type(opened.manifest[key]) is type(MANIFEST[key])
+        assert type(opened.manifest.to_json()[key]) is type(MANIFEST[key])
 
 
 @pytest.mark.parametrize("bytes_", [0, -1, True, 1.0, 10**400])
@@ -165,7 +169,17 @@ def test_a_missing_key(folder: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("format_version", 2, "format_version 2 is not 1"),
+        ("format_version", 0, "format_version must be at least 1, got 0"),
+        ("kind", "painting", "kind must be 'module' or absent, got 'painting'"),
+        ("recipe", 3, "recipe must be a string, got 3"),
+        ("method", ["rtn"], "method must be a string"),
+        ("versions", {"edgekit": 1}, "versions: edgekit must be a string, got 1"),
+        ("requires", [], "requires must be an object"),
+        ("verification", True, "verification must be an object, got True"),
+        ("model", {"id": "m", "random_weights": 1}, "model.random_weights must be true or false"),
+        ("model", {"id": "m", "sha256": 1}, "model.sha256 must be a string"),
+        ("model", {"id": "m", "adapter": {"name": "a"}}, "model.adapter.sha256 must be a string"),
+        ("tensors", [{**MANIFEST["tensors"][0], "same_as": 1}], "tensors: same_as must be a str"),
         ("context", 0, "context 0 is out of range"),
         ("context", 1 << 40, "out of range"),
         ("bos_id", -1, "token ids, got -1"),
@@ -267,7 +281,7 @@ def test_only_the_tokenizers_files_are_copied(tmp_path: Path) -> None:
 def fill(output: Path, force: bool, text: str = "new") -> None:
     with new_artifact(output, force) as staging:
         (staging / "model.pte").write_text(text)
-        write_manifest(staging, MANIFEST)
+        put_manifest(staging)
         assert not output.exists() or force
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import edgekit
 from edgekit.errors import EdgekitError
+from edgekit.formats.artifact.parts import AdapterFacts
 from edgekit.models.adapter import Adapter
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import resolve_model
@@ -202,13 +203,13 @@ def test_an_export_of_an_adapted_model_says_so_and_is_verified_anew(tmp_path: Pa
     out, said = tmp_path / "out", "my-lora was trained on 'x/other', and is merged into lfm2-tiny"
     with pytest.warns(UserWarning, match=said):
         made = edgekit.export("lfm2-tiny", out, target="gguf", adapter=lora, context=64)
-    assert made.manifest["verification"]["verified"]
-    facts = made.manifest["model"]
+    assert made.manifest.verification["verified"]
+    facts = made.decoder.model
     adapter = resolve_model("lfm2-tiny", adapter=lora).adapter
     assert adapter is not None
-    assert facts["adapter"] == {"name": "my-lora", "sha256": adapter.sha256, "base": "x/other"}
+    assert facts.adapter == AdapterFacts("my-lora", adapter.sha256, "x/other")
     plain = resolve_model("lfm2-tiny")
-    assert facts["sha256"] != plain.checkpoint.sha256()
+    assert facts.sha256 != plain.checkpoint.sha256()
     again = run("verify", out)
     assert again.exit_code == 2
     assert (

@@ -61,7 +61,7 @@ def test_codes_reach_the_file_bit_for_bit(
     made = done("export", model, *common, "--codes", codes, "-o", tmp_path / "codes")
     done("export", model, *common, "--recipe", recipe, "-o", tmp_path / "recipe")
     artifact = Artifact.open(tmp_path / "codes")
-    assert artifact.manifest["files"] == Artifact.open(tmp_path / "recipe").manifest["files"]
+    assert artifact.manifest.files == Artifact.open(tmp_path / "recipe").manifest.files
     contents = load_quantized(codes)
     for name, value in read_weights(target, artifact.model_path, ModelConfig.load(model)):
         wanted = contents[name]

@@ -11,10 +11,10 @@ from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.executorch import blocks as xnnpack_blocks
 from edgekit.models.config import ModelConfig
+from edgekit.runtime.engines.habits import Habits
 from edgekit.runtime.fit import (
     PREFILL_CHUNK,
     Fit,
-    Habits,
     activation_bytes,
     conv_state_bytes,
     kv_bytes_per_position,

@@ -122,9 +122,9 @@ def test_export_does_the_same_in_one_go(
     common = ("--target", "gguf", "--context", "64")
     done("export", model, "--int4", "--calibrate", text, *common, "-o", tmp_path / "one")
     done("export", model, "--codes", whole, *common, "-o", tmp_path / "two")
-    one, two = (Artifact.open(tmp_path / name).manifest for name in ("one", "two"))
-    assert one["files"] == two["files"]
-    assert one["codes_sha256"] == two["codes_sha256"]
+    one, two = (Artifact.open(tmp_path / name).decoder for name in ("one", "two"))
+    assert one.files == two.files
+    assert one.codes_sha256 == two.codes_sha256
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 

@@ -78,7 +78,7 @@ def test_the_codes_of_a_recipe_give_the_files_of_the_recipe(
     by_recipe = done("export", model, "--int4", *common, "-o", tmp_path / "recipe")
     by_codes = done("export", model, "--codes", quantized, *common, "-o", tmp_path / "codes")
     one, other = (Artifact.open(tmp_path / name).manifest for name in ("recipe", "codes"))
-    assert one["files"] == other["files"]
+    assert one.files == other.files
     assert by_codes["recipe"] == "int4"
     assert by_codes["method"] == by_recipe["method"] == "mse"
     assert "codes_sha256" not in by_recipe
@@ -106,10 +106,10 @@ def test_other_codes_reach_the_file_bit_for_bit(
         )
     assert (HEAD in found) is not tied
     assert set(found) | {HEAD} == set(contents)
-    made = artifact.manifest
-    assert (made["method"], made["recipe"], made["facts"]) == ("gptq", "mine", {"texts": 3})
+    made = artifact.decoder
+    assert (made.method, made.recipe, made.facts) == ("gptq", "mine", {"texts": 3})
     again = done("verify", tmp_path / "out", "--model", model)
-    assert again["verification"] == made["verification"]
+    assert again["verification"] == made.verification
     assert "small, recipe mine, codes by gptq, context" in run("inspect", tmp_path / "out").stdout
 
 

@@ -15,6 +15,7 @@ import edgekit
 from edgekit.errors import EdgekitError, QuantizationWarning, VerificationError
 from edgekit.exporters.inspect.report import inspect
 from edgekit.exporters.verify.network import ModuleVerification, verify_module
+from edgekit.formats.artifact.parts import NetworkInput, TensorRow
 from edgekit.formats.artifact.read import Artifact
 from edgekit.quantize.calibration import Calibration
 from edgekit.workflows.verify import verify_artifact
@@ -34,28 +35,20 @@ def _export(output: Path, target: str = "onnx", **options: object) -> Artifact:
 @pytest.mark.parametrize("target", ["onnx", "executorch"])
 def test_an_artifact_runs_as_it_says(target: str, tmp_path: Path) -> None:
     artifact = _export(tmp_path / "net", target, max_batch=8, name="two blocks")
-    manifest = artifact.manifest
+    manifest = artifact.network
     assert artifact.is_module
     assert artifact.damaged_files() == []
-    assert (manifest["kind"], manifest["model"], manifest["recipe"]) == (
-        "module",
-        {"id": "two blocks"},
-        "w8a8",
-    )
-    assert manifest["inputs"] == [{"name": "x", "dtype": "float32", "shape": [4, 3, 16, 16]}]
-    assert manifest["max_batch"] == 8
-    found = manifest["verification"]
+    assert (manifest.model_id, manifest.recipe) == ("two blocks", "w8a8")
+    assert manifest.inputs == (NetworkInput("x", "float32", (4, 3, 16, 16)),)
+    assert manifest.max_batch == 8
+    found = manifest.verification
     assert found["verified"]
     assert found["batches"] == [1, 4, 8]
     assert found["rms_steps"] <= 0.5 < found["rms_steps_vs_float"]
-    rows = {row["tensor"]: row for row in manifest["tensors"]}
-    assert rows["one.weight"] == {
-        "tensor": "one.weight",
-        "scheme": "w8a8",
-        "shape": [8, 8, 3, 3],
-        "bytes": 8 * 8 * 9 + 4 * 8,
-    }
-    assert rows["one.bias"]["scheme"] == "int32"
+    rows = {row.tensor: row for row in manifest.tensors}
+    size = 8 * 8 * 9 + 4 * 8
+    assert rows["one.weight"] == TensorRow("one.weight", "w8a8", (8, 8, 3, 3), size)
+    assert rows["one.bias"].scheme == "int32"
     x = batch_for("residual", 3, seed=9)
     with edgekit.load_module(target, artifact.model_path, threads=1) as engine:
         (actual,) = engine.run([x.numpy()])
@@ -86,7 +79,7 @@ def test_inspect_shows_integer_layers_and_verify_needs_no_weights(tmp_path: Path
     assert not any("float" in part or "norms" in part for part in parts)
     with pytest.raises(EdgekitError, match="is verified without a model"):
         verify_artifact(artifact.folder, "lfm2-tiny", lambda stage: None)
-    found = verify_artifact(artifact.folder, None, lambda stage: None)["verification"]
+    found = verify_artifact(artifact.folder, None, lambda stage: None).verification
     assert found["verified"]
     assert found["batches"] == [4]
 
@@ -113,8 +106,8 @@ def test_a_path_means_the_data_that_it_means_on_the_command_line(tmp_path: Path)
 
 def test_a_float_module_needs_no_calibration(tmp_path: Path) -> None:
     artifact = _export(tmp_path / "net", recipe="float", calibration=None)
-    assert {row["scheme"] for row in artifact.manifest["tensors"]} == {"float"}
-    assert sorted(artifact.manifest["files"]) == ["model.onnx", "reference.safetensors"]
+    assert {row.scheme for row in artifact.manifest.tensors} == {"float"}
+    assert sorted(artifact.manifest.files) == ["model.onnx", "reference.safetensors"]
 
 
 def test_one_name_exports_models_and_modules(tmp_path: Path) -> None:
@@ -122,7 +115,7 @@ def test_one_name_exports_models_and_modules(tmp_path: Path) -> None:
     artifact = edgekit.export(
         make_net("residual"), (x,), tmp_path / "net", target="onnx", recipe="float"
     )
-    assert artifact.manifest["model"] == {"id": "Residual"}
+    assert artifact.manifest.model_id == "Residual"
     with pytest.raises(EdgekitError, match="nowhere"):
         edgekit.export("nowhere", tmp_path / "model", target="onnx")
 
@@ -132,7 +125,7 @@ def test_a_finished_network_is_exported_as_it_is(tmp_path: Path) -> None:
     artifact = edgekit.export_network(
         network, x, tmp_path / "net", target="onnx", name="mine", recipe="trained"
     )
-    assert (artifact.manifest["model"], artifact.manifest["recipe"]) == ({"id": "mine"}, "trained")
+    assert (artifact.manifest.model_id, artifact.manifest.recipe) == ("mine", "trained")
     assert Calibration.load(artifact.folder / "calibration.json") == network.calibration
     with edgekit.load_module("onnx", artifact.model_path, threads=1) as engine:
         (actual,) = engine.run([x[0].numpy()])
@@ -163,7 +156,7 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     _export(tmp_path / "net")
     with pytest.raises(EdgekitError, match="exists; give --force"):
         _export(tmp_path / "net")
-    assert _export(tmp_path / "net", recipe="w4a8", force=True).manifest["recipe"] == "w4a8"
+    assert _export(tmp_path / "net", recipe="w4a8", force=True).manifest.recipe == "w4a8"
 
 
 class _Engine:

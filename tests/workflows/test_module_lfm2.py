@@ -45,12 +45,12 @@ def test_a_recipe_makes_some_layers_static(target: str, tmp_path: Path) -> None:
         recipe=STATIC,
         calibration=[_inputs(seed) for seed in range(1, 5)],
     )
-    schemes = {row["tensor"]: row["scheme"] for row in artifact.manifest["tensors"]}
+    schemes = {row.tensor: row.scheme for row in artifact.manifest.tensors}
     assert schemes == {"in_proj.weight": "float", "conv.weight": "w8a8", "out_proj.weight": "w8a8"}
     linear = {"executorch": "FullyConnected", "onnx": "MatMul"}[target]
     arithmetic = inspect(artifact.folder).to_dict()["arithmetic"]
     assert (arithmetic["integer_layers"], arithmetic["float_layers"]) == (2, {linear: 1})
-    assert artifact.manifest["verification"]["rms_steps"] <= 1.0
+    assert artifact.manifest.verification["rms_steps"] <= 1.0
     x = _inputs(9)
     with edgekit.load_module(target, artifact.model_path, threads=1) as engine:
         (actual,) = engine.run([x.numpy()])

@@ -31,7 +31,7 @@ def test_an_operator_runs_as_said(target: str, name: str, tmp_path: Path) -> Non
         calibration=[inputs(name, 8, seed) for seed in range(3)],
         max_batch=8,
     )
-    found = artifact.manifest["verification"]
+    found = artifact.manifest.verification
     assert found["rms_steps"] <= 1.0
     assert found["batches"] == [1, 8]
     arithmetic = inspect(artifact.folder).to_dict()["arithmetic"]

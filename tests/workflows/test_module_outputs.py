@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgekit import Artifact, EdgekitError
+from edgekit.formats.artifact.parts import NetworkOutput
 from edgekit.workflows.export_network import export_module
 
 TARGETS = ("executorch", "onnx")
@@ -74,12 +75,12 @@ def plain(artifact: Artifact, inputs: dict[str, Tensor]) -> list[NDArray[Any]]:
         options.add_session_config_entry("session.x64quantprecision", "1")
         session = ort.InferenceSession(str(artifact.model_path), options)
         assert [item.name for item in session.get_outputs()] == [
-            item["name"] for item in artifact.manifest["outputs"]
+            item.name for item in artifact.network.outputs
         ]
         return list(session.run(None, {name: item.numpy() for name, item in inputs.items()}))
     method = Runtime.get().load_program(str(artifact.model_path)).load_method("forward")
     assert method is not None
-    ordered = [inputs[item["name"]] for item in artifact.manifest["inputs"]]
+    ordered = [inputs[item.name] for item in artifact.network.inputs]
     return [np.array(item) for item in method.execute(ordered)]
 
 
@@ -96,12 +97,12 @@ def test_results_of_every_kind(target: str, scheme: str, tmp_path: Path) -> None
         calibration=[images(4, seed) for seed in range(2)],
         max_batch=4,
     )
-    outputs = artifact.manifest["outputs"]
-    assert [item["name"] for item in outputs] == NAMES
-    assert outputs[0] == {"name": "scores", "dtype": "float32", "shape": [None, 4, 8, 8]}
-    assert outputs[-1] == {"name": "batch", "dtype": "int64", "shape": []}
+    outputs = artifact.network.outputs
+    assert [item.name for item in outputs] == NAMES
+    assert outputs[0] == NetworkOutput("scores", "float32", (None, 4, 8, 8))
+    assert outputs[-1] == NetworkOutput("batch", "int64", ())
     fixed = {"nothing": None, "height": 8, "label": "cats"}
-    assert artifact.manifest["constant_outputs"] == fixed
+    assert artifact.network.constant_outputs == fixed
     for rows in (1, 3):
         x = images(rows, 1)
         expected = [
@@ -156,7 +157,7 @@ def test_bytes_and_masks_by_name(target: str, scheme: str, tmp_path: Path) -> No
         calibration=[batch(6) for _ in range(3)],
         max_batch=4,
     )
-    found = [(item["name"], item["dtype"]) for item in artifact.manifest["inputs"]]
+    found = [(item.name, item.dtype) for item in artifact.network.inputs]
     assert found == [("pixels", "uint8"), ("mask", "bool")]
     given = batch(3)
     bound = 1e-5 if scheme == "float" else 0.2

@@ -1,6 +1,7 @@
 """`edgekit inspect --sensitivity`, held against whole runs of a model with one tensor quantized."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.verify.reference_text import TEXT
+from edgekit.formats.artifact.read import Artifact
 from edgekit.metrics.logits import kld
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.random_weights import RandomCheckpoint
@@ -165,10 +167,10 @@ def test_an_artifact_stands_for_the_model_it_was_made_of(
     monkeypatch.setattr(module._FloatRun, "cost", lambda self, name, scheme: (1.0, 0.5))
     assert sensitivity(str(tiny_artifact), W4, SHORT).model == "lfm2-tiny"
     monkeypatch.setattr(RandomCheckpoint, "sha256", lambda self: "another")
-    manifest = json.loads((tiny_artifact / "edgekit.json").read_text())
+    manifest = Artifact.open(tiny_artifact).decoder
     monkeypatch.setattr(
         "edgekit.formats.artifact.read._read_manifest",
-        lambda path: manifest | {"model": manifest["model"] | {"sha256": "0" * 64}},
+        lambda path: replace(manifest, model=replace(manifest.model, sha256="0" * 64)),
     )
     with pytest.raises(EdgekitError, match="was made of other weights than those of lfm2-tiny"):
         sensitivity(str(tiny_artifact), W4, SHORT)

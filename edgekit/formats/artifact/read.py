@@ -7,47 +7,28 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgekit.common.files import load_json_object, os_reason, refuse_irregular, sha256_of
 from edgekit.errors import EdgekitError
+from edgekit.formats.artifact.manifest import (
+    DecoderManifest,
+    Manifest,
+    NetworkManifest,
+    from_json,
+)
+from edgekit.formats.artifact.older import with_outputs
+from edgekit.formats.artifact.parts import FileFacts
 
 MANIFEST = "edgekit.json"
 _CONFIG = "config.json"
 TARGET_OF = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
 """Whose a model file is that comes without a manifest, by the end of its name."""
-FORMAT_VERSION = 1
 _TRANSFORMERS_JS = "onnx"
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_DEPTH = 32
-_MAX_DIMS = 8
 _NAME = r"\w[\w.+-]{0,127}"
 _FILE_NAME = re.compile(rf"(?:({_NAME})/)?{_NAME}", re.ASCII)
 """A file of the folder, or of a folder in it: Transformers.js wants its models in `onnx/`."""
-_TYPES: dict[str, type] = {
-    "format_version": int,
-    "model": dict,
-    "target": str,
-    "file": str,
-    "tensors": list,
-    "versions": dict,
-    "files": dict,
-}
-_MODULE_TYPES: dict[str, type] = {
-    "inputs": list,
-    "outputs": list,
-    "constant_outputs": dict,
-    "activations": list,
-}
-_LANGUAGE_MODEL_TYPES: dict[str, type] = {"context": int, "bos_id": int, "eos_ids": list}
-MODULE = "module"
-"""The `kind` of an artifact that takes tensors rather than tokens; others do not state one."""
-
-MODULE_DTYPES = ("float32", "int64", "int32", "uint8", "bool")
-"""What the inputs of a module may be."""
-_MAX_ELEMENTS = 1 << 28
-_LAST_CODE = 255
-"""Activations are uint8 in a manifest, whatever an engine's kernels take."""
 
 
 class DamagedArtifact(EdgekitError):
@@ -59,7 +40,7 @@ class Artifact:
     """An opened artifact folder: its manifest is well-formed and its files have their sizes."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @classmethod
     def open(cls, path: Path | str) -> "Artifact":
@@ -70,58 +51,68 @@ class Artifact:
         if not os.path.lexists(folder / MANIFEST):
             raise EdgekitError(f"{folder}: {_no_artifact(folder)}")
         manifest = _read_manifest(folder / MANIFEST)
-        for name, facts in manifest["files"].items():
+        for name, facts in manifest.files.items():
             _check_file(folder, name, facts)
-        if manifest["file"] not in manifest["files"]:
-            raise EdgekitError(
-                f"{folder / MANIFEST}: file {manifest['file']!r:.60} is not in files"
-            )
-        if manifest.get("kind") != MODULE:
+        if manifest.file not in manifest.files:
+            raise EdgekitError(f"{folder / MANIFEST}: file {manifest.file!r:.60} is not in files")
+        if isinstance(manifest, DecoderManifest):
             _check_ids(folder, manifest)
         return cls(folder, manifest)
 
     @property
     def target(self) -> str:
         """Name of the engine that runs the model file."""
-        return str(self.manifest["target"])
+        return self.manifest.target
 
     @property
     def model_path(self) -> Path:
         """The model file."""
-        return self.folder / str(self.manifest["file"])
+        return self.folder / self.manifest.file
 
     @property
     def is_module(self) -> bool:
         """Whether the model is a module, which has no context and no tokens."""
-        return self.manifest.get("kind") == MODULE
+        return isinstance(self.manifest, NetworkManifest)
 
     @property
-    def context(self) -> int:
-        """Positions the model file has room for; EdgekitError for a module."""
-        if self.is_module:
+    def decoder(self) -> DecoderManifest:
+        """The manifest of a language model; EdgekitError for a module."""
+        if isinstance(self.manifest, NetworkManifest):
             raise EdgekitError(
                 f"{self.folder}: is a module, not a language model: `edgekit bench` measures it, "
                 "`edgekit inspect` and `verify` take it, and edgekit.load_module runs it from "
                 "Python"
             )
-        return int(self.manifest["context"])
+        return self.manifest
+
+    @property
+    def network(self) -> NetworkManifest:
+        """The manifest of a module; EdgekitError for a language model."""
+        if isinstance(self.manifest, DecoderManifest):
+            raise EdgekitError(f"{self.folder}: is a language model, not a module")
+        return self.manifest
+
+    @property
+    def context(self) -> int:
+        """Positions the model file has room for; EdgekitError for a module."""
+        return self.decoder.context
 
     @property
     def bos_id(self) -> int:
-        """Token id that begins a sequence."""
-        return int(self.manifest["bos_id"])
+        """Token id that begins a sequence; EdgekitError for a module."""
+        return self.decoder.bos_id
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Token ids that end a sequence."""
-        return tuple(self.manifest["eos_ids"])
+        """Token ids that end a sequence; EdgekitError for a module."""
+        return self.decoder.eos_ids
 
     def damaged_files(self) -> list[str]:
         """Return the files whose content is not what was written: reads every byte."""
         return [
             name
-            for name, facts in self.manifest["files"].items()
-            if sha256_of(self.folder / name) != facts["sha256"]
+            for name, facts in self.manifest.files.items()
+            if sha256_of(self.folder / name) != facts.sha256
         ]
 
 
@@ -159,23 +150,24 @@ def _hint(folder: Path) -> str:
     return "make one with `edgekit export`"
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> Manifest:
     try:
         refuse_irregular(path)
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise EdgekitError(f"{path}: is too large to be a manifest")
-        manifest = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
-        _check_depth(manifest, _MAX_DEPTH)
+        document = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
+        _check_depth(document, _MAX_DEPTH)
     except OSError as error:
         raise EdgekitError(
             f"{path}: cannot be read: {os_reason(error)}; not an artifact"
         ) from error
     except (ValueError, RecursionError) as error:
         raise EdgekitError(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(manifest, dict):
-        raise EdgekitError(f"{path}: must be a JSON object, got {type(manifest).__name__}")
-    _check_manifest(path, manifest)
-    return manifest
+    document = with_outputs(path.parent, document)
+    try:
+        return from_json(document)
+    except EdgekitError as error:
+        raise EdgekitError(f"{path}: {error}") from error
 
 
 def _check_depth(value: object, allowed: int) -> None:
@@ -195,41 +187,12 @@ def _finite(text: str) -> float:
     return value
 
 
-def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    is_module = manifest.get("kind") == MODULE
-    for key, kind in (_TYPES | (_MODULE_TYPES if is_module else _LANGUAGE_MODEL_TYPES)).items():
-        value = manifest.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise EdgekitError(f"{path}: {key} must be {_json_name(kind)}, got {value!r:.60}")
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise EdgekitError(
-            f"{path}: format_version {manifest['format_version']} is not {FORMAT_VERSION}; "
-            "it was made by another version of edgekit"
-        )
-    if not isinstance(manifest["model"].get("id"), str):
-        raise EdgekitError(f"{path}: model.id must be a string")
-    if is_module:
-        _check_module(path, manifest)
-    else:
-        _check_language_model(path, manifest)
-    for row in manifest["tensors"]:
-        _check_row(path, row)
-
-
-def _check_language_model(path: Path, manifest: dict[str, Any]) -> None:
-    if not 1 <= manifest["context"] <= 1 << 30:
-        raise EdgekitError(f"{path}: context {manifest['context']} is out of range")
-    for token in (manifest["bos_id"], *manifest["eos_ids"]):
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise EdgekitError(f"{path}: bos_id and eos_ids must be token ids, got {token!r:.60}")
-
-
-def _check_ids(folder: Path, manifest: dict[str, Any]) -> None:
+def _check_ids(folder: Path, manifest: DecoderManifest) -> None:
     """Refuse ids that are no tokens of the model, as far as `config.json` tells their number."""
-    if _CONFIG not in manifest["files"]:
+    if _CONFIG not in manifest.files:
         return
     size = load_json_object(folder / _CONFIG).get("vocab_size")
-    for token in (manifest["bos_id"], *manifest["eos_ids"]):
+    for token in (manifest.bos_id, *manifest.eos_ids):
         if type(size) is int and token >= size:
             raise EdgekitError(
                 f"{folder / MANIFEST}: bos_id and eos_ids must be token ids below {size}, the "
@@ -237,69 +200,7 @@ def _check_ids(folder: Path, manifest: dict[str, Any]) -> None:
             )
 
 
-def _check_module(path: Path, manifest: dict[str, Any]) -> None:
-    largest = manifest.get("max_batch")
-    if largest is not None and not _is_count(largest):
-        raise EdgekitError(f"{path}: max_batch must be a size or null, got {largest!r:.60}")
-    inputs = manifest["inputs"]
-    for item in inputs:
-        shape = item.get("shape") if isinstance(item, dict) else None
-        if (
-            not isinstance(shape, list)
-            or not 1 <= len(shape) <= _MAX_DIMS
-            or not all(_is_count(size) for size in shape)
-            or math.prod(shape) > _MAX_ELEMENTS
-            or item.get("dtype") not in MODULE_DTYPES
-            or not isinstance(item.get("name"), str)
-        ):
-            raise EdgekitError(f"{path}: inputs must hold name, dtype and shape: {item!r:.80}")
-    if not inputs:
-        raise EdgekitError(f"{path}: inputs must not be empty")
-    for item in manifest["outputs"]:
-        if (
-            not isinstance(item, dict)
-            or not isinstance(item.get("name"), str)
-            or not isinstance(item.get("dtype"), str)
-            or not isinstance(item.get("shape"), list)
-            or not all(size is None or _is_size(size) for size in item["shape"])
-        ):
-            raise EdgekitError(f"{path}: outputs must hold name, dtype and shape: {item!r:.80}")
-    for item in manifest["activations"]:
-        if (
-            not isinstance(item, dict)
-            or not isinstance(item.get("tensor"), str)
-            or type(item.get("scale")) is not float
-            or not item["scale"] > 0
-            or type(item.get("zero_point")) is not int
-            or not 0 <= item["zero_point"] <= _LAST_CODE
-        ):
-            raise EdgekitError(
-                f"{path}: activations must hold tensor, scale and zero_point: {item!r:.80}"
-            )
-
-
-def _check_row(path: Path, row: object) -> None:
-    if (
-        not isinstance(row, dict)
-        or not isinstance(row.get("tensor"), str)
-        or not isinstance(row.get("scheme"), str)
-        or not _is_count(row.get("bytes"))
-        or not isinstance(row.get("shape"), list)
-        or not 1 <= len(row["shape"]) <= _MAX_DIMS
-        or not all(_is_count(size) for size in row["shape"])
-    ):
-        raise EdgekitError(f"{path}: tensors must hold tensor, scheme, shape, bytes: {row!r:.80}")
-
-
-def _is_count(value: object) -> bool:
-    return _is_size(value) and value != 0
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 48
-
-
-def _check_file(folder: Path, name: str, facts: object) -> None:
+def _check_file(folder: Path, name: str, facts: FileFacts) -> None:
     manifest = folder / MANIFEST
     place = _FILE_NAME.fullmatch(name)
     if place is None or (place[1] is not None and (folder / place[1]).is_symlink()):
@@ -307,21 +208,11 @@ def _check_file(folder: Path, name: str, facts: object) -> None:
             f"{manifest}: file name {name!r:.60} could leave the folder: allowed are letters, "
             "digits and . _ + -, in the folder or in one below it"
         )
-    if (
-        not isinstance(facts, dict)
-        or not isinstance(facts.get("bytes"), int)
-        or not isinstance(facts.get("sha256"), str)
-    ):
-        raise EdgekitError(f"{manifest}: files[{name!r:.60}] must hold bytes and sha256")
     path = folder / name
     if not path.is_file():
         raise DamagedArtifact(f"{path}: is missing, though {MANIFEST} lists it")
-    if path.stat().st_size != facts["bytes"]:
+    if path.stat().st_size != facts.bytes:
         raise DamagedArtifact(
-            f"{path}: has {path.stat().st_size} bytes, {MANIFEST} says {facts['bytes']}: "
+            f"{path}: has {path.stat().st_size} bytes, {MANIFEST} says {facts.bytes}: "
             "it is truncated or was replaced; export again"
         )
-
-
-def _json_name(kind: type) -> str:
-    return {int: "an integer", dict: "an object", list: "a list", str: "a string"}[kind]

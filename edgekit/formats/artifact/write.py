@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from edgekit.common.files import (
     unfinished,
 )
 from edgekit.errors import EdgekitError
-from edgekit.formats.artifact.read import FORMAT_VERSION, MANIFEST, Artifact
+from edgekit.formats.artifact.manifest import Manifest
+from edgekit.formats.artifact.parts import FileFacts
+from edgekit.formats.artifact.read import MANIFEST, Artifact
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,31 +33,28 @@ TOKENIZER_FILES = (
 _REPLACED = ".old"
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `edgekit.json` with the size and sha256 of every file beside it."""
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write `edgekit.json` with the size and sha256 of every file beside it; return it so."""
     files = {
-        file.relative_to(folder).as_posix(): {
-            "bytes": file.stat().st_size,
-            "sha256": sha256_of(file),
-        }
+        file.relative_to(folder).as_posix(): FileFacts(file.stat().st_size, sha256_of(file))
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
-    document = {"format_version": FORMAT_VERSION, **manifest, "files": files}
-    (folder / MANIFEST).write_text(_json(document))
+    written = replace(manifest, files=files)
+    (folder / MANIFEST).write_text(_json(written))
+    return written
 
 
-def update_manifest(artifact: Artifact, changes: dict[str, Any]) -> dict[str, Any]:
-    """Replace entries of an artifact's manifest in one rename; return the whole of it."""
-    document = artifact.manifest | changes
-    path = artifact.folder / MANIFEST
-    with new_file(path) as file:
-        file.write_text(_json(document))
-    return document
+def record_verification(artifact: Artifact, figures: Mapping[str, Any]) -> Manifest:
+    """Replace the figures in an artifact's manifest in one rename; return the whole of it."""
+    recorded = replace(artifact.manifest, verification=figures)
+    with new_file(artifact.folder / MANIFEST) as file:
+        file.write_text(_json(recorded))
+    return recorded
 
 
-def _json(document: dict[str, Any]) -> str:
-    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+def _json(manifest: Manifest) -> str:
+    return json.dumps(manifest.to_json(), indent=1, allow_nan=False) + "\n"
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -6,9 +6,16 @@ from edgekit.errors import EdgekitError
 from edgekit.formats.gguf.file import STRING, GgufArray, GgufFile
 from edgekit.runtime.decode_bytes import Traffic
 from edgekit.runtime.engines.gguf.checks import check_model
+from edgekit.runtime.engines.stated import Stated
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _CACHE_BYTES = 2  # float16, as the engine has it
+
+
+def stated(path: Path) -> Stated:
+    """Return what a file says; EdgekitError for one that llama.cpp must not be given."""
+    file = open_checked(path)
+    return Stated(model_name(file), count_types(file), file_traffic(file), stated_context(file))
 
 
 def open_checked(path: Path) -> GgufFile:

@@ -22,6 +22,11 @@ _TEMPLATE = "tokenizer.chat_template"
 _LONGEST_PIECE = 256
 
 
+def open_tokenizer(path: Path) -> "GgufTokenizer":
+    """Open a file's tokenizer; EdgekitError where it has none."""
+    return GgufTokenizer(path)
+
+
 class GgufTokenizer:
     """A `TextTokenizer` over a file's vocabulary, which is loaded without the weights.
 

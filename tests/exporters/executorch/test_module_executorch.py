@@ -126,6 +126,31 @@ def test_a_global_average_is_right_at_a_small_largest_batch(tmp_path: Path) -> N
             assert float(steps_apart(network, found, x[:size]).max()) <= 1.01
 
 
+@pytest.mark.parametrize("function", [functional.softplus, functional.mish])
+def test_what_executorch_takes_apart_reads_codes_of_its_own(
+    function: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    """`x > 20 ? x : log(1 + exp(x))`, of one dequantized x: 52 steps off in executorch 1.5.1."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(self.layer(x))
+
+    torch.manual_seed(3)
+    x = torch.randn(2, 4, 6, 6)
+    traced = trace(Net().eval(), (x,))
+    placement = place(traced, LayerRecipe.uniform("w8a8"))
+    network = quantize_module(placement, calibrate(placement, [x]))
+    write_module(network, tmp_path / "net.pte", lambda stage: None)
+    with load_module("executorch", tmp_path / "net.pte") as engine:
+        (found,) = engine.run([x.numpy()])
+    assert np.abs(found - network.simulate(x).detach().numpy()).max() < 1e-5
+
+
 def test_a_depthwise_net_is_one_chain_of_codes(tmp_path: Path) -> None:
     path = tmp_path / "model.pte"
     write_module(quantized("separable", "w8a8"), path, lambda stage: None)

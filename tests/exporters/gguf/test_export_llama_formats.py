@@ -110,8 +110,8 @@ def test_a_file_that_is_not_what_was_planned_leaves_nothing(
 @pytest.mark.usefixtures("unverified")
 def test_from_python(tmp_path: Path) -> None:
     artifact = export_model("lfm2-tiny", tmp_path / "artifact", target="gguf", recipe="iq4_nl")
-    assert artifact.manifest["recipe"] == "IQ4_NL"
-    schemes = {row["scheme"] for row in artifact.manifest["tensors"]}
+    assert artifact.manifest.recipe == "IQ4_NL"
+    schemes = {row.scheme for row in artifact.manifest.tensors}
     assert schemes == {"F32", "IQ4_NL", "Q5_K", "Q6_K"}
 
 
@@ -121,7 +121,7 @@ def test_the_folder_is_named_after_the_format(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run("lfm2-tiny", "--target", "gguf", "--scheme", "q6_k").exit_code == 0
-    assert Artifact.open(tmp_path / "lfm2-tiny-gguf-Q6_K").manifest["recipe"] == "Q6_K"
+    assert Artifact.open(tmp_path / "lfm2-tiny-gguf-Q6_K").manifest.recipe == "Q6_K"
 
 
 @pytest.mark.usefixtures("unverified")

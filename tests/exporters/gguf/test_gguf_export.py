@@ -153,7 +153,7 @@ def test_without_the_engine_it_is_unverified_and_says_so(
     assert done.exit_code == 0, done.stderr
     assert "is not verified: the gguf engine needs" in done.stderr
     assert install_command("gguf") in done.stderr
-    assert Artifact.open(place / "out").manifest["verification"]["verified"] is False
+    assert Artifact.open(place / "out").manifest.verification["verified"] is False
     later = edgekit("verify", place / "out", "--model", model, "--json")
     assert later.returncode == 0, later.stderr
     assert json.loads(later.stdout)["verification"]["tokenizer"]["texts"] > 4000

@@ -291,8 +291,8 @@ def test_the_manifest_says_what_runs_the_file(tmp_path: Path) -> None:
         done = export("lfm2-tiny", output, "--int4", "--context", "16", "--force", *more)
         assert done.exit_code == 0, done.stderr
         artifact = Artifact.open(output)
-        assert artifact.manifest["requires"] == requires
-        assert artifact.manifest["verification"]["kld_engine_vs_quantized"] <= 0.003
+        assert artifact.decoder.requires == requires
+        assert artifact.manifest.verification["kld_engine_vs_quantized"] <= 0.003
 
 
 def test_an_artifact_in_a_folder_below(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_an_artifact_in_a_folder_below(tmp_path: Path) -> None:
     artifact = Artifact.open(output)
     assert artifact.model_path == output / "onnx" / "model_quantized.onnx"
     assert {"onnx/model_quantized.onnx", "onnx/model_quantized.onnx_data"} < {
-        *artifact.manifest["files"]
+        *artifact.manifest.files
     }
     config = json.loads((output / "config.json").read_text())
     assert config["transformers.js_config"]["use_external_data_format"] == {

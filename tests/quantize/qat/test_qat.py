@@ -107,7 +107,7 @@ def test_the_file_is_what_was_trained(target: str, tmp_path: Path) -> None:
         name="net",
         recipe=qat.recipe,
     )
-    assert artifact.manifest["verification"]["verified"]
+    assert artifact.manifest.verification["verified"]
     ranges = Calibration.load(artifact.folder / "calibration.json")
     assert ranges == qat.calibration()
     assert ranges.method == "moving-average"

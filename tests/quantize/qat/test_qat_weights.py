@@ -422,10 +422,10 @@ def test_the_file_of_an_engine_is_what_was_trained(
     codes = load_quantized(path)
     assert codes[HEAD] is codes[EMBEDDING]
     artifact = export_model(str(folder), tmp_path / "out", target=target, codes=path, context=64)
-    manifest = artifact.manifest
-    assert manifest["verification"]["verified"]
-    assert (manifest["method"], manifest["recipe"]) == ("qat", "int4")
-    assert manifest["facts"] == {"steps": 3, "loss": "cross-entropy"}
+    manifest = artifact.decoder
+    assert manifest.verification["verified"]
+    assert (manifest.method, manifest.recipe) == ("qat", "int4")
+    assert manifest.facts == {"steps": 3, "loss": "cross-entropy"}
     found = dict(read_weights(target, artifact.model_path, ModelConfig.load(folder)))
     assert set(found) | {HEAD} == set(codes)
     for name, value in found.items():

@@ -9,6 +9,7 @@ import pytest
 from edgekit.devices.probe.bandwidth import ReadBandwidth
 from edgekit.devices.probe.conditions import Conditions, Temperature
 from edgekit.errors import EdgekitError
+from edgekit.formats.artifact.parts import TensorRow
 from edgekit.models.config import ModelConfig
 from edgekit.runtime.bench.accounting import Clocks, interference
 from edgekit.runtime.bench.gates import check_gates
@@ -233,9 +234,9 @@ def test_gates_pass_fail_or_stay_unknown() -> None:
 
 def test_decode_reads_one_row_of_the_embedding_and_everything_else() -> None:
     rows = [
-        {"tensor": "model.embed_tokens.weight", "shape": [10, 4], "bytes": 60, "scheme": "w8"},
-        {"tensor": "lm_head.weight", "shape": [10, 4], "bytes": 60, "scheme": "w8"},
-        {"tensor": "model.embedding_norm.weight", "shape": [4], "bytes": 16, "scheme": "float"},
+        TensorRow("model.embed_tokens.weight", "w8", (10, 4), 60),
+        TensorRow("lm_head.weight", "w8", (10, 4), 60),
+        TensorRow("model.embedding_norm.weight", "float", (4,), 16),
     ]
     config = ModelConfig.from_dict(
         {

@@ -260,7 +260,7 @@ def test_engines_state_name_and_version(engine: OneSequenceEngine) -> None:
 
 
 def test_load_engine_knows_its_engines(program: Path) -> None:
-    with pytest.raises(EdgekitError, match="unknown engine 'tflite'; the engines are executorch, "):
+    with pytest.raises(EdgekitError, match="unknown engine 'tflite': allowed are executorch, "):
         load_engine("tflite", program)
     with pytest.raises(EdgekitError, match="threads must be at least 1, not 0"):
         load_engine("executorch", program, threads=0)
