@@ -49,7 +49,7 @@ def format_json(table: Sequence[Mapping[str, Any]]) -> str:
     for entry in table:
         cells = [
             entry["tensor"],
-            scheme_text(entry["scheme"], entry.get("stored_as"), entry.get("instead_of")),
+            _scheme(entry),
             entry["range"] or "-",
             "x".join(map(str, entry["shape"])),
             "shared" if "same_as" in entry else f"{entry['bytes']:,}",
@@ -66,7 +66,7 @@ def summary(table: Sequence[Mapping[str, Any]]) -> str:
     counts: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for entry in table:
-        scheme = scheme_text(entry)
+        scheme = _scheme(entry)
         counts[scheme] = counts.get(scheme, 0) + 1
         sizes[scheme] = sizes.get(scheme, 0) + (0 if "same_as" in entry else entry["bytes"])
     rows = [[scheme, f"{count:,}", f"{sizes[scheme]:,}"] for scheme, count in counts.items()]
@@ -84,6 +84,10 @@ def scheme_text(scheme: str, stored_as: str | None = None, instead_of: str | Non
     if stored_as is not None:
         return f"{scheme}, stored as {stored_as}"
     return scheme if instead_of is None else f"{scheme} instead of {instead_of}"
+
+
+def _scheme(entry: Mapping[str, Any]) -> str:
+    return scheme_text(entry["scheme"], entry.get("stored_as"), entry.get("instead_of"))
 
 
 def json_bytes(table: Sequence[Mapping[str, Any]]) -> int:
