@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from edgekit.runtime.generation.sampling import SamplingParams
     from edgekit.workflows.api import export, export_model
     from edgekit.workflows.export_network import export_module, export_network
+    from edgekit.workflows.fit import fit
 
 # onnxruntime's wheels report to Microsoft by default, from their import on (its Privacy.md); what
 # runs on a user's machine is nobody else's business unless the user says so.
@@ -51,6 +52,7 @@ __all__ = [
     "export_model",
     "export_module",
     "export_network",
+    "fit",
     "generate",
     "load_engine",
     "load_module",
@@ -72,6 +74,7 @@ _HOMES = {
     "export_model": "edgekit.workflows.api",
     "export_module": "edgekit.workflows.export_network",
     "export_network": "edgekit.workflows.export_network",
+    "fit": "edgekit.workflows.fit",
     "generate": "edgekit.runtime.generation.generate",
     "load_engine": "edgekit.runtime.engines.engine",
     "load_module": "edgekit.runtime.engines.network_engine",

@@ -66,6 +66,15 @@ class WeightRow(Protocol):
 
 
 @dataclass(frozen=True)
+class Row:
+    """A `WeightRow` of which no more is known."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Fit:
     """A prediction, in bytes.
 

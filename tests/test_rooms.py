@@ -155,7 +155,7 @@ NAMES_TARGETS = {
     "edgekit.runtime.engines.registry": "the registry of engines",
     "edgekit.formats.artifact.read": "whose a file is by the end of its name",
     # The target or the engine that is meant where nobody names one.
-    "edgekit.commands.fit": "the default target",
+    "edgekit.workflows.fit": "the default target",
     "edgekit.workflows.api": "the default target; formats of llama.cpp's own",
     "edgekit.workflows.export_network": "the default target",
     "edgekit.runtime.open_model": "the reference is computed in torch",

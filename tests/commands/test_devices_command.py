@@ -17,8 +17,9 @@ def run(*arguments: str) -> Result:
 def test_list_names_this_machine_and_every_profile() -> None:
     result = run()
     assert result.exit_code == 0
-    first_cells = [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:]]
-    assert first_cells == ["local", *(profile.id for profile in bundled_profiles())]
+    names = ["local", *(profile.id for profile in bundled_profiles())]
+    for table in result.stdout.split("\n\n"):
+        assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == names
 
 
 def test_list_as_json() -> None:

@@ -291,7 +291,7 @@ def test_export_packs_the_codes_that_quantize_wrote(code: Path, place: Path) -> 
     about = load_with_about(codes)[1]
     save_quantized(codes, {**held, "conv.weight": replace(weight, codes=flipped)}, about)
     data = ("--max-batch", 4, "--calibrate", place / "net.calibration.json")
-    done = export(code, place / "out", *data, "--codes", codes)
+    done = export(code, place / "out", *data, "--codes", codes, "-v")
     assert done.exit_code == 0, done.stderr
     assert re.search(r"conv\.weight +w4a8, stored as w8a8 +4x3x3x3 +124\n", done.stdout)
     artifact = Artifact.open(place / "out")

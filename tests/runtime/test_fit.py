@@ -219,7 +219,7 @@ def test_command_as_json() -> None:
 def test_command_as_text() -> None:
     result = run("lfm2-350m", "--device", "galaxy-s25", "--scheme", "w4g32", "--depth", "1000")
     assert result.exit_code == 0
-    assert "w4g32, on galaxy-s25" in result.stdout
+    assert "w4g32, executorch, on galaxy-s25" in result.stdout
     assert "| KV cache, 2048 positions   |  50.3 |" in result.stdout
     assert "| 12 GB                       | fits    |" in result.stdout
     assert "after 1,000 positions at 84.8 GB/s, peak)." in result.stdout
