@@ -5,6 +5,7 @@ any number stands for any other, `…` for anything, as a line of its own for an
 the Markdown steer a block that follows:
 
     <!-- not run: the reason -->
+    <!-- not compared: the reason -->
     <!-- before: Python that the block needs and the page does not show -->
 """
 
@@ -12,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECONDS = 900
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?|\?")
-_COMMENT = re.compile(r"<!-- (not run|before):(.*?)-->", re.DOTALL)
+_COMMENT = re.compile(r"<!-- (not run|not compared|before):(.*?)-->", re.DOTALL)
 _BLOCK = re.compile(
     r"(?P<comment><!--.*?-->)|^```(?P<kind>\w+)\n(?P<code>.*?)^```"
     r"|(?P<shell>(?:^    [^\n]*\n|^\n(?=    ))+)",
@@ -37,30 +38,28 @@ _BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of a page: `shell` or a language, its text, what the page does not show of it."""
+    """A piece of a page: `shell` or a language, its text, and what a comment before it says."""
 
     kind: str
     text: str
-    before: str
-    not_run: str
+    said: Mapping[str, str]
 
 
 def blocks(page: str) -> Iterator[Block]:
     """Yield what a page shows as commands or code."""
-    before = not_run = ""
+    said: dict[str, str] = {}
     for found in _BLOCK.finditer(page):
         if found["comment"]:
             steering = _COMMENT.match(found["comment"])
             if steering is not None:
-                text = steering[2].strip("\n ")
-                before, not_run = (text, "") if steering[1] == "before" else ("", text)
+                said = {steering[1]: steering[2].strip("\n ")}
             continue
         if found["kind"]:
-            yield Block(found["kind"], found["code"], before, not_run)
+            yield Block(found["kind"], found["code"], said)
         else:
             text = "".join(line[4:] or "\n" for line in found["shell"].splitlines(keepends=True))
-            yield Block("shell", text, before, not_run)
-        before = not_run = ""
+            yield Block("shell", text, said)
+        said = {}
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -118,7 +117,7 @@ def run_shell(block: Block, folder: Path) -> None:
         told = any(re.match(r"edgekit: (?!warning)", line) for line in shown)
         assert bool(done.returncode) == told, f"$ {command}\n{done.stdout}"
         missing = f"$ {command}\nprinted\n{done.stdout}\nbut the page shows\n" + "\n".join(shown)
-        assert matches(shown, printed), missing
+        assert "not compared" in block.said or matches(shown, printed), missing
 
 
 @pytest.mark.parametrize(
@@ -138,12 +137,12 @@ def test_a_page_runs(page: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     code = []
     for block in blocks(text):
-        if block.not_run:
+        if "not run" in block.said:
             continue
         if block.kind == "shell":
             run_shell(block, tmp_path)
         elif block.kind == "python":
-            code += [block.before, block.text]
+            code += [block.said.get("before", ""), block.text]
         elif block.kind == "toml":
             (tmp_path / "mixed.toml").write_text(block.text, encoding="utf-8")
     if code:  # a page's blocks follow from each other, and from its commands
@@ -168,7 +167,7 @@ def test_a_shape_is_told_from_another(shown: list[str], printed: list[str], same
     assert matches(shown, printed) is same
 
 
-def test_what_is_not_run_says_why() -> None:
+def test_what_is_not_run_or_compared_says_why() -> None:
     for page in PAGES:
         for block in blocks(page.read_text(encoding="utf-8")):
-            assert block.not_run == "" or len(block.not_run) > 10, page
+            assert all(len(reason) > 10 for reason in block.said.values()), page
