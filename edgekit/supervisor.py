@@ -133,7 +133,8 @@ def _remove(words: Words) -> None:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # the line that says what happened comes in any case
+                path.unlink()
     for name in words.folders:
         with suppress(OSError):
             Path(name).rmdir()

@@ -14,6 +14,9 @@ import pytest
 
 TINY_CONTEXT = 512
 
+# Tables are one whatever the terminal, or its absence, of who runs the tests.
+os.environ["COLUMNS"] = "200"
+
 # A shell starts its background jobs with Ctrl-C ignored, and children inherit that: the tests
 # that send it must not depend on how they were started.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -51,7 +51,7 @@ class ModuleChoice:
 def refuse_for_a_module(**given: object) -> None:
     """Raise EdgekitError where the user gave any of a language model's options for a module."""
     for name, value in given.items():
-        if value not in (None, False):
+        if value is not None and value is not False:
             option = name.replace("_", "-")
             raise EdgekitError(f"--{option} is for language models, not for a module")
 

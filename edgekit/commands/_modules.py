@@ -116,11 +116,15 @@ def quantize_module_of(
         _show_plan(name, rows, as_json)
         return
     found = _quantize(placement, chosen, progress)
-    save_codes(found.network, placement, name, path)
     written = [str(path)]
     if found.network.calibration is not None:
         found.network.calibration.save(ranges)
         written.append(str(ranges))
+    try:
+        save_codes(found.network, placement, name, path)
+    except BaseException:  # codes without their ranges, and ranges without codes, are no result
+        ranges.unlink(missing_ok=True)
+        raise
     if as_json:
         total = sum(row["bytes"] for row in rows)
         print_json({"model": name, "tensors": rows, "bytes": total, "files": written})

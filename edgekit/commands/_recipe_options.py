@@ -139,7 +139,7 @@ def _recipe_options(
 
 def _choice(options: dict[str, Any]) -> RecipeChoice:
     flags = {"float_": "--float", "recipe_file": "--recipe"}
-    given = [name for name, value in options.items() if value not in (None, False)]
+    given = [name for name, value in options.items() if value is not None and value is not False]
     if len(given) > 1:
         first, second = (flags.get(name, f"--{name}") for name in given[:2])
         raise EdgekitError(f"{first} and {second} exclude each other: give one of them")

@@ -58,11 +58,13 @@ def command(
     from edgekit.common.plural import counted
 
     text = read_text(text_file)
+    if output is not None:
+        check_output_file(output, force)  # before anything is downloaded
     with interrupts_end_the_process():
         from edgekit.models.source import resolve_model
 
     source = resolve_model(model, revision=revision)
-    path = output or Path(f"{source.id.rsplit('/', 1)[-1].lower()}-imatrix.gguf")
+    path = output or Path(f"{source.short_name}-imatrix.gguf")
     check_output_file(path, force)
     found = _measure(source, text, text_file.name, context, chunks)
     found.save(path)

@@ -10,7 +10,7 @@ from edgekit.errors import EdgekitError, Interrupted
 
 
 @click.command("inspect", short_help="Show what a file is made of.")
-@click.argument("artifact", metavar="ARTIFACT|MODEL", type=click.Path(path_type=Path))
+@click.argument("artifact", metavar="ARTIFACT|MODEL")
 @click.option("--check", is_flag=True, help="Compare every file with the sha256 in the manifest.")
 @click.option(
     "--sensitivity", is_flag=True, help="Rank the model's tensors by what quantizing each costs."
@@ -24,7 +24,7 @@ from edgekit.errors import EdgekitError, Interrupted
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def command(
-    artifact: Path,
+    artifact: str,
     check: bool,
     sensitivity: bool,
     scheme: str | None,
@@ -44,7 +44,7 @@ def command(
     if sensitivity:
         if check:
             raise EdgekitError("--check and --sensitivity exclude each other")
-        _sensitivity(str(artifact), scheme or "w4g32", text_file, as_json)
+        _sensitivity(artifact, scheme or "w4g32", text_file, as_json)
         return
     if scheme is not None or text_file is not None:
         raise EdgekitError("--scheme and --text are for --sensitivity")
@@ -53,12 +53,13 @@ def command(
     with interrupts_end_the_process():
         from edgekit.exporters.inspect.report import inspect
 
-    if _is_model(artifact):
+    path = Path(artifact)
+    if _is_model(path):
         raise EdgekitError(
             f"{artifact}: is a model, not an artifact: give --sensitivity to rank its tensors, or "
             "inspect the folder that `edgekit export` makes of it"
         )
-    report = inspect(artifact, check)
+    report = inspect(path, check)
     if as_json:
         print_json(report.to_dict())
     else:

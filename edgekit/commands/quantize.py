@@ -98,6 +98,8 @@ def command(
         from edgekit.models.source import resolve_model
         from edgekit.quantize.recipe import preset, warnings
 
+    if output is not None and not dry_run:
+        check_output_file(output, force)  # before anything is downloaded
     # Shapes are all that a dry run needs, but for a budget: no weights are read or downloaded.
     without_weights = dry_run and quality.budget is None
     source = resolve_model(

@@ -127,9 +127,11 @@ def hidden_output() -> Iterator[IO[str]]:
     try:
         with os.fdopen(os.dup(_shared.hidden), "w+", errors="replace") as file:
             file.truncate(0)
-            yield file
-            file.seek(0)
-            file.truncate()
+            try:
+                yield file
+            finally:  # else a later crash would be told in these words
+                file.seek(0)
+                file.truncate()
     finally:
         _hiding = False
 

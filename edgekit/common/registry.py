@@ -50,5 +50,7 @@ class Registry:
         return module
 
     def _module(self, name: str, capability: str) -> str | None:
+        if capability not in self.does:
+            raise KeyError(f"{self.kind}s have no capability {capability!r}")
         module = f"{self.packages[name]}.{capability}"
         return module if importlib.util.find_spec(module) is not None else None

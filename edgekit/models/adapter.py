@@ -152,6 +152,9 @@ def _merged(name: str, weight: Tensor, update: _Update) -> Tensor:
     return result.to(weight.dtype).contiguous()
 
 
+_LARGEST_ALPHA = 1e30  # far above any; JSON may hold integers that no float does
+
+
 class _Settings:
     """What adapter_config.json says of ranks and scales."""
 
@@ -167,7 +170,15 @@ class _Settings:
                 "it with PEFT (merge_and_unload) and give what that saves"
             )
         if self.values.get("bias", "none") != "none" or self.values.get("lora_bias"):
-            raise EdgekitError(f"{path}: trained biases, which this model's linears do not have")
+            raise EdgekitError(
+                f"{path}: trained biases are not merged here: merge with PEFT (merge_and_unload) "
+                "and give what that saves"
+            )
+        if self.values.get("alora_invocation_tokens"):
+            raise EdgekitError(
+                f"{path}: an activated LoRA (alora_invocation_tokens) acts behind certain tokens "
+                "only: it cannot be merged"
+            )
 
     def rank(self, module: str) -> int:
         """Return the rank of a module's update."""
@@ -179,7 +190,7 @@ class _Settings:
     def scale(self, module: str) -> float:
         """Return what the product of the factors is multiplied by."""
         alpha = self._of(module, "alpha_pattern", "lora_alpha", 8)
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST_ALPHA:
             raise EdgekitError(f"{self.path}: lora_alpha of {module} must be finite: {alpha!r:.60}")
         rank = self.rank(module)
         return float(alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank))
@@ -245,12 +256,12 @@ def _matched(
 def _check_update(
     path: Path, module: str, shape: tuple[int, ...], rank: int, update: _Update
 ) -> None:
-    rows, columns = shape if len(shape) == 2 else (0, 0)
+    if len(shape) != 2:
+        raise EdgekitError(f"{path}: adapts {module}, which is no linear and no embedding")
+    rows, columns = shape
     wanted = (
         ((rank, rows), (columns, rank)) if update.transposed else ((rank, columns), (rows, rank))
     )
-    if len(shape) != 2:
-        raise EdgekitError(f"{path}: adapts {module}, which is no linear and no embedding")
     if (update.a.shape, update.b.shape) != wanted:
         raise EdgekitError(
             f"{path}: the factors of {module} have shapes {list(update.a.shape)} and "

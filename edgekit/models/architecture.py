@@ -258,6 +258,11 @@ class Architecture:
     head: Linear
     tied: bool
 
+    def __post_init__(self) -> None:
+        """Refuse what nothing computes: a decoder has one table of rotations."""
+        if len({(each.rope, each.head_dim) for each in self.attentions()}) > 1:
+            raise ValueError("all attentions of a decoder must rotate alike")
+
     @classmethod
     def of(
         cls, vocab_size: int, width: int, layers: tuple[Layer, ...], norm: Norm, tied: bool

@@ -194,7 +194,7 @@ class Decoder(nn.Module):
         )
         self.norm = blocks.rms_norm(architecture.norm)
         self.lm_head = blocks.linear(architecture.head)
-        # All layers rotate alike in every family, so their tables are here once.
+        # All layers rotate alike (`Architecture` sees to it), so their tables are here once.
         attention = next(iter(architecture.attentions()), None)
         self.rope = None if attention is None else blocks.rope(attention, context)
 

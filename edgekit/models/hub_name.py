@@ -8,8 +8,8 @@ from urllib.parse import unquote, urlsplit
 from edgekit.errors import EdgekitError
 
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-_ORG, _NAME = r"[A-Za-z0-9][\w.-]*", r"[A-Za-z0-9][\w.-]*"
-_ID = re.compile(f"{_ORG}/{_NAME}")
+_PART = r"[A-Za-z0-9][\w.-]*"
+_ID = re.compile(f"{_PART}/{_PART}", re.ASCII)
 _OTHER_KINDS = {"datasets": "a data set", "spaces": "a space", "buckets": "a bucket"}
 _BEFORE_A_REVISION = ("tree", "blob", "resolve", "raw", "commit", "commits")
 """What an address of the hub has between a model and a revision, before the path of a file."""
@@ -28,10 +28,9 @@ def parse_hub_name(text: str) -> HubName | None:
 
     None for what is none of them. EdgekitError for an address of something else.
     """
-    path, is_address = _path(text.strip())
-    if path.endswith("@"):
+    parts, is_address = _parts(text.strip())
+    if parts[-1].endswith("@"):
         raise EdgekitError(f"{text:.200}: names no revision behind the @")
-    parts = path.split("/")
     if parts[:2] == ["api", "models"]:
         parts = parts[2:]
     elif parts[0] == "models" and len(parts) > 2:
@@ -56,18 +55,20 @@ def one_revision(text: str, named: str | None, option: str | None) -> str | None
     return option if named is None else named
 
 
-def _path(text: str) -> tuple[str, bool]:
-    """Return what follows scheme and host, and whether there was one of them."""
+def _parts(text: str) -> tuple[list[str], bool]:
+    """Return what follows scheme and host, taken apart, and whether there was one of them.
+
+    A branch with slashes is one part of an address, where they are written %2F.
+    """
     scheme, mark, rest = text.partition("://")
     if mark and scheme.lower() == "hf":
-        return rest.strip("/"), True
+        return rest.strip("/").split("/"), True
     host, address = _host(text if mark else f"//{text}")
     if mark and (scheme.lower() not in ("http", "https") or host not in _hosts()):
         raise EdgekitError(f"{text:.200}: is no address of the hub, whose host is {_HOSTS[0]}")
     if mark or host in _hosts():
-        parts = [unquote(part) for part in address.split("/") if part]
-        return "/".join(parts), True
-    return text.rstrip("/"), False
+        return [unquote(part) for part in address.split("/") if part] or [""], True
+    return text.rstrip("/").split("/"), False
 
 
 def _host(address: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ _UNFINISHED = (".incomplete", ".partial", ".part", ".crdownload", ".download", "
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PICKLE_ADVICE = "which can run code and is not loaded"
 _OTHERS = (".h5", ".msgpack")
+_OF_A_TRAINER = ("optimizer", "scheduler", "training_args", "rng_state")
 
 
 def file_kind(path: Path) -> str:
@@ -99,24 +100,34 @@ def _named(names: list[str], folder: Path | None) -> str | None:
 def _weights(names: list[str], place: str) -> str | None:
     """Return what weights there are, at `place`, a folder or a hub id."""
     stored = [name for name in names if name.endswith(".safetensors")]
-    if any("-of-" in name for name in stored):
+    shard = next((name for name in stored if "-of-" in name), None)
+    if shard is not None:
         return (
-            f"holds {stored[0]}, a shard, and no model.safetensors.index.json, which says what is "
+            f"holds {shard}, a shard, and no model.safetensors.index.json, which says what is "
             "in each: download it too"
         )
     if stored:
         return f"holds {stored[0]}, but no model.safetensors: if that is the model, rename it"
-    pickles = [name for name in names if name.endswith((*_PICKLES, *_OTHERS))]
-    if not pickles:
-        return None
-    kind = "a pickle" if pickles[0].endswith(_PICKLES) else "of another framework"
-    out = f"{place.rstrip('/')}-safetensors"
-    return (
-        f"holds its weights as {pickles[0]}, {kind}, {_PICKLE_ADVICE}: convert them once: "
-        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        f"M.from_pretrained({place!r}).save_pretrained({out!r}); "
-        f'T.from_pretrained({place!r}).save_pretrained({out!r})"'
-    )
+    weights = [name for name in names if not name.startswith(_OF_A_TRAINER)]
+    pickle = next((name for name in weights if name.endswith(_PICKLES)), None)
+    if pickle is not None:
+        out = f"{place.rstrip('/')}-safetensors"
+        program = (
+            "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+            f"M.from_pretrained({place!r}).save_pretrained({out!r}); "
+            f"T.from_pretrained({place!r}).save_pretrained({out!r})"
+        )
+        return (
+            f"holds its weights as {pickle}, a pickle, {_PICKLE_ADVICE}: convert them once: "
+            f"python -c {shlex.quote(program)}"
+        )
+    other = next((name for name in weights if name.endswith(_OTHERS)), None)
+    if other is not None:
+        return (
+            f"holds its weights as {other}, of another framework: give the safetensors of the "
+            "model, or what transformers' save_pretrained makes of them"
+        )
+    return None
 
 
 def _finished(end: str) -> str:

@@ -26,6 +26,7 @@ from edgekit.errors import EdgekitError, EngineCrash
 from edgekit.runtime.engines.crash import library_of
 from edgekit.runtime.engines.registry import ENGINES
 
+_CPUINFO = Path("/proc/cpuinfo")
 _MODELS = Path(__file__).with_name("trial_models")
 # This very package, wherever the process is started: `-m` would look into the working folder first.
 _START = """
@@ -38,6 +39,7 @@ except Exception:
     sys.exit(3)
 """
 _FAILED = 3
+_TIMEOUT = 600  # seconds; the trial takes some, on a machine that swaps many
 _FROM_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 _PROMPT = list(range(20))  # more than one token: products of matrices, and not of vectors alone
 
@@ -78,13 +80,21 @@ def _survives(engine: str) -> bool:
     False where it fails without that, which the engine itself will say, or is killed.
     """
     with tempfile.TemporaryFile() as said:
-        status = subprocess.run(
-            [sys.executable, "-P", "-c", _START, json.dumps(sys.path), engine],
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            check=False,
-        ).returncode
+        try:
+            status = subprocess.run(
+                [sys.executable, "-P", "-c", _START, json.dumps(sys.path), engine],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                timeout=_TIMEOUT,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired as error:
+            library = library_of(engine)
+            raise EngineCrash(
+                f"{library.name} does not work on this machine: running a small model did not end "
+                f"in {_TIMEOUT} seconds; {library.reinstall_command()}"
+            ) from error
         said.seek(0)
         last = last_line(said.read().decode(errors="replace"))
     if status in (0, _FAILED) or -status in _FROM_OUTSIDE:
@@ -110,8 +120,7 @@ def _code(engine: str) -> Iterator[tuple[str, int, int]]:
 def _cpu() -> list[str]:
     """Return what the kernel says of the first CPU that does not change while it runs."""
     try:
-        with Path("/proc/cpuinfo").open(errors="replace") as file:
-            block = "".join(iter(file.readline, "\n"))
+        block = _CPUINFO.read_text(errors="replace").partition("\n\n")[0]
     except OSError:
         return list(os.uname())
     changing = ("cpu MHz", "bogomips", "BogoMIPS")

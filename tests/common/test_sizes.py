@@ -35,12 +35,13 @@ def test_sizes(text: str, size: int) -> None:
 def test_memory_is_sold_by_powers_of_two(text: str, gib: float) -> None:
     assert parse_size(text, unit="GiB") == gib * 2**30
     assert parse_size("512MB", unit="GiB") == 512 << 20
+    assert parse_size("8589934592B", unit="GiB") == 8 << 30
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "M", "many", "4X", "4 M B", "4iB", "1e6", "-4M", "0", "0.0M", "4,5M", "4__0", "4_00"]
-    + ["nan", "inf", "9" * 15 + "TB", "9" * 300, "1.2.3M", "٤M"],
+    + ["nan", "inf", "9" * 15 + "TB", "9" * 300, "1.2.3M", "٤M", "4\u212a"],
 )
 def test_what_is_no_size(text: str) -> None:
     assert parse_size(text) is None

@@ -163,6 +163,11 @@ def _convolution(folder: Path) -> None:
         (_with(use_dora=True), "magnitudes (lora_magnitude_vector) lack"),
         (_with(r=8), "the factors of model.layers.2.self_attn.q_proj have shapes [4, 256] and"),
         (_with(r=0), "the rank of model.layers.2.self_attn.q_proj must be 1 or more: 0"),
+        (_with(alora_invocation_tokens=[1, 2]), "an activated LoRA"),
+        (
+            _with(lora_alpha=10**400),
+            "lora_alpha of model.layers.2.self_attn.q_proj must be finite",
+        ),
         (_with(lora_alpha="x"), "lora_alpha of model.layers.2.self_attn.q_proj must be finite"),
         (_with(rank_pattern={"(": 2}), "rank_pattern: "),
         (_half, "q_proj has one of lora_A.weight and lora_B.weight only"),

@@ -29,6 +29,8 @@ from edgekit.models.hub_name import HubName, one_revision, parse_hub_name
         ("https://huggingface.co/org/name/tree/main", "main"),
         ("https://huggingface.co/org/name/tree/refs%2Fpr%2F1", "refs/pr/1"),
         ("https://huggingface.co/org/name/tree/refs/pr/1", "refs/pr/1"),
+        ("https://huggingface.co/org/name/tree/feature%2Fx", "feature/x"),
+        ("https://huggingface.co/org/name/blob/feature%2Fx/config.json", "feature/x"),
         ("https://huggingface.co/org/name/blob/v1/config.json#L3", "v1"),
         ("https://huggingface.co/org/name/resolve/v1/model.safetensors", "v1"),
         ("https://huggingface.co/org/name/commit/abc", "abc"),

@@ -87,7 +87,15 @@ def _shards(folder: Path) -> None:
             _only("pytorch_model.bin"),
             "holds its weights as pytorch_model.bin, a pickle, which can run code and is not load",
         ),
+        (
+            _only("optimizer.pt", "pytorch_model.bin", "training_args.bin"),
+            "holds its weights as pytorch_model.bin, a pickle",
+        ),
         (_only("tf_model.h5"), "holds its weights as tf_model.h5, of another framework"),
+        (
+            _only("a.safetensors", "model-00001-of-00002.safetensors"),
+            "holds model-00001-of-00002.safetensors, a shard",
+        ),
         (_only("consolidated.safetensors"), "in the layout of their authors (consolidated.*)"),
         (_only("consolidated.00.pth", "params.json"), "(consolidated.*), with other names: give"),
         (_adapter, "is an adapter, not a model: give the model that it was trained on, with "),

@@ -118,7 +118,7 @@ def test_a_quiet_run_shows_figures_and_no_warning() -> None:
     assert text.startswith("a CPU (avx2, fma); 1 thread; 1 repetition; edgekit 0.1.0;")
     assert "read bandwidth 10.0 GB/s before, 10.0 after (1 thread)" in text
     found = rows(text)
-    assert ["a", "some-model", "3 w8", "1.5", "executorch 1.5.1", "2.5", "-", "-"] in found
+    assert ["a", "1.5", "executorch 1.5.1", "2.5", "-", "-", "some-model", "3 w8"] in found
     assert ["a", "pp32", "2000", "2000", "20.0", "-", "-", "-", "-"] in found
     assert ["a", "tg2", "50.00", "50.00", "-", "20.00", "29.00", "5.0", "50%"] in found
     assert "!" not in text

@@ -54,13 +54,24 @@ def wanted_flags(processors: tuple[Processor, ...], environ: Mapping[str, str]) 
 
 def cxx_compiler(environ: Mapping[str, str]) -> list[str] | None:
     """Return the C++ compiler that CMake takes: by CMAKE_ARGS, by CXX, or the first on PATH."""
-    for argument in shlex.split(environ.get("CMAKE_ARGS", "")):
-        if match := re.fullmatch(r"-DCMAKE_CXX_COMPILER(?::\w+)?=(.+)", argument):
-            return [match[1]]
-    if named := shlex.split(environ.get("CXX", "")):
-        return named
+    arguments = "\n".join(_words(environ.get("CMAKE_ARGS", ""))).replace("-D\n", "-D")
+    given = (
+        re.fullmatch(r"-DCMAKE_CXX_COMPILER(?::\w+)?=(.+)", each) for each in arguments.split("\n")
+    )
+    if named := [match[1] for match in given if match]:
+        return named[-1:]  # the last counts
+    if words := _words(environ.get("CXX", "")):
+        return words
     found = (shutil.which(name, path=environ.get("PATH")) for name in _COMPILERS)
     return next(([path] for path in found if path), None)
+
+
+def _words(text: str) -> list[str]:
+    """Take a shell's words apart; none of a text with a quote that does not end."""
+    try:
+        return shlex.split(text)
+    except ValueError:
+        return []
 
 
 def drops_tile_stores(compiler: list[str]) -> bool:
@@ -74,9 +85,10 @@ def drops_tile_stores(compiler: list[str]) -> bool:
             input="#include <immintrin.h>\n",
             capture_output=True,
             text=True,
+            timeout=60,
             check=False,
         )
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0 and _EIGHT_BYTES.search(done.stdout) is not None
 

@@ -1,6 +1,7 @@
 """The trial of an engine's library: its model is there, loads, and computes."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +25,15 @@ def test_a_trial_model_loads_and_runs(engine: str) -> None:
     if find_spec(LIBRARIES[engine].code[0][0]) is None:
         pytest.skip(f"{engine} is not installed")
     assert first_load._survives(engine)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "processor : 0\n", "model : a\ncpu MHz : 1\n\nmodel : b\n"]
+)
+def test_whatever_the_kernel_says_of_the_cpu_ends(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "cpuinfo"
+    place.write_text(content)
+    monkeypatch.setattr(first_load, "_CPUINFO", place)
+    assert first_load._cpu() == [line for line in content.splitlines()[:1] if line]

@@ -91,6 +91,9 @@ def test_the_compiler_is_the_one_that_cmake_takes(tmp_path: Path) -> None:
     assert cxx_compiler({"PATH": path, "CXX": "ccache g++-14"}) == ["ccache", "g++-14"]
     arguments = "-DLLAVA_BUILD=OFF -DCMAKE_CXX_COMPILER:FILEPATH=/opt/clang++"
     assert cxx_compiler({"PATH": path, "CXX": "g++", "CMAKE_ARGS": arguments}) == ["/opt/clang++"]
+    twice = "-DCMAKE_CXX_COMPILER=/opt/g++ -D CMAKE_CXX_COMPILER=/opt/clang++"
+    assert cxx_compiler({"PATH": path, "CMAKE_ARGS": twice}) == ["/opt/clang++"]
+    assert cxx_compiler({"PATH": path, "CXX": "ccache g++", "CMAKE_ARGS": "'"}) == ["ccache", "g++"]
 
 
 def test_flags_are_for_a_cpu_with_amx_and_a_compiler_that_needs_them(tmp_path: Path) -> None:
