@@ -39,7 +39,8 @@ def test_a_side_that_is_named_holds_in_every_part(monkeypatch: pytest.MonkeyPatc
         assert all(rule.strip().endswith(":") for rule in table.splitlines()[1].split("|")[3:-1])
 
 
-def test_a_long_line_is_broken_between_words() -> None:
+def test_a_long_line_is_broken_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS")
     lines = in_lines("word " * 60).splitlines()
     assert max(map(len, lines)) <= WIDTH
     assert all(line.startswith("  word") for line in lines[1:])
