@@ -51,6 +51,7 @@ class Finder(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)  # who only asks whether it is there imports it later
         run = spec.loader.exec_module
         def exec_module(loaded):
             run(loaded)
