@@ -123,7 +123,8 @@ def quantize_module_of(
     try:
         save_codes(found.network, placement, name, path)
     except BaseException:  # codes without their ranges, and ranges without codes, are no result
-        ranges.unlink(missing_ok=True)
+        if found.network.calibration is not None:
+            ranges.unlink(missing_ok=True)
         raise
     if as_json:
         total = sum(row["bytes"] for row in rows)

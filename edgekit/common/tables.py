@@ -27,7 +27,7 @@ def fitting_table(
     Columns that have no room make a table below, which begins with the first `keys` columns again.
     """
     width = line_width()
-    align = align.ljust(len(headers)) if align else " " * len(headers)
+    align = align.ljust(len(headers))
     parts, shown = [], [*range(keys)]
     for column in range(keys, len(headers)):
         wider = _of_columns(headers, rows, align, [*shown, column])

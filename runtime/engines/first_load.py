@@ -90,19 +90,19 @@ def _survives(engine: str) -> bool:
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired as error:
-            library = library_of(engine)
-            raise EngineCrash(
-                f"{library.name} does not work on this machine: running a small model did not end "
-                f"in {_TIMEOUT} seconds; {library.reinstall_command()}"
-            ) from error
+            raise _failure(engine, f"did not end in {_TIMEOUT} seconds") from error
         said.seek(0)
         last = last_line(said.read().decode(errors="replace"))
     if status in (0, _FAILED) or -status in _FROM_OUTSIDE:
         return status == 0
+    raise _failure(engine, f"ended in {how_it_ended(status)}{quoted(last)}")
+
+
+def _failure(engine: str, how: str) -> EngineCrash:
     library = library_of(engine)
-    raise EngineCrash(
-        f"{library.name} does not work on this machine: running a small model ended in "
-        f"{how_it_ended(status)}{quoted(last)}; {library.reinstall_command()}"
+    return EngineCrash(
+        f"{library.name} does not work on this machine: running a small model {how}; "
+        f"{library.reinstall_command()}"
     )
 
 

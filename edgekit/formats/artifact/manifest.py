@@ -33,22 +33,33 @@ _MAX_CONTEXT = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderManifest:
-    """What is known of a language model's artifact.
+class _OfAnyModel:
+    """What is known of every artifact.
 
     `file` is what the engine of `target` opens; `tensors` the table of schemes; `versions` are of
-    what decided the file's bytes, `requires` of what runs it; `context` is in positions, `bos_id`
-    and `eos_ids` are token ids. `method` chose the codes; of a file of codes there are the sha256
-    and the `facts`. `verification` holds the figures, empty where nobody verified; `files` all
-    other files of the folder.
+    what decided the file's bytes. `verification` holds the figures, empty where nobody verified;
+    `files` all other files of the folder.
     """
 
-    model: ModelFacts
     target: str
     file: str
     recipe: str | None
     tensors: tuple[TensorRow, ...]
     versions: Mapping[str, str]
+    verification: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileFacts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderManifest(_OfAnyModel):
+    """What is known of a language model's artifact.
+
+    `requires` are versions of what runs the file; `context` is in positions, `bos_id` and `eos_ids`
+    are token ids. `method` chose the codes; of a file of codes there are the sha256 and the
+    `facts`.
+    """
+
+    model: ModelFacts
     context: int
     bos_id: int
     eos_ids: tuple[int, ...]
@@ -57,8 +68,6 @@ class DecoderManifest:
     facts: Mapping[str, Any] = field(default_factory=dict)
     llama_format: str | None = None
     requires: Mapping[str, str] = field(default_factory=dict)
-    verification: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, FileFacts] = field(default_factory=dict)
 
     @property
     def model_id(self) -> str:
@@ -113,28 +122,21 @@ class DecoderManifest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkManifest:
+class NetworkManifest(_OfAnyModel):
     """What is known of a module's artifact.
 
     `model_id` is what it is called; `inputs` and `outputs` are in the order of the file's;
     `constant_outputs` is what else the module returns, the same in every call; `max_batch` the
     largest batch, None where only that of the inputs runs; `activations` have the parameters of
-    each quantized value. The rest is as in `DecoderManifest`.
+    each quantized value.
     """
 
     model_id: str
-    target: str
-    file: str
-    recipe: str | None
-    tensors: tuple[TensorRow, ...]
-    versions: Mapping[str, str]
     inputs: tuple[NetworkInput, ...]
     outputs: tuple[NetworkOutput, ...]
     constant_outputs: Mapping[str, Any]
     max_batch: int | None
     activations: tuple[Activation, ...]
-    verification: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, FileFacts] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "NetworkManifest":
