@@ -260,7 +260,7 @@ def test_fit_of_an_artifact(tiny_artifact: Path) -> None:
 
 @pytest.mark.parametrize("option", [("--int4",), ("--context", "64")])
 def test_an_artifact_is_not_planned_anew(tiny_artifact: Path, option: tuple[str, ...]) -> None:
-    words = "is an artifact, which has its recipe and --context already"
+    words = "is an artifact, which has its target, its recipe and its context already"
     assert_only_one_line(run("fit", tiny_artifact, "--no-measure", *option), words)
 
 
