@@ -21,8 +21,9 @@ class OnnxModule(ClosesItself):
     def __init__(self, path: Path, threads: int | None = None) -> None:
         """Check and load a file."""
         OnnxFile.open(path)
+        self.threads = threads or default_threads()
         self._session: ort.InferenceSession | None = open_session(
-            path, threads or default_threads(), exact_bytes=True
+            path, self.threads, exact_bytes=True
         )
         self._inputs = [item.name for item in self._session.get_inputs()]
 
