@@ -1,4 +1,4 @@
-"""The CPUs a process of a host may use: physical cores, its affinity, and the quota of its control groups.
+"""The CPUs of a process on a host: physical cores, its affinity, the quota of its control groups.
 
 A quota bounds CPU time, not CPUs: all CPUs are there, but once the group's threads have run for
 their share of a period (100 ms by default) all of them stand still until the next begins.

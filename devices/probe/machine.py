@@ -110,7 +110,7 @@ def probe(host: Host = LOCAL) -> Machine:
         page_bytes=_page_bytes(host),
         os=_os_name(host),
         kernel=_kernel(host),
-        python=host.python and host.python.version,
+        python=None if host.python is None else host.python.version,
         conditions=conditions(host),
     )
 
