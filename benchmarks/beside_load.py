@@ -18,11 +18,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
 from edgekit.common.tables import markdown_table
+from edgekit.devices.hosts.local import LOCAL
 from edgekit.runtime.bench.record import rate
 from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
 from edgekit.runtime.decode_bytes import Shape
@@ -50,9 +52,9 @@ def every_cpu_busy(loops_each: int) -> Iterator[None]:
 
 def measure(worker: WorkerProcess, shape: Shape, repetitions: int, loops: int) -> dict[str, Any]:
     def speed() -> float:
-        runs = [worker.measure(shape, seed=0)["elapsed_ns"]]
+        runs = [worker.time_decoder(shape, seed=0).elapsed]
         while sum(runs) < AT_LEAST_NS:
-            runs.append(worker.measure(shape, seed=0)["elapsed_ns"])
+            runs.append(worker.time_decoder(shape, seed=0).elapsed)
         return rate(shape.tokens * len(runs), sum(runs))
 
     speed()  # warms up
@@ -78,8 +80,8 @@ def main() -> None:
     for path in arguments.artifacts:
         file = find_model_file(path)
         with worker_processes([file.name]) as (worker,):
-            model = str(file.path.resolve())
-            threads = worker.load(file.engine, model, arguments.threads, None)["threads"]
+            loaded = worker.load_decoder(file.engine, file.put(LOCAL), arguments.threads, None)
+            threads = asdict(loaded.threads)
             for loops, shape in itertools.product(arguments.loops, SHAPES):
                 found = measure(worker, shape, arguments.repetitions, loops)
                 facts = {"artifact": file.name, "engine": file.engine, "threads": threads}

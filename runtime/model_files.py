@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import cast
 
 from edgekit.common.files import stand_in
+from edgekit.devices.hosts.host import Host
 from edgekit.errors import EdgekitError
 from edgekit.formats.artifact.manifest import DecoderManifest
 from edgekit.formats.artifact.read import MANIFEST, TARGET_OF
 from edgekit.formats.onnx.file import OnnxFile
+from edgekit.formats.onnx.genai_config import CONFIG as GENAI_CONFIG
 from edgekit.formats.onnx.genai_config import GenaiConfig, is_genai_folder
 from edgekit.models.named_artifact import open_artifact
 from edgekit.models.tokenizer import TOKENIZER_FILE, TextTokenizer, Tokenizer
@@ -43,10 +45,22 @@ class ModelFile:
     @property
     def file_bytes(self) -> int:
         """Size of the model file and of the files in which an ONNX model keeps its weights."""
-        files = [self.path]
-        if self.engine == "onnx":
-            files += OnnxFile.open(self.path).external_files()
-        return sum(file.stat().st_size for file in files)
+        return sum(file.stat().st_size for file in (self.path, *self._weights()))
+
+    def put(self, host: Host) -> str:
+        """Bring the file to a host, and what its engine reads beside it; returns its path there."""
+        folder = self.place if self.place.is_dir() else self.path.parent
+        files = [self.path, *self._weights()]
+        if self.manifest is not None:
+            files = [folder / name for name in (MANIFEST, *self.manifest.files)]
+        elif is_genai_folder(folder):
+            files.append(folder / GENAI_CONFIG)
+        place = host.put(folder, [file.relative_to(folder).as_posix() for file in files])
+        return f"{place}/{self.path.relative_to(folder).as_posix()}"
+
+    def _weights(self) -> list[Path]:
+        """The files in which an ONNX model keeps its weights."""
+        return OnnxFile.open(self.path).external_files() if self.engine == "onnx" else []
 
     def room(self, needed: int = 0) -> int | None:
         """Return the positions to ask the engine for so that `needed` ones fit, at most `longest`.

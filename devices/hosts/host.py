@@ -71,10 +71,10 @@ class Host(Protocol):
         """Return the numbers of the logical CPUs that a process started here may use."""
         ...
 
-    def put(self, path: Path) -> str:
-        """Bring a file or a folder of this machine; returns where processes find it.
+    def put(self, folder: Path, names: Sequence[str]) -> str:
+        """Bring files that lie in or below a folder; returns the folder that holds them there.
 
-        Raises `EdgekitError` where it cannot be read or there is no room for it.
+        Raises `EdgekitError` where one cannot be read or there is no room for them.
         """
         ...
 

@@ -38,12 +38,12 @@ class LocalHost:
         """Return the CPUs of this process's affinity, which its children inherit."""
         return frozenset(os.sched_getaffinity(0))
 
-    def put(self, path: Path) -> str:
-        """Return the absolute path: it is here already."""
-        try:
-            return str(path.resolve(strict=True))
-        except OSError as error:
-            raise EdgekitError(f"{path}: {error.strerror}") from error
+    def put(self, folder: Path, names: Sequence[str]) -> str:
+        """Return the folder's absolute path: the files are here already."""
+        for name in names:
+            if not (folder / name).is_file():
+                raise EdgekitError(f"{folder / name}: no such file")
+        return str(folder.resolve())
 
     def get(self, path: str, to: Path) -> None:
         """Copy a file, whole or not at all."""

@@ -186,5 +186,7 @@ def _bench_modules(
             option = {"prompts": "-p", "generates": "-n", "depths": "-d"}[name]
             raise EdgekitError(f"{option} is for language models, {artifacts[0]} is a module")
     with progress_line() as show:
-        record = bench_modules(artifacts, batch, repetitions, threads, cooldown_s, seed, show)
+        record = bench_modules(
+            artifacts, batch, repetitions, threads, cooldown_s, seed, progress=show
+        )
     _show(record, lambda: render(record), as_json, output)

@@ -1,11 +1,15 @@
-"""What the kernel says about CPU time and memory around a timed region (Linux's /proc)."""
+"""What the kernel says of this process's CPU time and memory around a timed region (/proc).
+
+The worker reads it, on the machine where it runs.
+"""
 
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from edgekit.devices.cpus import quota_groups, throttled_seconds
+from edgekit.devices.hosts.local import LOCAL
+from edgekit.devices.probe.rootfs import key_values, read_text
 from edgekit.runtime.bench.record import Interference
 
 
@@ -62,24 +66,35 @@ def _share(part: float, whole: float) -> float:
     return min(1.0, max(0.0, part / whole))
 
 
-def memory_bytes(pid: int) -> dict[str, int]:
-    """Return `VmHWM`, `VmRSS` and `VmSwap` of a process; empty where /proc does not say."""
-    lines = [line.split() for line in _read(Path(f"/proc/{pid}/status")).splitlines()]
-    wanted = ("VmHWM:", "VmRSS:", "VmSwap:")
-    return {line[0][:-1]: int(line[1]) * 1024 for line in lines if line and line[0] in wanted}
+class MemoryUse:
+    """Memory of this process, what is swapped out included, and the most that was ever read.
 
+    The kernel keeps the peak of resident memory alone, so what was swapped out counts as often as
+    it is read.
+    """
 
-def peak_bytes(pid: int) -> int | None:
-    """Return `max(VmHWM, VmRSS + VmSwap)` of a process as it stands now."""
-    memory = memory_bytes(pid)
-    if not memory:
-        return None
-    return max(memory.get("VmHWM", 0), memory.get("VmRSS", 0) + memory.get("VmSwap", 0))
+    def __init__(self) -> None:
+        """Start without a reading."""
+        self._peak = 0
+
+    def read(self) -> dict[str, int | None]:
+        """Return `bytes` now and `peak_bytes`; None where /proc does not say."""
+        lines = (read_text(LOCAL, "/proc/self/status") or "").splitlines()
+        sizes = {
+            name: int(value.split()[0]) * 1024
+            for name, value in key_values(lines).items()
+            if name in ("VmHWM", "VmRSS", "VmSwap")
+        }
+        if not sizes:
+            return {"bytes": None, "peak_bytes": None}
+        now = sizes.get("VmRSS", 0) + sizes.get("VmSwap", 0)
+        self._peak = max(self._peak, now, sizes.get("VmHWM", 0))
+        return {"bytes": now, "peak_bytes": self._peak}
 
 
 def _busy_seconds() -> float | None:
     """Sum user, nice, system, irq, softirq and steal time of all CPUs (proc_stat(5))."""
-    fields = _read(Path("/proc/stat")).partition("\n")[0].split()
+    fields = (read_text(LOCAL, "/proc/stat") or "").partition("\n")[0].split()
     if len(fields) < 9:
         return None
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[1:9])
@@ -88,18 +103,8 @@ def _busy_seconds() -> float | None:
 
 def _waited_seconds() -> float | None:
     """Sum the run-queue delay of this process's threads, the second field of `schedstat`."""
-    try:
-        tasks = list(Path("/proc/self/task").iterdir())
-    except OSError:
-        return None
-    fields = [_read(task / "schedstat").split() for task in tasks]
+    folder = "/proc/self/task"
+    texts = [read_text(LOCAL, f"{folder}/{task}/schedstat") for task in LOCAL.entries(folder)]
+    fields = [text.split() for text in texts if text is not None]
     delays = [int(field[1]) for field in fields if len(field) == 3]
     return sum(delays) / 1e9 if delays else None
-
-
-def _read(path: Path) -> str:
-    """Return a kernel file's text, or nothing where it cannot be read or is gone."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -14,6 +14,8 @@ from typing import Any
 
 from edgekit.common.progress import Steps, no_steps
 from edgekit.devices.cpus import default_threads
+from edgekit.devices.hosts.host import Host
+from edgekit.devices.hosts.local import LOCAL
 from edgekit.devices.probe.conditions import Conditions, conditions
 from edgekit.devices.probe.machine import probe
 from edgekit.errors import EdgekitError
@@ -29,9 +31,9 @@ from edgekit.runtime.bench.record import (
     Surrounded,
     paired_ratio,
     percentile,
-    process_facts,
     spread,
 )
+from edgekit.runtime.bench.replies import Loaded, Times
 from edgekit.runtime.bench.run import DEFAULT_SEED, distinct_names
 from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
 from edgekit.runtime.engines.engine import check_threads
@@ -187,6 +189,7 @@ def bench_modules(
     threads: int | None = None,
     cooldown_s: float = 0.0,
     seed: int = DEFAULT_SEED,
+    host: Host = LOCAL,
     progress: Steps | None = None,
 ) -> ModuleRecord:
     """Measure artifacts of modules in turn, repetition by repetition; return the raw samples.
@@ -194,23 +197,22 @@ def bench_modules(
     `batch` is the number of inputs of a run, by default one, or the only one that an artifact
     takes. Raises `EdgekitError` for one that it does not take, and when an artifact's process dies.
     """
-    check_threads(threads)
-    count = default_threads() if threads is None else threads
+    machine = probe(host)
+    check_threads(threads, machine.logical_cores)
+    count = default_threads(host) if threads is None else threads
     settings = ModuleSettings(batch, repetitions, count, cooldown_s, seed)
     subjects = [
         _Subject(name, Artifact.open(path), batch)
         for name, path in zip(distinct_names(artifacts), artifacts, strict=True)
     ]
     inputs = [subject.inputs() for subject in subjects]
-    machine, started, before = probe(), datetime.now(UTC), conditions()
-    with worker_processes([subject.name for subject in subjects]) as workers:
+    started, before = datetime.now(UTC), conditions(host)
+    with worker_processes([subject.name for subject in subjects], host) as workers:
         loads = [
-            worker.load_module(
-                subject.artifact.target, str(subject.artifact.model_path.resolve()), threads
-            )
+            worker.load_network(subject.artifact.target, subject.put(host), threads)
             for subject, worker in zip(subjects, workers, strict=True)
         ]
-        samples = _measure(subjects, inputs, workers, settings, progress or no_steps)
+        samples = _measure(host, subjects, inputs, workers, settings, progress or no_steps)
         peaks = [worker.peak_bytes for worker in workers]
     return ModuleRecord(
         edgekit_version=__version__,
@@ -218,7 +220,7 @@ def bench_modules(
         machine=machine.to_dict(),
         settings=settings,
         conditions_before=before.to_dict(),
-        conditions_after=conditions().to_dict(),
+        conditions_after=conditions(host).to_dict(),
         artifacts=tuple(
             subject.result(load, peak, taken)
             for subject, load, peak, taken in zip(subjects, loads, peaks, samples, strict=True)
@@ -260,9 +262,13 @@ class _Subject:
             for item in self.artifact.network.inputs
         ]
 
-    def result(
-        self, load: dict[str, Any], peak: int | None, samples: list[ModuleSample]
-    ) -> ModuleResult:
+    def put(self, host: Host) -> str:
+        """Bring the artifact to a host; returns the path of its model there."""
+        artifact = self.artifact
+        place = host.put(artifact.folder, [MANIFEST, *artifact.manifest.files])
+        return f"{place}/{artifact.manifest.file}"
+
+    def result(self, load: Loaded, peak: int | None, samples: list[ModuleSample]) -> ModuleResult:
         manifest = self.artifact.network
         return ModuleResult(
             name=self.name,
@@ -272,12 +278,13 @@ class _Subject:
             recipe=manifest.recipe or "",
             file_bytes=self.artifact.model_path.stat().st_size,
             batch=self.batch,
-            **process_facts(load, peak),
+            **load.facts(peak),
             samples=tuple(samples),
         )
 
 
 def _measure(
+    host: Host,
     subjects: Sequence[_Subject],
     inputs: Sequence[list[dict[str, Any]]],
     workers: Sequence[WorkerProcess],
@@ -285,12 +292,12 @@ def _measure(
     progress: Steps,
 ) -> list[list[ModuleSample]]:
     """Warm every artifact up, then take the artifacts in turn, again and again."""
-    start, taken = conditions(), [list[ModuleSample]() for _ in subjects]
+    start, taken = conditions(host), [list[ModuleSample]() for _ in subjects]
     total = (settings.repetitions + 1) * len(subjects)
     runs = []
     for number, (subject, worker) in enumerate(zip(subjects, workers, strict=True)):
         progress(number, total, f"warming up {subject.name}")
-        warm = worker.run_module(inputs[number], settings.seed, 0, _BURST_NS)["run_ns"]
+        warm = worker.time_network(inputs[number], settings.seed, 0, _BURST_NS).each
         runs.append(min(_MOST_RUNS, max(1, _BURST_NS // int(statistics.median(warm)))))
     for repetition in range(settings.repetitions):
         for number, (subject, worker) in enumerate(zip(subjects, workers, strict=True)):
@@ -298,18 +305,18 @@ def _measure(
             progress(done, total, subject.name)
             time.sleep(settings.cooldown_s)
             order = done - len(subjects)
-            now = conditions()
-            reply = worker.run_module(inputs[number], settings.seed, runs[number], 0)
-            taken[number].append(_sample(order, reply, start, now))
+            now = conditions(host)
+            times = worker.time_network(inputs[number], settings.seed, runs[number], 0)
+            taken[number].append(_sample(order, times, start, now))
     progress(total, total, "finishing")
     return taken
 
 
-def _sample(order: int, reply: dict[str, Any], start: Conditions, now: Conditions) -> ModuleSample:
+def _sample(order: int, times: Times, start: Conditions, now: Conditions) -> ModuleSample:
     return ModuleSample(
         order=order,
-        run_ns=tuple(reply["run_ns"]),
-        interference=Interference(**reply["interference"]),
+        run_ns=times.each,
+        interference=times.interference,
         gates=check_gates(start, now),
         conditions=now.to_dict(),
     )

@@ -162,9 +162,9 @@ class Bandwidth:
 class Memory:
     """Memory of one artifact's own process in bytes.
 
-    `peak` is `max(VmHWM, sampled VmRSS + VmSwap)`: resident memory alone hides what was pushed
-    to compressed swap. `before_load` is the same figure when the interpreter and the engine's
-    libraries were in, but not the model. None where the system does not say.
+    `peak` is `max(VmHWM, VmRSS + VmSwap)`, read after each repetition: resident memory alone hides
+    what was pushed to compressed swap. `before_load` is the same figure when the interpreter and
+    the engine's libraries were in, but not the model. None where the system does not say.
     """
 
     peak: int | None
@@ -262,19 +262,6 @@ class InProcess:
             "load_ns": self.load_ns,
             "memory": self.memory.to_dict(),
         }
-
-
-def process_facts(load: Mapping[str, Any], peak: int | None) -> dict[str, Any]:
-    """Return the fields of `InProcess` from a worker's reply to its loading."""
-    return {
-        "engine": load["engine"],
-        "engine_version": load["version"],
-        "engine_built": load.get("built"),
-        "affinity": tuple(load["affinity"]),
-        "import_ns": load["import_ns"],
-        "load_ns": load["load_ns"],
-        "memory": Memory(peak=peak, before_load=load["before_load_bytes"]),
-    }
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from typing import Any
 
 from edgekit.common.progress import Steps, no_steps
 from edgekit.devices.cpus import default_threads
-from edgekit.devices.probe.bandwidth import measure_read_bandwidth
+from edgekit.devices.hosts.host import Host, boot_id
+from edgekit.devices.hosts.local import LOCAL
+from edgekit.devices.probe.bandwidth import ReadBandwidth
 from edgekit.devices.probe.conditions import Conditions, conditions
 from edgekit.devices.probe.machine import Machine, probe
 from edgekit.errors import EdgekitError
@@ -22,18 +24,17 @@ from edgekit.runtime.bench.gates import check_gates
 from edgekit.runtime.bench.record import (
     ArtifactResult,
     Bandwidth,
-    Interference,
     Memory,
     Record,
     Sample,
     Settings,
     ShapeResult,
-    process_facts,
 )
+from edgekit.runtime.bench.replies import Loaded
 from edgekit.runtime.bench.traffic import Holdings, holdings_of
 from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
 from edgekit.runtime.decode_bytes import Shape
-from edgekit.runtime.engines.engine import Threads, check_threads
+from edgekit.runtime.engines.engine import check_threads
 from edgekit.runtime.model_files import ModelFile, find_model_file
 from edgekit.version import __version__
 
@@ -49,6 +50,7 @@ def bench(
     threads: int | None = None,
     cooldown_s: float = 0.0,
     seed: int = DEFAULT_SEED,
+    host: Host = LOCAL,
     progress: Steps | None = None,
 ) -> Record:
     """Measure every artifact at every test and return the record of raw samples.
@@ -58,31 +60,34 @@ def bench(
     0 skips one. `threads` None leaves them to each engine, as `run` does: the physical cores this
     process may use, by its quota, or fewer where that decodes faster;
     `cooldown_s` is slept before every repetition. Raises `EdgekitError` before anything is measured
-    for a test that an artifact's context cannot hold, and when an artifact's process dies.
+    for a test that an artifact's context cannot hold, and when an artifact's process dies. The
+    artifacts lie here; they are brought to `host`, and all that is measured is measured there.
     """
-    check_threads(threads)
-    machine = probe()
+    machine = probe(host)
+    check_threads(threads, machine.logical_cores)
     settings = Settings(
         prompts=tuple(prompts),
         generates=tuple(generates),
         depths=tuple(depths),
         repetitions=repetitions,
-        threads=default_threads() if threads is None else threads,
+        threads=default_threads(host) if threads is None else threads,
         cooldown_s=cooldown_s,
         seed=seed,
     )
     shapes = plan(prompts, generates, depths)
     check_contexts(artifacts, shapes)
     subjects = _open(artifacts)
-    return _run(subjects, shapes, settings, threads, machine, progress or no_steps)
+    return _run(host, subjects, shapes, settings, threads, machine, progress or no_steps)
 
 
-def describe_each(artifacts: Sequence[Path], threads: int | None = None) -> Record:
+def describe_each(
+    artifacts: Sequence[Path], threads: int | None = None, host: Host = LOCAL
+) -> Record:
     """Return the record of no test: what the files say, which no engine has to load for it."""
-    check_threads(threads)
-    machine, now = probe(), conditions().to_dict()
-    used = default_threads() if threads is None else threads
-    bandwidth = measure_read_bandwidth(used)
+    machine, now = probe(host), conditions(host).to_dict()
+    check_threads(threads, machine.logical_cores)
+    used = default_threads(host) if threads is None else threads
+    bandwidth = _bandwidth(host, used)
     return Record(
         edgekit_version=__version__,
         timestamp_utc=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -193,7 +198,14 @@ def _steps(subjects: int, shapes: Sequence[Shape], repetitions: int) -> Iterator
                 yield _Step(subject, shape, warm_up=round_ == 0)
 
 
+def _bandwidth(host: Host, threads: int) -> ReadBandwidth:
+    """Measure in a process that ends with it, for its buffer is large."""
+    with worker_processes([host.name], host) as (worker,):
+        return worker.read_bandwidth(threads)
+
+
 def _run(
+    host: Host,
     subjects: Sequence[_Subject],
     shapes: Sequence[Shape],
     settings: Settings,
@@ -202,24 +214,26 @@ def _run(
     progress: Steps,
 ) -> Record:
     started = datetime.now(UTC)
-    before = conditions()
+    before, started_as = conditions(host), boot_id(host)
     progress(0, 1, "read bandwidth")
-    bandwidth_before = measure_read_bandwidth(settings.threads)
-    with worker_processes([subject.name for subject in subjects]) as workers:
+    bandwidth_before = _bandwidth(host, settings.threads)
+    with worker_processes([subject.name for subject in subjects], host) as workers:
         loads = [
-            _load(subject, worker, shapes, threads)
+            _load(host, subject, worker, shapes, threads)
             for subject, worker in zip(subjects, workers, strict=True)
         ]
-        samples = _measure(subjects, workers, shapes, settings, progress)
+        samples = _measure(host, subjects, workers, shapes, settings, progress)
         peaks = [worker.peak_bytes for worker in workers]
-    bandwidth = Bandwidth(bandwidth_before, measure_read_bandwidth(settings.threads))
+    bandwidth = Bandwidth(bandwidth_before, _bandwidth(host, settings.threads))
+    if boot_id(host) != started_as:
+        raise EdgekitError(f"{host.name} was started anew in the middle: measure again")
     return Record(
         edgekit_version=__version__,
         timestamp_utc=started.isoformat(timespec="seconds"),
         machine=machine.to_dict(),
         settings=settings,
         conditions_before=before.to_dict(),
-        conditions_after=conditions().to_dict(),
+        conditions_after=conditions(host).to_dict(),
         bandwidth=bandwidth,
         artifacts=tuple(
             _artifact_result(subject, load, peak, results)
@@ -229,17 +243,22 @@ def _run(
 
 
 def _load(
-    subject: _Subject, worker: WorkerProcess, shapes: Sequence[Shape], threads: int | None
-) -> dict[str, Any]:
+    host: Host,
+    subject: _Subject,
+    worker: WorkerProcess,
+    shapes: Sequence[Shape],
+    threads: int | None,
+) -> Loaded:
     """Load with room for the longest test, where the file's own number is less and leaves it."""
     file = subject.file
     context = file.room(max((shape.positions for shape in shapes), default=0))
-    reply = worker.load(file.engine, str(file.path.resolve()), threads, context)
-    _check_context(subject.name, file, shapes, reply["context"])
-    return reply
+    loaded = worker.load_decoder(file.engine, file.put(host), threads, context)
+    _check_context(subject.name, file, shapes, loaded.context or 0)
+    return loaded
 
 
 def _measure(
+    host: Host,
     subjects: Sequence[_Subject],
     workers: Sequence[WorkerProcess],
     shapes: Sequence[Shape],
@@ -247,17 +266,17 @@ def _measure(
     progress: Steps,
 ) -> list[list[ShapeResult]]:
     """Run all steps; returns per subject one result per test."""
-    start = conditions()
+    start = conditions(host)
     taken: dict[tuple[int, Shape], list[Sample]] = {}
     steps = list(_steps(len(subjects), shapes, settings.repetitions))
     for done, step in enumerate(steps):
         progress(done, len(steps), f"{step.shape.name} {subjects[step.subject].name}")
         if step.warm_up:
-            workers[step.subject].measure(_warm_up(step.shape), settings.seed)
+            workers[step.subject].time_decoder(_warm_up(step.shape), settings.seed)
             continue
         time.sleep(settings.cooldown_s)
         order = sum(map(len, taken.values()))
-        sample = _sample(workers[step.subject], step.shape, settings.seed, order, start)
+        sample = _sample(host, workers[step.subject], step.shape, settings.seed, order, start)
         taken.setdefault((step.subject, step.shape), []).append(sample)
     progress(len(steps), len(steps), "read bandwidth")
     return [
@@ -272,16 +291,16 @@ def _warm_up(shape: Shape) -> Shape:
 
 
 def _sample(
-    worker: WorkerProcess, shape: Shape, seed: int, order: int, start: Conditions
+    host: Host, worker: WorkerProcess, shape: Shape, seed: int, order: int, start: Conditions
 ) -> Sample:
-    now = conditions()
-    reply = worker.measure(shape, seed)
+    now = conditions(host)
+    times = worker.time_decoder(shape, seed)
     return Sample(
         order=order,
-        elapsed_ns=reply["elapsed_ns"],
-        token_ns=tuple(reply["token_ns"]),
-        first_token_ns=reply["first_token_ns"],
-        interference=Interference(**reply["interference"]),
+        elapsed_ns=times.elapsed,
+        token_ns=times.each,
+        first_token_ns=times.first_token,
+        interference=times.interference,
         gates=check_gates(start, now),
         conditions=now.to_dict(),
     )
@@ -289,15 +308,15 @@ def _sample(
 
 def _artifact_result(
     subject: _Subject,
-    load: dict[str, Any],
+    loaded: Loaded,
     peak: int | None,
     tests: Sequence[ShapeResult],
 ) -> ArtifactResult:
     return ArtifactResult(
         **_file_facts(subject),
-        context=load["context"],
-        threads=Threads(**load["threads"]),
-        **process_facts(load, peak),
+        context=loaded.context,
+        threads=loaded.threads,
+        **loaded.facts(peak),
         tests=tuple(tests),
     )
 

@@ -1,142 +1,167 @@
-"""The parent's end of one benchmark worker: starts it, asks, samples its memory, ends it."""
+"""The parent's end of one benchmark worker: starts it on a host, asks by its protocol, ends it.
+
+The protocol is in the docstring of `worker.py`.
+"""
 
 import json
-import select
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from edgekit.common.process_end import how_it_ended, last_line, quoted
+from edgekit.common.process_end import how_it_ended, quoted
+from edgekit.devices.hosts.host import Host
+from edgekit.devices.hosts.local import LOCAL
+from edgekit.devices.probe.bandwidth import ReadBandwidth
 from edgekit.errors import EdgekitError, EngineCrash
-from edgekit.runtime.bench.accounting import peak_bytes
+from edgekit.formats.artifact.fields import optional, take
+from edgekit.runtime.bench.replies import Loaded, Reply, Times, bandwidth
+from edgekit.runtime.bench.worker import PROTOCOL
 from edgekit.runtime.decode_bytes import Shape
 from edgekit.runtime.engines.crash import library_of
-
-_SAMPLING_S = 0.1  # a reading takes about 0.1 ms: a thousandth of one CPU
+from edgekit.runtime.engines.registry import ENGINES
 
 
 class WorkerProcess:
-    """One `python -m edgekit.runtime.bench.worker` and the greatest memory it was seen to hold."""
+    """A process on a host that speaks the worker's protocol."""
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, host: Host = LOCAL) -> None:
         """Start the process; `label` names its artifact in errors."""
         self.label = label
         self.peak_bytes: int | None = None
         self._engine: str | None = None
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `close`)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "edgekit.runtime.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-        )
+        self._runner: Reply | None = None
+        self._process = host.start(worker_command(host))
 
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self._process.pid
-
-    def load(
+    def load_decoder(
         self, engine: str, model: str, threads: int | None, context: int | None
-    ) -> dict[str, Any]:
-        """Load a model file; returns the worker's reply. Without `threads` the engine chooses."""
-        self._engine = engine
-        request = {
-            "op": "load",
-            "engine": engine,
-            "model": model,
-            "threads": threads,
-            "context": context,
-        }
-        return self._ask(request, "loading the model")
+    ) -> Loaded:
+        """Load a language model's file by its path there; without `threads` the engine chooses."""
+        keys = {"engine": engine, "model": model, "threads": threads, "context": context}
+        reply = self._load("decoder", engine, keys)
+        with self._reading("load_decoder"):
+            return Loaded.decoder(reply)
 
-    def measure(self, shape: Shape, seed: int) -> dict[str, Any]:
-        """Time one repetition of a test; returns the worker's reply."""
-        request = {
-            "op": "measure",
-            "kind": shape.kind,
-            "tokens": shape.tokens,
-            "depth": shape.depth,
-            "seed": seed,
-        }
-        return self._ask(request, shape.name)
+    def load_network(self, engine: str, model: str, threads: int | None) -> Loaded:
+        """Load a network's file by its path there; without `threads` the engine chooses."""
+        keys = {"engine": engine, "model": model, "threads": threads}
+        reply = self._load("network", engine, keys)
+        with self._reading("load_network"):
+            return Loaded.network(reply)
 
-    def load_module(self, target: str, model: str, threads: int | None) -> dict[str, Any]:
-        """Load a module's file; returns the worker's reply."""
-        self._engine = target
-        request = {"op": "load_module", "target": target, "model": model, "threads": threads}
-        return self._ask(request, "loading the module")
+    def time_decoder(self, shape: Shape, seed: int) -> Times:
+        """Time one repetition of a test."""
+        asked = {"kind": shape.kind, "tokens": shape.tokens, "depth": shape.depth, "seed": seed}
+        reply = self._ask("time_decoder", asked, shape.name)
+        with self._reading("time_decoder"):
+            return Times.decoder(reply)
 
-    def run_module(
-        self, inputs: list[dict[str, Any]], seed: int, runs: int, at_least_ns: int
-    ) -> dict[str, Any]:
-        """Time a burst of runs; returns the worker's reply."""
-        request = {
-            "op": "run_module",
-            "inputs": inputs,
-            "seed": seed,
-            "runs": runs,
-            "at_least_ns": at_least_ns,
-        }
-        return self._ask(request, "running the module")
+    def time_network(
+        self, inputs: Sequence[Mapping[str, Any]], seed: int, runs: int, at_least_ns: int
+    ) -> Times:
+        """Time a burst of runs."""
+        asked = {"inputs": list(inputs), "seed": seed, "runs": runs, "at_least_ns": at_least_ns}
+        reply = self._ask("time_network", asked, "running the module")
+        with self._reading("time_network"):
+            return Times.network(reply)
+
+    def read_bandwidth(self, threads: int) -> ReadBandwidth:
+        """Measure how fast the host reads memory with a number of threads."""
+        reply = self._ask("bandwidth", {"threads": threads}, "measuring the read bandwidth")
+        with self._reading("bandwidth"):
+            return bandwidth(reply)
 
     def close(self) -> None:
         """End the process, also in the middle of a computation; nothing is left to save."""
         self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._stderr):
-            with suppress(BrokenPipeError):  # a request that nobody reads any more
-                if stream is not None:
-                    stream.close()
 
-    def _ask(self, request: dict[str, Any], doing: str) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._death(doing) from None
-        while not select.select([self._process.stdout], [], [], _SAMPLING_S)[0]:
-            self._sample_memory()
-        line = self._process.stdout.readline()
-        if not line:
-            raise self._death(doing)
-        self._sample_memory()
-        reply: dict[str, Any] = json.loads(line)
+    def _load(self, kind: str, engine: str, keys: Reply) -> Reply:
+        doing = "loading the model" if kind == "decoder" else "loading the module"
+        runner = self._greeting(doing)
+        able = runner["engines"].get(kind) or []
+        if engine not in able:
+            raise EdgekitError(
+                f"{self.label}: {runner['runner']} runs no {kind} in {engine}: it knows "
+                f"{', '.join(map(str, able)) or 'no engine'}"
+            )
+        self._engine = engine
+        return self._ask(f"load_{kind}", keys, doing)
+
+    def _ask(self, op: str, keys: Mapping[str, Any], doing: str) -> Reply:
+        """Send a request; returns the reply, of which the memory is already checked and kept."""
+        runner = self._greeting(doing)
+        if op not in runner["ops"]:
+            raise EdgekitError(
+                f"{self.label}: {doing}: {runner['runner']} cannot {op}: it knows "
+                f"{', '.join(map(str, runner['ops'])) or 'nothing'}"
+            )
+        self._process.send(json.dumps({"op": op, **keys}))
+        reply = self._receive(doing)
         if "error" in reply:
             kind = EngineCrash if "crashed" in reply else EdgekitError
             raise kind(f"{self.label}: {doing}: {reply['error']}")
+        with self._reading(op):
+            peak = optional(take(reply, "memory", dict), "peak_bytes", int)
+        self.peak_bytes = self.peak_bytes if peak is None else max(peak, self.peak_bytes or 0)
         return reply
 
-    def _sample_memory(self) -> None:
-        now = peak_bytes(self.pid)
-        if now is not None:
-            self.peak_bytes = max(now, self.peak_bytes or 0)
+    def _greeting(self, doing: str) -> Reply:
+        """Read the runner's first line, once."""
+        if self._runner is None:
+            said = self._receive(doing)
+            if said.get("protocol") != PROTOCOL:
+                raise EdgekitError(
+                    f"{self.label}: {said.get('runner', 'the runner')!s:.60} speaks version "
+                    f"{said.get('protocol')!r:.20} of the worker's protocol, this edgekit "
+                    f"{PROTOCOL}: install the same edgekit on both sides"
+                )
+            with self._reading("the first line"):
+                take(said, "runner", str)
+                take(said, "ops", list)
+                take(said, "engines", dict)
+            self._runner = said
+        return self._runner
+
+    def _receive(self, doing: str) -> Reply:
+        line = self._process.receive()
+        if line is None:
+            raise self._death(doing)
+        try:
+            reply = json.loads(line)
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict):
+            raise EngineCrash(
+                f"{self.label}: {doing}: the runner answered with what is no JSON object: "
+                f"{line!r:.60}"
+            )
+        return reply
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Say of a key that is missing or of another type whose it is."""
+        try:
+            yield
+        except EdgekitError as error:
+            raise EngineCrash(
+                f"{self.label}: the runner answered {what} not as protocol {PROTOCOL} says: {error}"
+            ) from error
 
     def _death(self, doing: str) -> EdgekitError:
         """Say how the process ended: by which signal, or with what last words."""
-        status = self._process.wait()
-        if status >= 0:
+        end = self._process.wait()
+        if end.status is None or end.status >= 0:
+            how = "was lost" if end.status is None else f"ended with status {end.status}"
             return EngineCrash(
-                f"{self.label}: {doing}: the engine's process ended with status {status}: "
-                f"{self._last_words() or 'no message'}"
+                f"{self.label}: {doing}: the engine's process {how}: "
+                f"{end.last_words or 'no message'}"
             )
-        name = how_it_ended(status)
+        name = how_it_ended(end.status)
         hint = _SIGNAL_HINTS.get(name, "the model file may be damaged: export it again")
-        seen = f" (it held {self.peak_bytes / 1e6:.0f} MB)" if self.peak_bytes else ""
-        who = "the engine's process" if self._engine is None else library_of(self._engine).name
-        return EngineCrash(
-            f"{self.label}: {doing}: {who} was ended by {name}{seen}{quoted(self._last_words())}; "
-            f"{hint}"
-        )
-
-    def _last_words(self) -> str:
-        self._stderr.seek(0)
-        return last_line(self._stderr.read().decode("utf-8", "replace"))
+        seen = f" (it held {self.peak_bytes / 1e6:.0f} MB before)" if self.peak_bytes else ""
+        known = self._engine is not None and ENGINES.can(self._engine, "installed")
+        who = library_of(self._engine or "").name if known else "the engine's process"
+        said = quoted(end.last_words)
+        return EngineCrash(f"{self.label}: {doing}: {who} was ended by {name}{seen}{said}; {hint}")
 
 
 _SIGNAL_HINTS = {
@@ -146,13 +171,20 @@ _SIGNAL_HINTS = {
 }
 
 
+def worker_command(host: Host) -> tuple[str, ...]:
+    """Return what starts a worker on a host."""
+    if host.python is None:
+        raise EdgekitError(f"{host.name} has no Python with edgekit to run a worker in")
+    return (*host.python.command, "-m", "edgekit.runtime.bench.worker")
+
+
 @contextmanager
-def worker_processes(labels: Sequence[str]) -> Iterator[list[WorkerProcess]]:
+def worker_processes(labels: Sequence[str], host: Host = LOCAL) -> Iterator[list[WorkerProcess]]:
     """Start one worker per label and end all of them on the way out, whatever happened."""
     with ExitStack() as stack:
         workers = []
         for label in labels:
-            worker = WorkerProcess(label)
+            worker = WorkerProcess(label, host)
             stack.callback(worker.close)
             workers.append(worker)
         yield workers

@@ -231,12 +231,13 @@ def load_engine(
         return cast(Engine, module.open_engine(Path(model_path), threads, context))
 
 
-def check_threads(threads: int | None) -> None:
+def check_threads(threads: int | None, cpus: int | None = None) -> None:
     """Refuse numbers of threads that no engine runs well with, and that some crash at.
 
     Beyond one per CPU they only get in each other's way; a few more may be asked for to see it.
+    `cpus` are those of the machine that is meant, by default this one.
     """
-    most = THREADS_PER_CPU * (os.cpu_count() or 1)
+    most = THREADS_PER_CPU * (cpus or os.cpu_count() or 1)
     if threads is not None and not 1 <= threads <= most:
         wanted = "at least 1" if threads < 1 else f"at most {most} ({THREADS_PER_CPU} per CPU)"
         raise EdgekitError(f"threads must be {wanted}, not {threads}")

@@ -35,17 +35,16 @@ def test_a_recorded_tree_is_read_like_a_machine(tmp_path: Path) -> None:
 
 def test_a_file_is_put_and_fetched_whole(tmp_path: Path) -> None:
     (tmp_path / "model").write_bytes(bytes(range(256)))
-    place = LOCAL.put(tmp_path / "model")
-    LOCAL.get(place, tmp_path / "copy")
+    place = LOCAL.put(tmp_path, ["model"])
+    LOCAL.get(f"{place}/model", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == bytes(range(256))
-    assert Path(place).is_absolute()
-    assert sorted(LOCAL.entries(LOCAL.put(tmp_path))) == ["copy", "model"]
+    assert sorted(LOCAL.entries(place)) == ["copy", "model"]
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "none"
-    with pytest.raises(EdgekitError, match="none: No such file or directory"):
-        LOCAL.put(missing)
+    with pytest.raises(EdgekitError, match="none: no such file"):
+        LOCAL.put(tmp_path, ["none"])
     with pytest.raises(EdgekitError, match="none: cannot be read on this machine"):
         LOCAL.get(str(missing), tmp_path / "copy")
     with pytest.raises(EdgekitError, match="none: cannot be started: No such file"):

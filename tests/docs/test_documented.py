@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data" / "stories"
 TEXTS = {"stories.txt": "valid.txt", "train.txt": "train.txt"}
 TEXT_BYTES = 800_000
-FAST = ("README.md", "errors.md", "devices.md", "models.md")
+FAST = ("README.md", "errors.md", "devices.md", "models.md", "worker-protocol.md")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SECONDS = 900
 

@@ -19,12 +19,10 @@ from edgekit.cli import main
 from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError
 from edgekit.metrics.logits import Logits
-from edgekit.runtime.bench.accounting import memory_bytes, peak_bytes
 from edgekit.runtime.bench.record import Record
 from edgekit.runtime.bench.run import bench, plan
 from edgekit.runtime.bench.tables import render
 from edgekit.runtime.bench.worker import measure, random_tokens
-from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
 from edgekit.runtime.decode_bytes import Shape
 from edgekit.runtime.engines.engine import OneSequenceEngine, Threads, TokenIds
 
@@ -126,15 +124,6 @@ def test_a_decode_runs_token_by_token_on_a_fresh_state() -> None:
 def test_an_engine_that_loses_tokens_fails_the_run() -> None:
     with pytest.raises(EdgekitError, match="tg4: the engine stands at position 3, not 4"):
         measure(ForgetfulEngine(), Shape("tg", 4), seed=1)
-
-
-def test_memory_of_this_process_is_read_and_of_none_is_empty() -> None:
-    memory = memory_bytes(os.getpid())
-    assert memory["VmHWM"] >= memory["VmRSS"] // 2 > 0
-    peak = peak_bytes(os.getpid())
-    assert peak is not None
-    assert peak >= memory["VmRSS"] // 2
-    assert peak_bytes(2**30) is None
 
 
 @pytest.fixture(scope="module")
@@ -254,59 +243,6 @@ def test_a_killed_engine_is_one_error_and_ends_the_others(tiny_artifact: Path) -
             progress=kill_one,
         )
     assert children() == before
-
-
-def test_a_damaged_model_file_is_one_error(tmp_path: Path) -> None:
-    damaged = tmp_path / "model.pte"
-    damaged.write_bytes(b"\0" * 100)
-    with (
-        worker_processes(["my-model"]) as (worker,),
-        pytest.raises(EdgekitError, match="^my-model: loading the model: .*model.pte"),
-    ):
-        worker.load("executorch", str(damaged), threads=1, context=None)
-
-
-def test_a_stopped_engine_is_named_with_its_signal() -> None:
-    worker = WorkerProcess("my-model")
-    try:
-        os.kill(worker.pid, signal.SIGTERM)
-        with pytest.raises(EdgekitError, match="my-model: tg4: .* ended by SIGTERM"):
-            worker.measure(Shape("tg", 4), seed=0)
-    finally:
-        worker.close()
-
-
-def test_a_worker_that_cannot_start_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "numpy.py").write_text("raise ImportError('numpy is broken')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with (
-        worker_processes(["my-model"]) as (worker,),
-        pytest.raises(EdgekitError, match="^my-model: .* status 1: ImportError: numpy is broken$"),
-    ):
-        worker.load("executorch", "model.pte", threads=1, context=None)
-
-
-def test_a_worker_ends_with_its_input() -> None:
-    worker = subprocess.run(
-        [sys.executable, "-m", "edgekit.runtime.bench.worker"],
-        input='{"op": "measure", "kind": "tg", "tokens": 1, "depth": 0, "seed": 0}\n',
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert json.loads(worker.stdout) == {"error": "nothing is loaded"}
-
-
-def test_what_libraries_print_does_not_reach_the_replies() -> None:
-    program = (
-        "import os; from edgekit.runtime.bench.worker import claim_stdout\n"
-        "replies = claim_stdout(); os.write(1, b'chatter'); replies.write('reply')"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    assert (done.stdout, done.stderr) == (b"reply", b"chatter")
 
 
 def test_an_interrupt_leaves_no_process(tiny_artifact: Path) -> None:
