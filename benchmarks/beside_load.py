@@ -23,7 +23,6 @@ from typing import Any
 
 from benchmarks import machine
 from edgekit.common.tables import markdown_table
-from edgekit.devices.cpus import default_threads
 from edgekit.runtime.bench.record import rate
 from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
 from edgekit.runtime.decode_bytes import Shape
@@ -72,21 +71,22 @@ def main() -> None:
     parser.add_argument("artifacts", nargs="+", type=Path)
     parser.add_argument("-r", "--repetitions", type=int, default=5)
     parser.add_argument("-l", "--loops", type=int, nargs="+", default=[1, 3], help="on each CPU")
-    parser.add_argument("-t", "--threads", type=int, default=default_threads())
+    parser.add_argument("-t", "--threads", type=int, help="for all  [default: each engine's own]")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     results = []
     for path in arguments.artifacts:
         file = find_model_file(path)
         with worker_processes([file.name]) as (worker,):
-            worker.load(file.engine, str(file.path.resolve()), arguments.threads, None)
+            model = str(file.path.resolve())
+            threads = worker.load(file.engine, model, arguments.threads, None)["threads"]
             for loops, shape in itertools.product(arguments.loops, SHAPES):
                 found = measure(worker, shape, arguments.repetitions, loops)
-                results.append({"artifact": file.name, "engine": file.engine, **found})
+                facts = {"artifact": file.name, "engine": file.engine, "threads": threads}
+                results.append(facts | found)
     record = {
         "machine": machine.facts(),
         "busy_share_before": machine.busy_share(),
-        "threads": arguments.threads,
         "spin_count": os.environ.get("GOMP_SPINCOUNT"),
         "results": results,
     }

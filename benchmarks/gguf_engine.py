@@ -42,8 +42,8 @@ def one(path: Path, settings: Settings) -> dict[str, Any]:
             ("prefill_ns", Shape("pp", settings.prompt), Shape("pp", settings.prompt)),
             ("decode_ns", Shape("tg", 1), Shape("tg", settings.generate)),
         ):
-            timed(engine, warm_up, 0, settings.threads)
-            found[name] = timed(engine, shape, 0, settings.threads)["elapsed_ns"]
+            timed(engine, warm_up, 0)
+            found[name] = timed(engine, shape, 0)["elapsed_ns"]
     return found
 
 

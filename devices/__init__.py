@@ -1,1 +1,1 @@
-"""Device profiles, the CPUs that this process may use, and the probe of this machine."""
+"""Device profiles, machines as a parameter (`hosts`), the CPUs of one, and its probe."""

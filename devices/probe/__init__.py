@@ -1,1 +1,1 @@
-"""This machine: what it has, how fast it reads memory, and in what condition it is."""
+"""A machine: what it has, how fast this one reads memory, and in what condition it is."""

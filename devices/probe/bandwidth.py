@@ -59,7 +59,7 @@ class ReadBandwidth:
 def measure_read_bandwidth(
     threads: int | None = None, passes: int = 8, buffer_bytes: int | None = None
 ) -> ReadBandwidth:
-    """Measure with `threads` readers (default: the CPUs this process can keep busy).
+    """Measure in this process, with `threads` readers: by default the CPUs it can keep busy.
 
     Every kernel reads the whole buffer `passes` times; `buffer_bytes` defaults to
     `choose_buffer_bytes` of the probed machine. Takes well under a second on an idle PC. Raises

@@ -1,9 +1,11 @@
 """The facts of a machine that change while it works; taken before and after a measurement."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any
 
+from edgekit.devices.hosts.host import Host
+from edgekit.devices.hosts.local import LOCAL
 from edgekit.devices.probe.cpuinfo import Processor, read_processors
 from edgekit.devices.probe.rootfs import (
     CPU_FOLDER,
@@ -37,62 +39,59 @@ class Conditions:
         return asdict(self)
 
 
-def conditions(root: Path = Path("/")) -> Conditions:
-    """Read the volatile facts below `root`; takes about a millisecond."""
-    memory = meminfo_bytes(root)
+def conditions(host: Host = LOCAL) -> Conditions:
+    """Read the volatile facts; takes about a millisecond."""
+    memory = meminfo_bytes(host)
     return Conditions(
-        temperatures=read_temperatures(root),
-        frequency_mhz=tuple(_frequency_mhz(root, cpu) for cpu in read_processors(root)),
-        load_average=_load_average(root),
+        temperatures=read_temperatures(host),
+        frequency_mhz=tuple(_frequency_mhz(host, cpu) for cpu in read_processors(host)),
+        load_average=_load_average(host),
         ram_available_bytes=memory.get("MemAvailable"),
         swap_used_bytes=_difference(memory.get("SwapTotal"), memory.get("SwapFree")),
     )
 
 
-def read_temperatures(root: Path) -> tuple[Temperature, ...]:
+def read_temperatures(host: Host) -> tuple[Temperature, ...]:
     """Return every readable sensor: thermal zones first, then hwmon's."""
-    return (*_thermal_zones(root), *_hwmon_sensors(root))
+    return (*_thermal_zones(host), *_hwmon_sensors(host))
 
 
-def _thermal_zones(root: Path) -> list[Temperature]:
+def _thermal_zones(host: Host) -> list[Temperature]:
     found = []
-    for zone in list_folder(root, "sys/class/thermal", "thermal_zone"):
-        folder = f"sys/class/thermal/{zone}"
-        celsius = read_scaled(root, f"{folder}/temp", 1000)
+    for zone in list_folder(host, "/sys/class/thermal", "thermal_zone"):
+        folder = f"/sys/class/thermal/{zone}"
+        celsius = read_scaled(host, f"{folder}/temp", 1000)
         if celsius is not None:
-            found.append(Temperature(read_text(root, f"{folder}/type") or zone, celsius))
+            found.append(Temperature(read_text(host, f"{folder}/type") or zone, celsius))
     return found
 
 
-def _hwmon_sensors(root: Path) -> list[Temperature]:
+def _hwmon_sensors(host: Host) -> list[Temperature]:
     found = []
-    for chip in list_folder(root, "sys/class/hwmon", "hwmon"):
-        folder = f"sys/class/hwmon/{chip}"
-        name = read_text(root, f"{folder}/name") or chip
-        for channel in _hwmon_channels(root, folder):
-            celsius = read_scaled(root, f"{folder}/{channel}_input", 1000)
-            label = read_text(root, f"{folder}/{channel}_label") or channel
+    for chip in list_folder(host, "/sys/class/hwmon", "hwmon"):
+        folder = f"/sys/class/hwmon/{chip}"
+        name = read_text(host, f"{folder}/name") or chip
+        for channel in _hwmon_channels(host, folder):
+            celsius = read_scaled(host, f"{folder}/{channel}_input", 1000)
+            label = read_text(host, f"{folder}/{channel}_label") or channel
             if celsius is not None:
                 found.append(Temperature(f"{name} {label}", celsius))
     return found
 
 
-def _hwmon_channels(root: Path, folder: str) -> list[str]:
-    try:
-        names = [entry.name for entry in (root / folder).glob("temp*_input")]
-    except OSError:
-        return []
+def _hwmon_channels(host: Host, folder: str) -> list[str]:
+    names = [name for name in host.entries(folder) if fnmatchcase(name, "temp*_input")]
     return sorted((name.removesuffix("_input") for name in names), key=lambda n: (len(n), n))
 
 
-def _frequency_mhz(root: Path, processor: Processor) -> float | None:
+def _frequency_mhz(host: Host, processor: Processor) -> float | None:
     path = f"{CPU_FOLDER}/cpu{processor.cpu}/cpufreq/scaling_cur_freq"
-    scaled = read_scaled(root, path, 1000)
+    scaled = read_scaled(host, path, 1000)
     return processor.mhz if scaled is None else scaled
 
 
-def _load_average(root: Path) -> tuple[float, float, float] | None:
-    words = (read_text(root, "proc/loadavg") or "").split()
+def _load_average(host: Host) -> tuple[float, float, float] | None:
+    words = (read_text(host, "/proc/loadavg") or "").split()
     try:
         return float(words[0]), float(words[1]), float(words[2])
     except (IndexError, ValueError):

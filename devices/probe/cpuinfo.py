@@ -1,8 +1,8 @@
 """/proc/cpuinfo in its x86 and ARM spellings: processors, vendor, core names, ISA features."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from edgekit.devices.hosts.host import Host
 from edgekit.devices.probe.rootfs import key_values, read_text
 
 # The kernel's spelling -> ours, for the features that decide which CPU kernels an engine may use.
@@ -129,9 +129,9 @@ class Processor:
             return None
 
 
-def read_processors(root: Path) -> tuple[Processor, ...]:
+def read_processors(host: Host) -> tuple[Processor, ...]:
     """Return the online logical CPUs in their order; empty when /proc/cpuinfo is unreadable."""
-    blocks = (read_text(root, "proc/cpuinfo") or "").split("\n\n")
+    blocks = (read_text(host, "/proc/cpuinfo") or "").split("\n\n")
     facts = [key_values(block.splitlines()) for block in blocks]
     return tuple(
         Processor(int(block["processor"]), block)
@@ -153,13 +153,13 @@ def isa_features(processors: tuple[Processor, ...]) -> tuple[str, ...] | None:
     return tuple(feature for feature in ISA_FEATURES if feature in known)
 
 
-def architecture(root: Path, processors: tuple[Processor, ...]) -> str | None:
+def architecture(host: Host, processors: tuple[Processor, ...]) -> str | None:
     """Return `uname -m`'s word as the kernel states it, or as the form of cpuinfo proves it.
 
     /proc/sys/kernel/arch exists since Linux 6.1. Before, `lm` (long mode) is x86-64's own flag,
     and `asimd` is printed by 64-bit ARM kernels alone.
     """
-    stated = read_text(root, "proc/sys/kernel/arch")
+    stated = read_text(host, "/proc/sys/kernel/arch")
     if stated is not None or not processors:
         return stated
     flags = processors[0].flags

@@ -1,17 +1,17 @@
 """What a machine is: CPU, ISA features, caches, memory, page size, operating system.
 
-Everything is read from /proc, /sys and /etc below a root folder, so a recorded tree is probed
-like the live machine; serial numbers and host names are not read.
+Everything is read from /proc, /sys and /etc of a host, so another machine or a recorded tree is
+probed like this one; serial numbers and host names are not read.
 """
 
-import platform
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from edgekit.devices.cpus import cpu_quota, physical_cores
+from edgekit.devices.hosts.host import Host
+from edgekit.devices.hosts.local import LOCAL
 from edgekit.devices.probe.conditions import Conditions, conditions
 from edgekit.devices.probe.cpuinfo import Processor, architecture, isa_features, read_processors
 from edgekit.devices.probe.rootfs import (
@@ -73,7 +73,7 @@ class Machine:
     page_bytes: int | None
     os: str | None
     kernel: str | None
-    python: str
+    python: str | None
     conditions: Conditions
 
     @property
@@ -89,50 +89,50 @@ class Machine:
         return asdict(self)
 
 
-def probe(root: Path = Path("/")) -> Machine:
-    """Read the machine's facts below `root`; `python` is the running interpreter's version."""
-    processors = read_processors(root)
-    clusters = _clusters(root, processors)
-    memory = meminfo_bytes(root)
+def probe(host: Host = LOCAL) -> Machine:
+    """Read a machine's facts; `python` is the version of the one with edgekit in it."""
+    processors = read_processors(host)
+    clusters = _clusters(host, processors)
+    memory = meminfo_bytes(host)
     return Machine(
-        device=_device(root),
+        device=_device(host),
         cpu=_cpu_name(clusters, processors),
         vendor=processors[0].vendor if processors else None,
-        architecture=architecture(root, processors),
+        architecture=architecture(host, processors),
         isa=isa_features(processors),
         clusters=clusters,
-        physical_cores=physical_cores((p.cpu for p in processors), root),
+        physical_cores=physical_cores((p.cpu for p in processors), host),
         logical_cores=len(processors) or None,
-        cpu_quota=cpu_quota(root),
-        caches=_caches(root, processors),
+        cpu_quota=cpu_quota(host),
+        caches=_caches(host, processors),
         ram_bytes=memory.get("MemTotal"),
         swap_bytes=memory.get("SwapTotal"),
-        page_bytes=_page_bytes(root),
-        os=_os_name(root),
-        kernel=_kernel(root),
-        python=platform.python_version(),
-        conditions=conditions(root),
+        page_bytes=_page_bytes(host),
+        os=_os_name(host),
+        kernel=_kernel(host),
+        python=None if host.python is None else host.python.version,
+        conditions=conditions(host),
     )
 
 
-def _device(root: Path) -> str | None:
+def _device(host: Host) -> str | None:
     """Boards name themselves in the device tree, PCs in DMI."""
-    for path in ("proc/device-tree/model", "sys/class/dmi/id/product_name"):
-        name = read_text(root, path)
+    for path in ("/proc/device-tree/model", "/sys/class/dmi/id/product_name"):
+        name = read_text(host, path)
         if name is not None:
             return name
     return None
 
 
-def _clusters(root: Path, processors: tuple[Processor, ...]) -> tuple[Cluster, ...]:
+def _clusters(host: Host, processors: tuple[Processor, ...]) -> tuple[Cluster, ...]:
     grouped: dict[tuple[str | None, float | None, float | None, str | None], list[int]] = {}
     for processor in processors:
         folder = f"{CPU_FOLDER}/cpu{processor.cpu}/cpufreq"
         key = (
             processor.core,
-            read_scaled(root, f"{folder}/cpuinfo_min_freq", 1000),
-            read_scaled(root, f"{folder}/cpuinfo_max_freq", 1000),
-            read_text(root, f"{folder}/scaling_governor"),
+            read_scaled(host, f"{folder}/cpuinfo_min_freq", 1000),
+            read_scaled(host, f"{folder}/cpuinfo_max_freq", 1000),
+            read_text(host, f"{folder}/scaling_governor"),
         )
         grouped.setdefault(key, []).append(processor.cpu)
     return tuple(
@@ -148,9 +148,9 @@ def _cpu_name(clusters: tuple[Cluster, ...], processors: tuple[Processor, ...]) 
     return " + ".join(f"{len(cluster.cpus)}x {cluster.core}" for cluster in clusters)
 
 
-def _caches(root: Path, processors: tuple[Processor, ...]) -> tuple[Cache, ...]:
+def _caches(host: Host, processors: tuple[Processor, ...]) -> tuple[Cache, ...]:
     """Count each cache once, however many CPUs list it."""
-    shared = {entry for p in processors for entry in _cpu_caches(root, p.cpu)}
+    shared = {entry for p in processors for entry in _cpu_caches(host, p.cpu)}
     kinds = [(level, kind, size) for level, kind, size, _ in shared]
     return tuple(
         Cache(level, kind, size, kinds.count((level, kind, size)))
@@ -158,13 +158,13 @@ def _caches(root: Path, processors: tuple[Processor, ...]) -> tuple[Cache, ...]:
     )
 
 
-def _cpu_caches(root: Path, cpu: int) -> Iterator[tuple[int, str, int, str]]:
-    for index in list_folder(root, f"{CPU_FOLDER}/cpu{cpu}/cache", "index"):
+def _cpu_caches(host: Host, cpu: int) -> Iterator[tuple[int, str, int, str]]:
+    for index in list_folder(host, f"{CPU_FOLDER}/cpu{cpu}/cache", "index"):
         folder = f"{CPU_FOLDER}/cpu{cpu}/cache/{index}"
-        level = read_int(root, f"{folder}/level")
-        kind = read_text(root, f"{folder}/type")
-        size = _cache_bytes(read_text(root, f"{folder}/size"))
-        users = read_text(root, f"{folder}/shared_cpu_list")
+        level = read_int(host, f"{folder}/level")
+        kind = read_text(host, f"{folder}/type")
+        size = _cache_bytes(read_text(host, f"{folder}/size"))
+        users = read_text(host, f"{folder}/shared_cpu_list")
         if level is not None and kind is not None and size is not None and users is not None:
             yield level, kind.lower(), size, users
 
@@ -176,23 +176,24 @@ def _cache_bytes(text: str | None) -> int | None:
     return int(text[:-1]) * _CACHE_UNITS[text[-1]]
 
 
-def _page_bytes(root: Path) -> int | None:
-    """Read AT_PAGESZ of this process' auxiliary vector: pairs of native words (proc(5))."""
-    try:
-        raw = (root / "proc/self/auxv").read_bytes()
-    except OSError:
-        return None
-    pair = struct.Struct("@NN")
-    whole = raw[: len(raw) // pair.size * pair.size]
-    return dict(pair.iter_unpack(whole)).get(_AUXV_PAGE_SIZE)
+def _page_bytes(host: Host) -> int | None:
+    """Read AT_PAGESZ of a process's auxiliary vector: pairs of 64 or of 32 bits (proc(5))."""
+    raw = host.read("/proc/self/auxv") or b""
+    for words in ("<QQ", "<II"):
+        pair = struct.Struct(words)
+        whole = raw[: len(raw) // pair.size * pair.size]
+        found: int | None = dict(pair.iter_unpack(whole)).get(_AUXV_PAGE_SIZE)
+        if found is not None:
+            return found
+    return None
 
 
-def _os_name(root: Path) -> str | None:
+def _os_name(host: Host) -> str | None:
     """Return the distribution's own name, else the kernel's (`Linux`)."""
-    release = key_values((read_text(root, "etc/os-release") or "").splitlines(), separator="=")
+    release = key_values((read_text(host, "/etc/os-release") or "").splitlines(), separator="=")
     name = release.get("PRETTY_NAME", "").strip("\"'")
-    return name or read_text(root, "proc/sys/kernel/ostype")
+    return name or read_text(host, "/proc/sys/kernel/ostype")
 
 
-def _kernel(root: Path) -> str | None:
-    return read_text(root, "proc/sys/kernel/osrelease")
+def _kernel(host: Host) -> str | None:
+    return read_text(host, "/proc/sys/kernel/osrelease")

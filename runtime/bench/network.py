@@ -206,7 +206,7 @@ def bench_modules(
     with worker_processes([subject.name for subject in subjects]) as workers:
         loads = [
             worker.load_module(
-                subject.artifact.target, str(subject.artifact.model_path.resolve()), count
+                subject.artifact.target, str(subject.artifact.model_path.resolve()), threads
             )
             for subject, worker in zip(subjects, workers, strict=True)
         ]

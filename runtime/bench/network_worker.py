@@ -20,7 +20,7 @@ from edgekit.runtime.engines.network_engine import (
 _FEWEST_WARM_UPS = 3
 
 
-def load(target: str, model: str, threads: int) -> tuple[ModuleEngine, dict[str, Any]]:
+def load(target: str, model: str, threads: int | None) -> tuple[ModuleEngine, dict[str, Any]]:
     """Open a module's file; return the engine and the worker's reply."""
     check_first_load(target)
     started = time.perf_counter_ns()
@@ -35,6 +35,7 @@ def load(target: str, model: str, threads: int) -> tuple[ModuleEngine, dict[str,
         "before_load_bytes": before,
         "engine": engine.name,
         "version": engine.version,
+        "threads": engine.threads,
         "affinity": sorted(os.sched_getaffinity(0)),
     }
 
@@ -45,7 +46,6 @@ def time_runs(
     seed: int,
     runs: int,
     at_least_ns: int,
-    threads: int,
 ) -> dict[str, Any]:
     """Run the module `runs` times, or until so much time has passed; time each run."""
     arrays = random_inputs(inputs, seed)
@@ -57,7 +57,7 @@ def time_runs(
         begin = time.perf_counter_ns()
         engine.run(arrays)
         durations.append(time.perf_counter_ns() - begin)
-    shares = interference(before, Clocks.read(), threads)
+    shares = interference(before, Clocks.read(), engine.threads)
     return {"run_ns": durations, "interference": asdict(shares)}
 
 

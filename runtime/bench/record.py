@@ -8,13 +8,14 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit.common.files import new_file
 from edgekit.devices.probe.bandwidth import ReadBandwidth
 from edgekit.runtime.decode_bytes import Shape, Traffic
+from edgekit.runtime.engines.engine import Threads
 
 SCHEMA_VERSION = 1
 
@@ -281,8 +282,8 @@ class ArtifactResult(InProcess):
     """One artifact's identity, its process and its tests.
 
     `schemes` and `traffic` are empty and None for a file that edgekit neither made nor can read.
-    What only a process knows is None where none ran: the engine's version, what loading took, the
-    context of a file that does not state it.
+    What only a process knows is None where none ran: the engine's version and threads, what loading
+    took, the context of a file that does not state it.
     """
 
     name: str
@@ -300,6 +301,7 @@ class ArtifactResult(InProcess):
     memory: Memory
     traffic: Traffic | None
     tests: tuple[ShapeResult, ...]
+    threads: Threads | None = None
     engine_built: str | None = None
 
     def to_dict(self, bandwidth: Bandwidth) -> dict[str, Any]:
@@ -312,6 +314,7 @@ class ArtifactResult(InProcess):
             "schemes": {name: dict(count) for name, count in self.schemes.items()},
             "file_bytes": self.file_bytes,
             "context": self.context,
+            "threads": self.threads and asdict(self.threads),
             **self.process(),
             "traffic": self.traffic and self.traffic.to_dict(),
             "tests": [test.to_dict(self.traffic, bandwidth) for test in self.tests],

@@ -33,7 +33,7 @@ from edgekit.runtime.bench.record import (
 from edgekit.runtime.bench.traffic import Holdings, holdings_of
 from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
 from edgekit.runtime.decode_bytes import Shape
-from edgekit.runtime.engines.engine import check_threads
+from edgekit.runtime.engines.engine import Threads, check_threads
 from edgekit.runtime.model_files import ModelFile, find_model_file
 from edgekit.version import __version__
 
@@ -55,7 +55,8 @@ def bench(
 
     An artifact is a folder that `edgekit export` wrote, or what `find_model_file` takes besides.
     A test is each of `prompts` (prefill) and `generates` (decode) at each of `depths`, in tokens;
-    0 skips one. `threads` defaults to the physical cores this process may use, by its quota;
+    0 skips one. `threads` None leaves them to each engine, as `run` does: the physical cores this
+    process may use, by its quota, or fewer where that decodes faster;
     `cooldown_s` is slept before every repetition. Raises `EdgekitError` before anything is measured
     for a test that an artifact's context cannot hold, and when an artifact's process dies.
     """
@@ -73,7 +74,7 @@ def bench(
     shapes = plan(prompts, generates, depths)
     check_contexts(artifacts, shapes)
     subjects = _open(artifacts)
-    return _run(subjects, shapes, settings, machine, progress or no_steps)
+    return _run(subjects, shapes, settings, threads, machine, progress or no_steps)
 
 
 def describe_each(artifacts: Sequence[Path], threads: int | None = None) -> Record:
@@ -196,6 +197,7 @@ def _run(
     subjects: Sequence[_Subject],
     shapes: Sequence[Shape],
     settings: Settings,
+    threads: int | None,
     machine: Machine,
     progress: Steps,
 ) -> Record:
@@ -205,7 +207,7 @@ def _run(
     bandwidth_before = measure_read_bandwidth(settings.threads)
     with worker_processes([subject.name for subject in subjects]) as workers:
         loads = [
-            _load(subject, worker, shapes, settings.threads)
+            _load(subject, worker, shapes, threads)
             for subject, worker in zip(subjects, workers, strict=True)
         ]
         samples = _measure(subjects, workers, shapes, settings, progress)
@@ -227,7 +229,7 @@ def _run(
 
 
 def _load(
-    subject: _Subject, worker: WorkerProcess, shapes: Sequence[Shape], threads: int
+    subject: _Subject, worker: WorkerProcess, shapes: Sequence[Shape], threads: int | None
 ) -> dict[str, Any]:
     """Load with room for the longest test, where the file's own number is less and leaves it."""
     file = subject.file
@@ -294,6 +296,7 @@ def _artifact_result(
     return ArtifactResult(
         **_file_facts(subject),
         context=load["context"],
+        threads=Threads(**load["threads"]),
         **process_facts(load, peak),
         tests=tuple(tests),
     )

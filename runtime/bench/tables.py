@@ -12,6 +12,7 @@ from edgekit.runtime.bench.record import (
     ShapeResult,
     Surrounded,
 )
+from edgekit.runtime.decode_bytes import Traffic
 
 _NOTHING = "-"
 
@@ -21,7 +22,7 @@ def render(record: Record) -> str:
     parts = [_machine_line(record), _artifact_table(record), _speed_table(record)]
     if len(record.artifacts) > 1:
         parts.append(_ratio_table(record))
-    parts += ["\n".join([*disturbances(record), *_cache_notes(record)])]
+    parts += ["\n".join([*disturbances(record), *_thread_notes(record), *_cache_notes(record)])]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -193,6 +194,20 @@ def gate_notes(samples: Sequence[Surrounded]) -> list[str]:
         + f"(up to {max(values):,.0f})"
         for (name, limit), values in failed.items()
     ]
+
+
+def _thread_notes(record: Record) -> list[str]:
+    """Say where an engine decodes with fewer threads than it takes a prompt with."""
+    return [
+        f"{artifact.name}: {counted(artifact.threads.decode, 'thread')} for decoding"
+        + ("" if (traffic := artifact.traffic) is None else _token_note(traffic))
+        for artifact in record.artifacts
+        if artifact.threads is not None and artifact.threads.decode < artifact.threads.prompt
+    ]
+
+
+def _token_note(traffic: Traffic) -> str:
+    return f": a token's weights are {megabytes(traffic.weight_bytes)} MB"
 
 
 def _cache_notes(record: Record) -> list[str]:

@@ -47,7 +47,6 @@ class Worker:
         """Start without an engine."""
         self._engine: Engine | None = None
         self._module: ModuleEngine | None = None
-        self._threads = 1
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Do one request; whatever goes wrong becomes one line."""
@@ -78,8 +77,9 @@ class Worker:
             self._engine.close()
             self._engine = None
 
-    def _load(self, name: str, model: str, threads: int, context: int | None) -> dict[str, Any]:
-        self._threads = threads
+    def _load(
+        self, name: str, model: str, threads: int | None, context: int | None
+    ) -> dict[str, Any]:
         check_first_load(name)
         started = time.perf_counter_ns()
         import_engine(name)  # so that the engine's libraries are not in the time to load
@@ -95,13 +95,13 @@ class Worker:
             "version": self._engine.version,
             "built": self._engine.built,
             "context": self._engine.context,
+            "threads": asdict(self._engine.threads),
             "affinity": sorted(os.sched_getaffinity(0)),
         }
 
-    def _load_module(self, target: str, model: str, threads: int) -> dict[str, Any]:
+    def _load_module(self, target: str, model: str, threads: int | None) -> dict[str, Any]:
         from edgekit.runtime.bench.network_worker import load
 
-        self._threads = threads
         self._module, reply = load(target, model, threads)
         return reply
 
@@ -112,15 +112,15 @@ class Worker:
 
         if self._module is None:
             raise EdgekitError("nothing is loaded")
-        return time_runs(self._module, inputs, seed, runs, at_least_ns, self._threads)
+        return time_runs(self._module, inputs, seed, runs, at_least_ns)
 
     def _measure(self, shape: Shape, seed: int) -> dict[str, Any]:
         if self._engine is None:
             raise EdgekitError("nothing is loaded")
-        return measure(self._engine, shape, seed, self._threads)
+        return measure(self._engine, shape, seed)
 
 
-def measure(engine: Engine, shape: Shape, seed: int, threads: int) -> dict[str, Any]:
+def measure(engine: Engine, shape: Shape, seed: int) -> dict[str, Any]:
     """Time one repetition of a test on a fresh state.
 
     Token ids are uniform over the vocabulary and the same for every repetition and artifact with
@@ -132,6 +132,7 @@ def measure(engine: Engine, shape: Shape, seed: int, threads: int) -> dict[str, 
     if shape.depth:
         engine.prefill(tokens[: shape.depth])
     timed = tokens[shape.depth :]
+    threads = engine.threads.prompt if shape.kind == "pp" else engine.threads.decode
     before = Clocks.read()
     reply = _prefill(engine, timed) if shape.kind == "pp" else _decode(engine, timed)
     shares = interference(before, Clocks.read(), threads)

@@ -40,8 +40,10 @@ class WorkerProcess:
         """The process id."""
         return self._process.pid
 
-    def load(self, engine: str, model: str, threads: int, context: int | None) -> dict[str, Any]:
-        """Load a model file; returns the worker's reply."""
+    def load(
+        self, engine: str, model: str, threads: int | None, context: int | None
+    ) -> dict[str, Any]:
+        """Load a model file; returns the worker's reply. Without `threads` the engine chooses."""
         self._engine = engine
         request = {
             "op": "load",
@@ -63,7 +65,7 @@ class WorkerProcess:
         }
         return self._ask(request, shape.name)
 
-    def load_module(self, target: str, model: str, threads: int) -> dict[str, Any]:
+    def load_module(self, target: str, model: str, threads: int | None) -> dict[str, Any]:
         """Load a module's file; returns the worker's reply."""
         self._engine = target
         request = {"op": "load_module", "target": target, "model": model, "threads": threads}

@@ -5,6 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Protocol, Self, cast
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from edgekit.common.install import install_command
 from edgekit.common.last_words import NO_ENGINE, engine_at_work, engine_on, engine_works
 from edgekit.common.plural import counted
-from edgekit.devices.cpus import share_cpus_well
+from edgekit.devices.cpus import default_threads, share_cpus_well
 from edgekit.errors import EdgekitError
 from edgekit.metrics.logits import Logits
 from edgekit.runtime.engines.first_load import check_first_load
@@ -31,15 +32,29 @@ THREADS_PER_CPU = 4
 _DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python"}
 
 
+@dataclass(frozen=True)
+class Threads:
+    """CPU threads of an open engine: for several tokens of a prompt at once, and for one token."""
+
+    prompt: int
+    decode: int
+
+    @classmethod
+    def for_both(cls, asked: int | None) -> Self:
+        """Return the number that was asked for, or `default_threads()`, for both."""
+        count = asked or default_threads()
+        return cls(count, count)
+
+
 class Engine(AbstractContextManager["Engine", None], Protocol):
     """One loaded model and the state of one sequence; a `with` block closes it.
 
     `name` and `version` are the engine's, `context` is the number of positions its state holds,
     `position` the number of tokens processed since the last reset; one forward pass can take
     `longest_chunk` tokens and is fastest with `default_chunk`. `eos_ids` are the tokens that end a
-    text by what the file itself says, none where it does not say. `built` is what an engine that
-    was compiled for this machine says of that. The logits returned are the caller's own: no later
-    call changes them.
+    text by what the file itself says, none where it does not say. `threads` are those that it uses.
+    `built` is what an engine that was compiled for this machine says of that. The logits returned
+    are the caller's own: no later call changes them.
     """
 
     name: str
@@ -49,6 +64,7 @@ class Engine(AbstractContextManager["Engine", None], Protocol):
     longest_chunk: int
     default_chunk: int
     eos_ids: tuple[int, ...]
+    threads: Threads
     built: str | None
 
     @property
@@ -92,6 +108,7 @@ class OneSequenceEngine(ABC):
     vocab_size: int
     longest_chunk: int
     default_chunk: int
+    threads: Threads
     eos_ids: tuple[int, ...] = ()
     built: str | None = None
 
@@ -199,8 +216,10 @@ def import_engine(name: str) -> ModuleType:
 def load_engine(
     name: str, model_path: Path, threads: int | None = None, context: int | None = None
 ) -> Engine:
-    """Open a model file in the engine of that name, with `default_threads()` by default.
+    """Open a model file in the engine of that name.
 
+    `threads` is a number for everything; by default an engine takes `default_threads()` or, for
+    decoding, what is better for the model (`Engine.threads` says).
     `context` is the number of positions to make room for where the file leaves that open (GGUF,
     ONNX), by default what the file states, at most 2048. Raises `EdgekitError` for an unknown
     engine or one that is not installed, an impossible number of threads, or a file that the

@@ -20,10 +20,14 @@ Array = NDArray[Any]
 
 
 class ModuleEngine(AbstractContextManager["ModuleEngine", None], Protocol):
-    """One loaded module; a `with` block closes it. `name` and `version` are the engine's."""
+    """One loaded module; a `with` block closes it.
+
+    `name` and `version` are the engine's, `threads` is how many CPU threads it uses.
+    """
 
     name: str
     version: str
+    threads: int
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Run the module on its inputs, in order; outputs are the caller's own.

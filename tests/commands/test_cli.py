@@ -28,7 +28,8 @@ LEAN = re.compile(r"click|edgekit|__main__|__mp_main__|_distutils_hack|__editabl
 # Nothing that does the work, even where it would be cheap to import; how OpenMP is to wait is said
 # before any command loads it.
 LEAN_EDGEKIT = re.compile(
-    r"edgekit(\.cli|\.errors|\.version|\.commands(\..+)?|\.devices(\.cpus|\.probe(\.rootfs)?)?)?"
+    r"edgekit(\.cli|\.errors|\.version|\.commands(\..+)?"
+    r"|\.devices(\.cpus|\.probe(\.rootfs)?|\.hosts(\.host|\.local)?)?)?"
 )
 
 _SHOW_MODULES = """

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from edgekit.devices.hosts.local import LocalHost
 from edgekit.devices.probe.bandwidth import _kernels, choose_buffer_bytes, measure_read_bandwidth
 from edgekit.devices.probe.conditions import Conditions
 from edgekit.devices.probe.machine import Cache, Machine, probe
@@ -15,7 +16,7 @@ MIB = 1024**2
 
 
 def machine(tmp_path: Path, l3_bytes: int | None, available: int | None) -> Machine:
-    blank = probe(tmp_path)  # an empty tree: nothing known
+    blank = probe(LocalHost(tmp_path))  # an empty tree: nothing known
     caches = () if l3_bytes is None else (Cache(3, "unified", l3_bytes // 2, 2),)
     return replace(
         blank, caches=caches, conditions=Conditions((), (), None, available, swap_used_bytes=None)

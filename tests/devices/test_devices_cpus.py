@@ -17,6 +17,7 @@ from edgekit.devices.cpus import (
     throttled_seconds,
     usable_cpus,
 )
+from edgekit.devices.hosts.local import LocalHost
 from edgekit.devices.probe.machine import probe
 from edgekit.devices.report import machine_text
 
@@ -27,13 +28,13 @@ V1_STAT = "nr_periods 50\nnr_throttled 49\nthrottled_time 2450000000\n"
 V2_STAT = "usage_usec 9\nnr_periods 50\nnr_throttled 49\nthrottled_usec 2450000\nnr_bursts 0\n"
 
 
-def tree(root: Path, membership: str, mounts: str, **files: str) -> Path:
-    """A root folder that holds these files."""
+def tree(root: Path, membership: str, mounts: str, **files: str) -> LocalHost:
+    """A machine with these files."""
     named = {"proc/self/cgroup": membership, "proc/self/mountinfo": mounts} | files
     for name, text in named.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    return root
+    return LocalHost(root)
 
 
 def v1(folder: str, quota: int, period: int = 100_000) -> dict[str, str]:
@@ -48,14 +49,14 @@ def test_version_2_takes_the_least_of_all_ancestors(tmp_path: Path) -> None:
         "sys/fs/cgroup/a.slice/b.slice/c.scope/cpu.max": "40000 20000\n",
         "sys/fs/cgroup/other.slice/cpu.max": "1000 100000\n",
     }
-    root = tree(tmp_path, "0::/a.slice/b.slice/c.scope\n", V2_MOUNT, **files)
-    assert [group.cpus for group in quota_groups(root)] == [2.0, 1.5]
-    assert cpu_quota(root) == 1.5
+    host = tree(tmp_path, "0::/a.slice/b.slice/c.scope\n", V2_MOUNT, **files)
+    assert [group.cpus for group in quota_groups(host)] == [2.0, 1.5]
+    assert cpu_quota(host) == 1.5
 
 
 def test_version_2_in_a_container_is_the_root_of_what_it_sees(tmp_path: Path) -> None:
-    root = tree(tmp_path, "0::/\n", V2_MOUNT, **{"sys/fs/cgroup/cpu.max": "50000 100000\n"})
-    assert cpu_quota(root) == 0.5
+    host = tree(tmp_path, "0::/\n", V2_MOUNT, **{"sys/fs/cgroup/cpu.max": "50000 100000\n"})
+    assert cpu_quota(host) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -83,8 +84,8 @@ def test_version_1_takes_the_least_of_all_ancestors(tmp_path: Path) -> None:
 def test_both_versions_side_by_side(tmp_path: Path) -> None:
     """A hybrid machine: the cpu controller is version 1's, the unified tree has none."""
     mounts = V1_MOUNT + V2_MOUNT.replace("/sys/fs/cgroup ", "/sys/fs/cgroup/unified ")
-    root = tree(tmp_path, "4:cpu,cpuacct:/a\n0::/a\n", mounts, **v1("/a", 250_000))
-    assert cpu_quota(root) == 2.5
+    host = tree(tmp_path, "4:cpu,cpuacct:/a\n0::/a\n", mounts, **v1("/a", 250_000))
+    assert cpu_quota(host) == 2.5
 
 
 @pytest.mark.parametrize(
@@ -103,10 +104,10 @@ def test_both_versions_side_by_side(tmp_path: Path) -> None:
 def test_no_quota_where_none_is_stated(
     tmp_path: Path, membership: str, mounts: str, limit: str
 ) -> None:
-    root = tree(tmp_path, membership, mounts, **{"sys/fs/cgroup/cpu.max": limit})
-    assert cpu_quota(root) is None
-    assert throttled_seconds(quota_groups(root), root) is None
-    assert usable_cpus(root) == len(os.sched_getaffinity(0))
+    host = tree(tmp_path, membership, mounts, **{"sys/fs/cgroup/cpu.max": limit})
+    assert cpu_quota(host) is None
+    assert throttled_seconds(quota_groups(host), host) is None
+    assert usable_cpus(host) == len(os.sched_getaffinity(0))
 
 
 def test_the_time_held_back_is_that_of_the_group_that_did_most(tmp_path: Path) -> None:
@@ -116,21 +117,21 @@ def test_the_time_held_back_is_that_of_the_group_that_did_most(tmp_path: Path) -
         "sys/fs/cgroup/a/b/cpu.max": "70000 100000\n",
         "sys/fs/cgroup/a/b/cpu.stat": V2_STAT.replace("2450000", "80000"),
     }
-    root = tree(tmp_path / "v2", "0::/a/b\n", V2_MOUNT, **two)
-    assert throttled_seconds(quota_groups(root), root) == 2.45
+    host = tree(tmp_path / "v2", "0::/a/b\n", V2_MOUNT, **two)
+    assert throttled_seconds(quota_groups(host), host) == 2.45
     one = v1("/a", 50_000) | {f"{V1_FOLDER}/a/cpu.stat": V1_STAT}
-    root = tree(tmp_path / "v1", "4:cpu,cpuacct:/a\n", V1_MOUNT, **one)
-    assert throttled_seconds(quota_groups(root), root) == 2.45
-    (root / f"{V1_FOLDER}/a/cpu.stat").unlink()
-    assert throttled_seconds(quota_groups(root), root) is None
+    host = tree(tmp_path / "v1", "4:cpu,cpuacct:/a\n", V1_MOUNT, **one)
+    assert throttled_seconds(quota_groups(host), host) == 2.45
+    (tmp_path / f"v1/{V1_FOLDER}/a/cpu.stat").unlink()
+    assert throttled_seconds(quota_groups(host), host) is None
 
 
 def test_a_quota_bounds_the_threads_and_is_told(tmp_path: Path) -> None:
-    root = tree(tmp_path, "0::/\n", V2_MOUNT, **{"sys/fs/cgroup/cpu.max": "50000 100000\n"})
+    host = tree(tmp_path, "0::/\n", V2_MOUNT, **{"sys/fs/cgroup/cpu.max": "50000 100000\n"})
     block = "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: A Processor\nflags\t: avx\n"
-    (root / "proc/cpuinfo").write_text(block)
-    assert default_threads(root) == usable_cpus(root) == 1
-    machine = probe(root)
+    (tmp_path / "proc/cpuinfo").write_text(block)
+    assert default_threads(host) == usable_cpus(host) == 1
+    machine = probe(host)
     assert machine.cpu_quota == 0.5
     assert "1 logical; a quota grants the time of 0.5" in machine_text(machine)
 
@@ -139,8 +140,8 @@ def test_a_quota_bounds_the_threads_and_is_told(tmp_path: Path) -> None:
 def test_part_of_a_cpu_counts_only_where_there_is_no_whole_one(
     tmp_path: Path, quota: int, cpus: int
 ) -> None:
-    root = tree(tmp_path, "0::/\n", V2_MOUNT, **{"sys/fs/cgroup/cpu.max": f"{quota} 100000\n"})
-    assert usable_cpus(root) == min(cpus, len(os.sched_getaffinity(0)))
+    host = tree(tmp_path, "0::/\n", V2_MOUNT, **{"sys/fs/cgroup/cpu.max": f"{quota} 100000\n"})
+    assert usable_cpus(host) == min(cpus, len(os.sched_getaffinity(0)))
 
 
 def test_physical_cores_are_sets_of_siblings(tmp_path: Path) -> None:
@@ -148,10 +149,11 @@ def test_physical_cores_are_sets_of_siblings(tmp_path: Path) -> None:
         folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(siblings + "\n")
-    assert physical_cores(range(4), tmp_path) == 2
-    assert physical_cores([0, 2], tmp_path) == 1
-    assert physical_cores(range(5), tmp_path) is None
-    assert physical_cores([], tmp_path) is None
+    host = LocalHost(tmp_path)
+    assert physical_cores(range(4), host) == 2
+    assert physical_cores([0, 2], host) == 1
+    assert physical_cores(range(5), host) is None
+    assert physical_cores([], host) is None
 
 
 def test_default_threads_are_at_most_the_allowed_cpus() -> None:

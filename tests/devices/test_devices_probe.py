@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from edgekit.devices.hosts.local import LocalHost
 from edgekit.devices.probe.conditions import Temperature, conditions
 from edgekit.devices.probe.cpuinfo import ISA_FEATURES, isa_features, read_processors
 from edgekit.devices.probe.machine import Cache, Cluster, Machine, probe
@@ -31,7 +32,7 @@ def write_tree(root: Path, files: dict[str, str | bytes]) -> Path:
 
 def auxv(page_bytes: int) -> bytes:
     """AT_HWCAP, AT_PAGESZ, AT_NULL, as the kernel hands them to a process."""
-    return b"".join(struct.pack("@NN", *pair) for pair in ((16, 0xFF), (6, page_bytes), (0, 0)))
+    return b"".join(struct.pack("<QQ", *pair) for pair in ((16, 0xFF), (6, page_bytes), (0, 0)))
 
 
 def meminfo(**kilobytes: int) -> str:
@@ -155,7 +156,7 @@ def phone(tmp_path: Path) -> Path:
 
 
 def test_pc(pc: Path) -> None:
-    machine = probe(pc)
+    machine = probe(LocalHost(pc))
     assert machine == Machine(
         device="Some Laptop",
         cpu="A Processor @ 2.80GHz",
@@ -181,13 +182,13 @@ def test_pc(pc: Path) -> None:
         os="Ubuntu 24.04.1 LTS",
         kernel="6.8.0-45-generic",
         python=platform.python_version(),
-        conditions=conditions(pc),
+        conditions=conditions(LocalHost(pc)),
     )
     assert machine.last_level_cache_bytes == 12 * 1024**2
 
 
 def test_pc_conditions(pc: Path) -> None:
-    now = conditions(pc)
+    now = conditions(LocalHost(pc))
     assert now.temperatures == (
         Temperature("coretemp Package id 0", 48.0),
         Temperature("coretemp temp2", 46.5),
@@ -199,7 +200,7 @@ def test_pc_conditions(pc: Path) -> None:
 
 
 def test_raspberry_pi(pi: Path) -> None:
-    machine = probe(pi)
+    machine = probe(LocalHost(pi))
     assert machine.device == "Raspberry Pi 5 Model B Rev 1.0"
     assert machine.cpu == "4x Cortex-A76"
     assert machine.vendor == "ARM"
@@ -218,11 +219,11 @@ def test_raspberry_pi(pi: Path) -> None:
 
 
 def test_serial_numbers_are_not_recorded(pi: Path) -> None:
-    assert "1234567890abcdef" not in json.dumps(probe(pi).to_dict())
+    assert "1234567890abcdef" not in json.dumps(probe(LocalHost(pi)).to_dict())
 
 
 def test_phone(phone: Path) -> None:
-    machine = probe(phone)
+    machine = probe(LocalHost(phone))
     assert machine.cpu == "4x Cortex-A520 + 3x Cortex-A720 + 1x Cortex-X4"
     assert [cluster.cpus for cluster in machine.clusters] == [(0, 1, 2, 3), (4, 5, 6), (7,)]
     assert [cluster.max_mhz for cluster in machine.clusters] == [1920.0, 2600.0, 3100.0]
@@ -243,13 +244,19 @@ def test_phone(phone: Path) -> None:
 
 def test_unknown_arm_core_is_given_by_its_numbers(tmp_path: Path) -> None:
     write_tree(tmp_path, {"proc/cpuinfo": arm_block(0, "fp asimd", "0x99", "0xabc")})
-    machine = probe(tmp_path)
+    machine = probe(LocalHost(tmp_path))
     assert machine.vendor == "implementer 0x99"
     assert machine.cpu == "1x implementer 0x99 part 0xabc"
 
 
+def test_a_32_bit_system_has_smaller_words(tmp_path: Path) -> None:
+    words = b"".join(struct.pack("<II", *pair) for pair in ((16, 0xFF), (6, 4096), (0, 0)))
+    write_tree(tmp_path, {"proc/self/auxv": words})
+    assert probe(LocalHost(tmp_path)).page_bytes == 4096
+
+
 def test_nothing_readable_gives_nulls(tmp_path: Path) -> None:
-    facts = probe(tmp_path).to_dict()
+    facts = probe(LocalHost(tmp_path)).to_dict()
     volatile = facts.pop("conditions")
     assert facts.pop("python") == platform.python_version()
     assert facts.pop("clusters") == facts.pop("caches") == ()
@@ -274,19 +281,19 @@ def test_nothing_readable_gives_nulls(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_files_read_as_unknown(tmp_path: Path, path: str, content: str | bytes) -> None:
-    empty = probe(tmp_path)
-    assert probe(write_tree(tmp_path, {path: content})) == empty
+    empty = probe(LocalHost(tmp_path))
+    assert probe(LocalHost(write_tree(tmp_path, {path: content}))) == empty
 
 
 def test_core_that_states_no_features_makes_them_unknown(tmp_path: Path) -> None:
     blocks = [arm_block(0, PI_FEATURES, "0x41", "0xd0b"), arm_block(1, "", "0x41", "0xd0b")]
     write_tree(tmp_path, {"proc/cpuinfo": "\n".join(blocks)})
-    assert isa_features(read_processors(tmp_path)) is None
+    assert isa_features(read_processors(LocalHost(tmp_path))) is None
 
 
 def test_32_bit_arm_spelling(tmp_path: Path) -> None:
     write_tree(tmp_path, {"proc/cpuinfo": arm_block(0, "half thumb neon vfpv4", "0x41", "0xd08")})
-    machine = probe(tmp_path)
+    machine = probe(LocalHost(tmp_path))
     assert machine.isa == ("neon",)
     assert machine.architecture is None
 

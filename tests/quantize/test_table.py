@@ -19,6 +19,7 @@ from edgekit.runtime.bench.record import (
 )
 from edgekit.runtime.bench.tables import render
 from edgekit.runtime.decode_bytes import Shape, Traffic
+from edgekit.runtime.engines.engine import Threads
 
 
 def test_numbers_go_right_and_words_left() -> None:
@@ -165,6 +166,14 @@ def test_several_artifacts_are_compared_with_the_first() -> None:
     found = rows(render(pair))
     assert ["artifact", "test", "speed against a", "min-max of pairs"] in found
     assert ["b", "tg2", "1.00x", "1.00-1.00"] in found
+
+
+def test_fewer_threads_for_decoding_are_said_to_be() -> None:
+    both = artifact("a", other=0.0, temperature=True)
+    assert "for decoding" not in render(record_of(replace(both, threads=Threads(2, 2))))
+    fewer = replace(both, threads=Threads(2, 1))
+    note = "a: 1 thread for decoding: a token's weights are 100.0 MB"
+    assert note in render(record_of(fewer)).splitlines()
 
 
 def test_weights_that_fit_the_cache_are_said_to() -> None:

@@ -13,10 +13,9 @@ import torch
 from executorch.extension.pybindings import _C as binding
 from torch import Tensor
 
-from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError
 from edgekit.metrics.logits import Logits
-from edgekit.runtime.engines.engine import OneSequenceEngine, TokenIds
+from edgekit.runtime.engines.engine import OneSequenceEngine, Threads, TokenIds
 from edgekit.runtime.engines.executorch.binding import (
     FORWARD,
     OPEN_ENGINES,
@@ -50,8 +49,9 @@ class ExecutorchEngine(OneSequenceEngine):
         super().__init__()
         self._path, self._stale = path, False
         check_program_file(path)
+        self.threads = Threads.for_both(threads)
         with _reasons(path):
-            set_threads(threads or default_threads())
+            set_threads(self.threads.prompt)
             self._load(path)
         OPEN_ENGINES.add(self)
 

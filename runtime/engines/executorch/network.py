@@ -35,9 +35,10 @@ class ExecutorchModule(OneNetworkEngine):
         """Load a file; `threads` sizes the one pool that all engines of this process share."""
         super().__init__()
         check_program_file(path)
+        self.threads = threads or default_threads()
         with chatter() as log:
             try:
-                set_threads(threads or default_threads())
+                set_threads(self.threads)
                 register_kernels()
                 self._program = load_program(path)
                 self._method: Any = self._program.load_method(FORWARD)

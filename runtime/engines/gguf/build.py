@@ -18,8 +18,8 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 
+from edgekit.devices.hosts.local import LOCAL
 from edgekit.devices.probe.cpuinfo import Processor, read_processors
 
 AVOIDING = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
@@ -30,7 +30,7 @@ _EIGHT_BYTES = re.compile(r"ldtilecfg[^;]*\(\s*const\s+void\s*\*\s*\*\s*\)")
 
 def main() -> None:
     """Print the CPU and the flags that it and the compiler ask for, a line each."""
-    processors = read_processors(Path("/"))
+    processors = read_processors(LOCAL)
     flags = wanted_flags(processors, os.environ)
     print(f"cpu={processors[0].core if processors else None}")
     print(f"amx={'yes' if _has_amx(processors) else 'no'}")
@@ -39,7 +39,7 @@ def main() -> None:
 
 def reinstall_command() -> str:
     """Return the shell command that compiles llama.cpp anew, as this machine needs it."""
-    flags = " ".join(wanted_flags(read_processors(Path("/")), os.environ))
+    flags = " ".join(wanted_flags(read_processors(LOCAL), os.environ))
     setting = f"CFLAGS='{flags}' CXXFLAGS='{flags}' " if flags else ""
     return f"{setting}pip install --force-reinstall --no-deps --no-cache-dir {_PACKAGE}{_pin()}"
 

@@ -53,17 +53,24 @@ def count_types(file: GgufFile) -> dict[str, dict[str, int]]:
 def file_traffic(file: GgufFile) -> Traffic | None:
     """Return the bytes per decoded token, None for a model whose bytes depend on more than depth.
 
-    Every tensor is read once per token; of an embedding that is not the head as well, one row.
     Experts and sliding windows are not predicted.
     """
     cache = _cache_bytes_per_position(file)
     if cache is None or _EMBEDDING not in file.tensors:
         return None
+    return Traffic(token_weight_bytes(file), cache)
+
+
+def token_weight_bytes(file: GgufFile) -> int:
+    """Return the bytes of weights that a token reads, experts that it leaves out included.
+
+    Every tensor is read once per token; of an embedding that is not the head as well, one row.
+    """
     weights = sum(tensor.nbytes for tensor in file.tensors.values())
-    if _HEAD in file.tensors:
-        embedding = file.tensors[_EMBEDDING]
+    embedding = file.tensors.get(_EMBEDDING)
+    if embedding is not None and _HEAD in file.tensors:
         weights -= embedding.nbytes - embedding.nbytes // embedding.shape[0]
-    return Traffic(weights, cache)
+    return weights
 
 
 def _cache_bytes_per_position(file: GgufFile) -> int | None:

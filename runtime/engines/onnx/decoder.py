@@ -17,7 +17,6 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError, one_line
 from edgekit.formats.artifact.read import MANIFEST, Artifact
 from edgekit.formats.onnx.file import OnnxFile
@@ -27,6 +26,7 @@ from edgekit.metrics.logits import Logits
 from edgekit.runtime.engines.engine import (
     DEFAULT_CONTEXT,
     OneSequenceEngine,
+    Threads,
     TokenIds,
     check_first,
 )
@@ -62,8 +62,9 @@ class OnnxEngine(OneSequenceEngine):
         self.default_chunk = min(self.longest_chunk, _default_chunk(decoder))
         self._decoder = decoder
         _check_memory(path, decoder, self.context)
+        self.threads = Threads.for_both(threads)
         self._run: _Runner | None = _Runner(
-            open_session(path, threads or default_threads()), decoder, self.context
+            open_session(path, self.threads.prompt), decoder, self.context
         )
 
     def _forward(self, tokens: TokenIds, position: int) -> Logits:

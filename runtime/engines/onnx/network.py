@@ -22,8 +22,9 @@ class OnnxModule(OneNetworkEngine):
         """Check and load a file."""
         super().__init__()
         OnnxFile.open(path)
+        self.threads = threads or default_threads()
         self._session: ort.InferenceSession | None = open_session(
-            path, threads or default_threads(), exact_bytes=True
+            path, self.threads, exact_bytes=True
         )
         self._inputs = [item.name for item in self._session.get_inputs()]
 

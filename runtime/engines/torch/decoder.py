@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.common.last_words import engine_on, engine_works
-from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError
 from edgekit.metrics.logits import Logits
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
 from edgekit.runtime.engines.engine import (
     OneSequenceEngine,
+    Threads,
     TokenIds,
     check_first,
     check_tokens,
@@ -41,7 +41,8 @@ class TorchEngine(OneSequenceEngine):
         """Run `module`, whose state holds `context` positions; `name` is what errors call it."""
         with engine_on(self.name, Path(name)):
             super().__init__()
-        torch.set_num_threads(threads or default_threads())
+        self.threads = Threads.for_both(threads)
+        torch.set_num_threads(self.threads.prompt)
         self.context = self.longest_chunk = self.default_chunk = context
         self.vocab_size = vocab_size
         self._module: nn.Module | None = module.eval()

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from support.foreign_gguf import write_foreign_gguf
 
 from edgekit.cli import main
+from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError
 from edgekit.metrics.logits import Logits
 from edgekit.runtime.bench.accounting import memory_bytes, peak_bytes
@@ -24,7 +26,7 @@ from edgekit.runtime.bench.tables import render
 from edgekit.runtime.bench.worker import measure, random_tokens
 from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
 from edgekit.runtime.decode_bytes import Shape
-from edgekit.runtime.engines.engine import OneSequenceEngine, TokenIds
+from edgekit.runtime.engines.engine import OneSequenceEngine, Threads, TokenIds
 
 FAR_TOO_MANY = str(10**6)
 HUGE = ["9" * 5000, "9" * 400, str(2**63), "-1", ""]
@@ -56,6 +58,7 @@ class EchoEngine(OneSequenceEngine):
 
     name, version, context, vocab_size = "echo", "1", 64, 50
     longest_chunk = default_chunk = 64
+    threads = Threads(1, 1)
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +103,7 @@ def test_random_tokens_are_seeded_and_in_the_vocabulary() -> None:
 
 def test_a_prefill_fills_the_depth_then_runs_the_prompt_in_one_piece() -> None:
     engine = EchoEngine()
-    reply = measure(engine, Shape("pp", 6, depth=3), seed=1, threads=1)
+    reply = measure(engine, Shape("pp", 6, depth=3), seed=1)
     tokens = random_tokens(50, 9, seed=1)
     assert engine.given == [(0, tokens[:3]), (3, tokens[3:])]
     assert reply["first_token_ns"] >= reply["elapsed_ns"] > 0
@@ -109,9 +112,9 @@ def test_a_prefill_fills_the_depth_then_runs_the_prompt_in_one_piece() -> None:
 
 def test_a_decode_runs_token_by_token_on_a_fresh_state() -> None:
     engine = EchoEngine()
-    measure(engine, Shape("pp", 20), seed=1, threads=1)
+    measure(engine, Shape("pp", 20), seed=1)
     engine.given.clear()
-    reply = measure(engine, Shape("tg", 4, depth=2), seed=1, threads=1)
+    reply = measure(engine, Shape("tg", 4, depth=2), seed=1)
     tokens = random_tokens(50, 6, seed=1)
     alone = [(2 + i, [token]) for i, token in enumerate(tokens[2:])]
     assert engine.given == [(0, tokens[:2]), *alone]
@@ -122,7 +125,7 @@ def test_a_decode_runs_token_by_token_on_a_fresh_state() -> None:
 
 def test_an_engine_that_loses_tokens_fails_the_run() -> None:
     with pytest.raises(EdgekitError, match="tg4: the engine stands at position 3, not 4"):
-        measure(ForgetfulEngine(), Shape("tg", 4), seed=1, threads=1)
+        measure(ForgetfulEngine(), Shape("tg", 4), seed=1)
 
 
 def test_memory_of_this_process_is_read_and_of_none_is_empty() -> None:
@@ -218,6 +221,21 @@ def test_the_record_says_on_what_and_under_which_conditions(record: Record) -> N
     assert sample["conditions_before"]["load_average"] is not None
     assert {gate["name"] for gate in sample["gates"]} == {"temperature", "swap_growth_bytes"}
     assert len(written["ratios"]) == 4
+
+
+@pytest.mark.parametrize("asked", [None, 2])
+def test_without_a_number_of_threads_the_engine_chooses_as_in_run(
+    tmp_path: Path, asked: int | None
+) -> None:
+    path = write_foreign_gguf(tmp_path / "small.gguf", "Q8_0")
+    record = bench([path], (4,), (4,), repetitions=1, threads=asked)
+    count = default_threads()
+    wanted = Threads(count, 1) if asked is None else Threads(asked, asked)
+    assert record.artifacts[0].threads == wanted
+    assert record.settings.threads == wanted.prompt
+    notes = [line for line in render(record).splitlines() if "for decoding" in line]
+    said = ["small.gguf: 1 thread for decoding: a token's weights are 6.5 MB"]
+    assert notes == (said if wanted.prompt > wanted.decode else [])
 
 
 def test_a_killed_engine_is_one_error_and_ends_the_others(tiny_artifact: Path) -> None:

@@ -297,6 +297,7 @@ def test_record_has_the_fields_of_a_benchmark_record() -> None:
         "schemes",
         "file_bytes",
         "context",
+        "threads",
         "engine",
         "affinity",
         "import_ns",

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import Lfm2ForCausalLM
 
 from edgekit.common.install import install_command
 from edgekit.errors import EdgekitError
-from edgekit.runtime.engines.engine import EngineMissing, import_engine, load_engine
+from edgekit.runtime.engines.engine import EngineMissing, Threads, import_engine, load_engine
 from edgekit.runtime.engines.gguf import decoder as gguf_engine
 from edgekit.runtime.engines.gguf.decoder import GgufEngine
 
@@ -169,6 +170,33 @@ def test_opened_by_name_it_knows_itself(path: Path) -> None:
         two_threads = engine.prefill(some_tokens(5))
     with load_engine("gguf", path, threads=1) as engine:
         np.testing.assert_allclose(engine.prefill(some_tokens(5)), two_threads, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "prompt", "decode"),
+    [
+        ("Q8_0", None, 3, 1),  # 6.5 MB are read for a token
+        ("F32", None, 3, 3),  # 24 MB
+        ("Q8_0", 2, 2, 2),
+    ],
+)
+def test_a_small_model_decodes_with_one_thread_unless_a_number_is_given(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    asked: int | None,
+    prompt: int,
+    decode: int,
+) -> None:
+    monkeypatch.setattr("edgekit.runtime.engines.engine.default_threads", lambda: 3)
+    with GgufEngine(write_foreign_gguf(tmp_path / "m.gguf", kind), asked, 64) as engine:
+        assert engine.threads == Threads(prompt, decode)
+        assert llama.llama_n_threads_batch(engine._handle) == prompt
+        assert llama.llama_n_threads(engine._handle) == decode
+        whole = engine.prefill([11, 12, 13])
+        engine.reset()
+        engine.prefill([11, 12])
+        assert divergence(engine.decode(13)[None], whole[None]) < 1e-5
 
 
 def test_several_are_open_at_once(path: Path, engine: GgufEngine) -> None:
