@@ -22,11 +22,17 @@ NamedTensors = Iterator[tuple[str, Tensor]]
 def read_weights(target: str, path: Path, config: ModelConfig) -> NamedTensors:
     """Yield each tensor of a model file by its checkpoint name, dequantized, one at a time.
 
-    Raises `EdgekitError` for a target whose weights cannot be read back, for a damaged file, and
-    for one that does not hold the model of `config`.
+    Raises `EdgekitError` for a target whose weights cannot be read back, for a damaged file, for
+    one that does not hold the model of `config`, and for infinities and NaN.
     """
-    found: NamedTensors = _reader(target, path).weights(path, config)
-    return found
+    return _finite(path, _reader(target, path).weights(path, config))
+
+
+def _finite(path: Path, weights: NamedTensors) -> NamedTensors:
+    for name, tensor in weights:
+        if not bool(torch.isfinite(tensor).all()):
+            raise EdgekitError(f"{path}: tensor {name!r} holds infinities or NaN")
+        yield name, tensor
 
 
 def stored_size(target: str, path: Path, config: ModelConfig | None) -> StoredSize:
@@ -39,9 +45,9 @@ def stored_size(target: str, path: Path, config: ModelConfig | None) -> StoredSi
 
 
 def _reader(target: str, path: Path) -> ModuleType:
-    """Return the module that offers `weights(path, config)` and `stored_size(path, config)`.
+    """Return the target's module, whose `weights` and `stored_size` take a path and a config.
 
-    `weights` yields checkpoint names with float32 tensors.
+    `weights` yields pairs of a checkpoint name and a float32 tensor.
     """
     try:
         return TARGETS.load(target, "readback")

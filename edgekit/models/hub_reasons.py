@@ -140,8 +140,16 @@ def _wrong_token() -> str | None:
 
 
 def _is_no_json(error: BaseException) -> bool:
-    """An answer that is no JSON, or JSON of something else, fails in huggingface_hub's reading."""
-    return isinstance(error, ValueError | KeyError | TypeError | AssertionError | AttributeError)
+    """Whether an answer that is not JSON, or JSON of something else, failed in the hub's library.
+
+    An error of the same kind in edgekit's own code is a fault of ours, and no portal's.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    ours = trace is None or trace.tb_frame.f_globals.get("__name__", "").startswith("edgekit.")
+    kinds = ValueError | KeyError | TypeError | AssertionError | AttributeError
+    return isinstance(error, kinds) and not ours
 
 
 def _of_connection(error: BaseException, hub_id: str, revision: str | None) -> str | None:

@@ -54,7 +54,7 @@ def _short_convs(config: ModelConfig) -> dict[str, Value]:
     heads = [layer.mixer.kv_heads if isinstance(layer.mixer, Attention) else 0 for layer in layers]
     return {
         "attention.head_count_kv": np.array(heads, np.int32),  # 0 marks a convolution
-        "shortconv.l_cache": convs[0].kernel if convs else 3,
+        "shortconv.l_cache": convs[0].kernel,  # there is one: `both_mixers`
     }
 
 

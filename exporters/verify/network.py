@@ -248,6 +248,8 @@ def compare(engine: ModuleEngine, cases: Iterable[Case]) -> ModuleVerification:
         otherwise = max(otherwise, case.otherwise)
         parts.append(_differences(engine, case))
     differences, from_float, quantization = (torch.cat(items) for items in zip(*parts, strict=True))
+    if not differences.numel():
+        raise VerificationError("verification: every output is empty: there is nothing to compare")
     result = ModuleVerification(
         outputs=differences.numel(),
         rms_steps=_rms(differences),

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.common.last_words import NO_ENGINE, engine_opens, engine_works
+from edgekit.common.last_words import NO_ENGINE, engine_at_work, engine_opens, engine_works
 from edgekit.errors import EdgekitError
 from edgekit.runtime.engines.engine import EngineMissing
 from edgekit.runtime.engines.first_load import check_first_load
@@ -41,8 +41,17 @@ class ModuleEngine(AbstractContextManager["ModuleEngine", None], Protocol):
         ...
 
 
-class ClosesItself:
-    """What a `with` block needs of an engine."""
+class OneNetworkEngine:
+    """What the engines share: a `with` block, and the word that this one computes."""
+
+    def __init__(self) -> None:
+        """Note which engine this is."""
+        self._number = engine_at_work()
+
+    def _laid_out(self, inputs: Sequence[Array]) -> list[Array]:
+        """Return the inputs laid out as engines read them, which begin to now."""
+        engine_works(self._number)
+        return [np.ascontiguousarray(item) for item in inputs]
 
     def close(self) -> None:
         """Release the module."""
@@ -87,8 +96,3 @@ def import_module_engine(target: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise EngineMissing(f"the {target} engine needs {error.name}") from error
-
-
-def contiguous(inputs: Sequence[Array]) -> list[Array]:
-    """Return the inputs laid out as engines read them."""
-    return [np.ascontiguousarray(item) for item in inputs]

@@ -208,9 +208,12 @@ def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
 """
-MODULES = {"onnx": "edgekit.runtime.engines.onnx.network:"}
-MODULE_LOADS = {"onnx": "open_session"}
-MODULE_RUNS = {"onnx": "OnnxModule.run"}
+MODULES = {
+    "executorch": "edgekit.runtime.engines.executorch.network:",
+    "onnx": "edgekit.runtime.engines.onnx.network:",
+}
+MODULE_LOADS = {"executorch": "load_program", "onnx": "open_session"}
+MODULE_RUNS = {"executorch": "ExecutorchModule.run", "onnx": "OnnxModule.run"}
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
+from support.gguf_models import small_model_file
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
@@ -53,6 +55,16 @@ def test_a_target_without_a_reader_is_named(tiny_artifact: Path) -> None:
     config = ModelConfig.load(tiny_artifact)
     with pytest.raises(EdgekitError, match="m.pte: unknown target 'coreml'"):
         read_weights("coreml", Path("m.pte"), config)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    path = small_model_file(tmp_path)
+    config = ModelConfig.load(tmp_path / "small")
+    norm = next(t for t in GGUFReader(path, "r+").tensors if t.name == "blk.1.ffn_norm.weight")
+    norm.data[-1] = math.nan
+    norm.data.base.flush()
+    with pytest.raises(EdgekitError, match="model.gguf: tensor '.*1.ffn_norm.weight' holds inf"):
+        list(read_weights("gguf", path, config))
 
 
 def drawn(seed: int, *shape: int) -> Tensor:

@@ -22,6 +22,7 @@ from urllib.parse import unquote
 import pytest
 
 import edgekit.models as module
+from edgekit.models.config import ModelConfig
 
 TINY = Path(module.__file__).parent / "lfm2_tiny" / "config.json"
 CATALOGUED = "LiquidAI/LFM2-350M"  # answered like org/mini
@@ -443,6 +444,14 @@ def test_a_wrong_revision_is_one_line(hub: Hub, tmp_path: Path) -> None:
 def test_an_unknown_repository_is_one_line(hub: Hub, tmp_path: Path) -> None:
     text = result(run(hub, tmp_path, "download('org/other')"))
     assert text.startswith("one line: org/other: the hub has no such model (or it is private")
+
+
+def test_a_fault_of_our_own_is_not_blamed_on_a_login_page() -> None:
+    from edgekit.models.hub_reasons import reason  # reads the hub's settings, so not above
+
+    with pytest.raises((AttributeError, TypeError)) as caught:
+        ModelConfig.from_dict(None)  # type: ignore[arg-type]
+    assert reason(caught.value, "org/mini", None).startswith("download failed: ")
 
 
 HTML = {"Content-Type": "text/html"}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from support.traced_nets import batch_for, make_net, quantized, steps_apart
+from torch import Tensor, nn
 
 import edgekit
 from edgekit.errors import EdgekitError, QuantizationWarning, VerificationError
@@ -178,6 +179,19 @@ def test_verification_sees_a_lost_scale_and_a_lost_row() -> None:
             verify_module(_Engine(factor), network, x)
     with pytest.raises(VerificationError, match="outputs of shapes"):
         verify_module(_Engine(1, rows=1), network, x)
+
+
+@pytest.mark.parametrize("target", ["executorch", "onnx"])
+def test_outputs_without_an_element_are_refused(target: str, tmp_path: Path) -> None:
+    class Nothing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[:, :0]
+
+    with pytest.raises(VerificationError, match="every output is empty"):
+        edgekit.export_module(
+            Nothing(4, 4), (torch.ones(2, 4),), tmp_path / "out", target=target, recipe="float"
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_bound_is_what_roundings_at_ties_make_of_the_network() -> None:

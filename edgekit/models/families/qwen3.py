@@ -21,7 +21,7 @@ from edgekit.models.config_keys import (
     show,
     token_ids,
 )
-from edgekit.models.families.llama import (
+from edgekit.models.plain_decoder import (
     plain_architecture,
     read_pad_id,
     refuse_other_activations,

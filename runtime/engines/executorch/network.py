@@ -22,10 +22,10 @@ from edgekit.runtime.engines.executorch.binding import (
     register_kernels,
     set_threads,
 )
-from edgekit.runtime.engines.network_engine import Array, ClosesItself, contiguous
+from edgekit.runtime.engines.network_engine import Array, OneNetworkEngine
 
 
-class ExecutorchModule(ClosesItself):
+class ExecutorchModule(OneNetworkEngine):
     """A `.pte` whose `forward` takes and returns tensors."""
 
     name = "executorch"
@@ -33,6 +33,7 @@ class ExecutorchModule(ClosesItself):
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         """Load a file; `threads` sizes the one pool that all engines of this process share."""
+        super().__init__()
         check_program_file(path)
         self.threads = threads or default_threads()
         with chatter() as log:
@@ -49,7 +50,7 @@ class ExecutorchModule(ClosesItself):
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
         """Run the module on its inputs, in order."""
-        tensors = tuple(torch.from_numpy(item) for item in contiguous(inputs))
+        tensors = tuple(torch.from_numpy(item) for item in self._laid_out(inputs))
         log = StringIO()
         try:
             with redirect_stderr(log):  # the binding logs through it

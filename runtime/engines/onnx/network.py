@@ -8,11 +8,11 @@ import onnxruntime as ort
 from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError, one_line
 from edgekit.formats.onnx.file import OnnxFile
-from edgekit.runtime.engines.network_engine import Array, ClosesItself, contiguous
+from edgekit.runtime.engines.network_engine import Array, OneNetworkEngine
 from edgekit.runtime.engines.onnx.decoder import open_session
 
 
-class OnnxModule(ClosesItself):
+class OnnxModule(OneNetworkEngine):
     """An `.onnx` whose inputs and outputs are tensors."""
 
     name = "onnx"
@@ -20,6 +20,7 @@ class OnnxModule(ClosesItself):
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         """Check and load a file."""
+        super().__init__()
         OnnxFile.open(path)
         self.threads = threads or default_threads()
         self._session: ort.InferenceSession | None = open_session(
@@ -33,7 +34,7 @@ class OnnxModule(ClosesItself):
         if len(inputs) != len(self._inputs):
             raise EdgekitError(f"the module takes {len(self._inputs)} inputs, got {len(inputs)}")
         try:
-            feed = dict(zip(self._inputs, contiguous(inputs), strict=True))
+            feed = dict(zip(self._inputs, self._laid_out(inputs), strict=True))
             return [*self._session.run(None, feed)]
         except Exception as error:  # the exceptions of onnxruntime share no other base
             raise EdgekitError(f"onnxruntime failed on the module: {one_line(error)}") from error
