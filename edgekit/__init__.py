@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgekit.quantize.qat.prepare import prepare, training_of
     from edgekit.quantize.recipe import Recipe
     from edgekit.quantize.traced.schemes import LayerRecipe
-    from edgekit.runtime.bench.run import bench
+    from edgekit.runtime.bench.decoder import bench
     from edgekit.runtime.engines.engine import Engine, load_engine
     from edgekit.runtime.engines.network_engine import load_module
     from edgekit.runtime.evaluation.evaluate import evaluate
@@ -68,7 +68,7 @@ _HOMES = {
     "Recipe": "edgekit.quantize.recipe",
     "SamplingParams": "edgekit.runtime.generation.sampling",
     "Tokenizer": "edgekit.models.tokenizer",
-    "bench": "edgekit.runtime.bench.run",
+    "bench": "edgekit.runtime.bench.decoder",
     "evaluate": "edgekit.runtime.evaluation.evaluate",
     "export": "edgekit.workflows.api",
     "export_model": "edgekit.workflows.api",

@@ -105,7 +105,7 @@ def test_installed_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) 
     _run([*pip, "--target", str(site), str(wheel)], elsewhere)
     script = (
         "import edgekit, edgekit.devices.profile, edgekit.formats.artifact.write\n"
-        "import edgekit.runtime.bench.run\n"
+        "import edgekit.runtime.bench.decoder\n"
         "from edgekit.quantize.recipe import preset\n"
         "from edgekit.models.source import resolve_model\n"
         "preset('int4')\n"

@@ -1,8 +1,7 @@
 """`edgekit bench`: prefill and decode speed, latency, load time and memory of artifacts."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +10,7 @@ from edgekit.commands._progress import progress_line
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
-    from edgekit.runtime.bench.record import Saved
+    from edgekit.runtime.bench.record import Record
 
 
 def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -131,35 +130,28 @@ def command(
         check_output_file(output, force)
 
     with interrupts_end_the_process():
-        from edgekit.runtime.bench.network import all_modules
-        from edgekit.runtime.bench.run import bench
+        from edgekit.runtime.bench.decoder import bench
+        from edgekit.runtime.bench.network import all_modules, bench_modules
+        from edgekit.runtime.bench.tables import render
 
-    if all_modules(artifacts):
-        _bench_modules(artifacts, batch, repetitions, threads, cooldown_s, seed, as_json, output)
-        return
-    if batch is not None:
-        raise EdgekitError("--batch is for modules")
+    modules = all_modules(artifacts)
+    _refuse_options_of_the_other_kind(artifacts[0], modules, batch)
     with progress_line() as show:
-        record = bench(
-            artifacts,
-            prompts=prompts,
-            generates=generates,
-            depths=depths,
-            repetitions=repetitions,
-            threads=threads,
-            cooldown_s=cooldown_s,
-            seed=seed,
-            progress=show,
+        how: dict[str, Any] = {
+            "repetitions": repetitions,
+            "threads": threads,
+            "cooldown_s": cooldown_s,
+            "seed": seed,
+            "progress": show,
+        }
+        record: Record[Any] = (
+            bench_modules(artifacts, batch, **how)
+            if modules
+            else bench(artifacts, prompts, generates, depths, **how)
         )
-    from edgekit.runtime.bench.tables import render
-
-    _show(record, lambda: render(record), as_json, output)
-
-
-def _show(record: "Saved", render: Callable[[], str], as_json: bool, output: Path | None) -> None:
     try:
         # Of JSON the record and nothing else, equal to the file.
-        click.echo(record.to_json() if as_json else render())
+        click.echo(record.to_json() if as_json else render(record))
     finally:  # what took long is kept in one place where the other is full or gone
         if output is not None:
             record.save(output)
@@ -167,26 +159,11 @@ def _show(record: "Saved", render: Callable[[], str], as_json: bool, output: Pat
         click.echo(f"\nwrote {output}")
 
 
-def _bench_modules(
-    artifacts: tuple[Path, ...],
-    batch: int | None,
-    repetitions: int,
-    threads: int | None,
-    cooldown_s: float,
-    seed: int,
-    as_json: bool,
-    output: Path | None,
-) -> None:
-    from edgekit.runtime.bench.network import bench_modules
-    from edgekit.runtime.bench.network_tables import render
-
+def _refuse_options_of_the_other_kind(first: Path, modules: bool, batch: int | None) -> None:
+    if batch is not None and not modules:
+        raise EdgekitError("--batch is for modules")
     context = click.get_current_context()
-    for name in ("prompts", "generates", "depths"):
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            option = {"prompts": "-p", "generates": "-n", "depths": "-d"}[name]
-            raise EdgekitError(f"{option} is for language models, {artifacts[0]} is a module")
-    with progress_line() as show:
-        record = bench_modules(
-            artifacts, batch, repetitions, threads, cooldown_s, seed, progress=show
-        )
-    _show(record, lambda: render(record), as_json, output)
+    for name, option in (("prompts", "-p"), ("generates", "-n"), ("depths", "-d")):
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if modules and given:
+            raise EdgekitError(f"{option} is for language models, {first} is a module")

@@ -21,8 +21,15 @@ from edgekit.exporters.readback import (
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import float_reader
 from edgekit.models.source import ModelSource, resolve_model
-from edgekit.runtime.bench.record import ArtifactResult, Record, ShapeResult, spread
-from edgekit.runtime.bench.run import bench, check_contexts, describe_each, plan
+from edgekit.runtime.bench.decoder import (
+    DecoderResult,
+    ShapeResult,
+    bench,
+    check_contexts,
+    describe_each,
+    plan,
+)
+from edgekit.runtime.bench.record import Record, spread
 from edgekit.runtime.bench.tables import disturbances
 from edgekit.runtime.engines.engine import check_threads
 from edgekit.runtime.evaluation.evaluate import (
@@ -48,7 +55,7 @@ class Compared:
     says why weights could not be read back, where they could.
     """
 
-    result: ArtifactResult
+    result: DecoderResult
     size: StoredSize | None
     evaluation: Evaluation | None
     unread: str | None
@@ -126,7 +133,7 @@ class Comparison:
     """
 
     artifacts: tuple[Compared, ...]
-    record: Record
+    record: Record[DecoderResult]
     reference: str | None
     read: tuple[str, ...]
     tensors: tuple[TensorComparison, ...]

@@ -95,10 +95,11 @@ def _introduction(comparison: Comparison) -> Iterator[str]:
     threads = record.settings.threads
     repeated = record.settings.repetitions
     timed = f"{counted(repeated, 'repetition')}, interleaved" if repeated else "speed not measured"
+    bandwidth = record.bandwidth
+    speed = "" if bandwidth is None else f"read bandwidth {bandwidth.limit:.1f} GB/s; "
     yield (
         f"{record.machine['cpu'] or 'unknown CPU'}, {counted(threads, 'thread')}, {timed}; "
-        f"read bandwidth {record.bandwidth.limit:.1f} GB/s; edgekit {record.edgekit_version}, "
-        f"{record.timestamp_utc}"
+        f"{speed}edgekit {record.edgekit_version}, {record.timestamp_utc}"
     )
     yield from comparison.notes
     found = comparison.artifacts[0].evaluation

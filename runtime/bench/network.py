@@ -1,43 +1,35 @@
-"""The benchmark of modules: latency of a run, one process per artifact, repetitions interleaved.
+"""The benchmark of networks: latency of a run.
 
 A repetition is a burst of runs, as many as take about a tenth of a second, each timed. Inputs are
 seeded normal numbers, zeros where they are integers, made outside the time.
 """
 
 import statistics
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from edgekit.common.progress import Steps, no_steps
 from edgekit.devices.cpus import default_threads
 from edgekit.devices.hosts.host import Host
 from edgekit.devices.hosts.local import LOCAL
-from edgekit.devices.probe.conditions import Conditions, conditions
-from edgekit.devices.probe.machine import probe
 from edgekit.errors import EdgekitError
 from edgekit.formats.artifact.read import MANIFEST, Artifact
-from edgekit.runtime.bench.gates import check_gates
 from edgekit.runtime.bench.record import (
-    SCHEMA_VERSION,
-    Gate,
-    InProcess,
-    Interference,
-    Memory,
-    Saved,
-    Surrounded,
-    paired_ratio,
+    ArtifactResult,
+    Bandwidth,
+    Record,
+    Repetitions,
+    Sample,
+    Settings,
     percentile,
     spread,
 )
 from edgekit.runtime.bench.replies import Loaded, Times
-from edgekit.runtime.bench.run import DEFAULT_SEED, distinct_names
-from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
-from edgekit.runtime.engines.engine import check_threads
-from edgekit.version import __version__
+from edgekit.runtime.bench.run import DEFAULT_SEED, distinct_names, probed, run
+from edgekit.runtime.bench.worker_process import WorkerProcess
 
 _BURST_NS = 100_000_000
 _MOST_RUNS = 10_000
@@ -56,78 +48,60 @@ def all_modules(artifacts: Sequence[Path]) -> bool:
 
 
 @dataclass(frozen=True)
-class ModuleSettings:
-    """What was asked of the benchmark; `batch` None is each artifact's own."""
+class BurstResult(Repetitions):
+    """All bursts of runs of one network."""
 
-    batch: int | None
-    repetitions: int
-    threads: int
-    cooldown_s: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class ModuleSample(Surrounded):
-    """One repetition: the duration of each of its runs. `order` is its place in the call."""
-
-    order: int
-    run_ns: tuple[int, ...]
-    interference: Interference
-    gates: tuple[Gate, ...]
-    conditions: Mapping[str, Any]
-
-    @property
-    def median_ms(self) -> float:
-        """Median duration of a run in milliseconds."""
-        return statistics.median(self.run_ns) / 1e6
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the sample as JSON data."""
-        return {
-            "order": self.order,
-            "run_ns": list(self.run_ns),
-            **self.surroundings(),
-        }
-
-
-@dataclass(frozen=True)
-class ModuleResult(InProcess):
-    """One artifact's identity, its process and its repetitions."""
-
-    name: str
-    path: str
-    target: str
-    model: str
-    recipe: str
-    file_bytes: int
     batch: int
-    engine: str
-    engine_version: str
-    affinity: tuple[int, ...]
-    import_ns: int
-    load_ns: int
-    memory: Memory
-    samples: tuple[ModuleSample, ...]
-    engine_built: str | None = None
+    samples: tuple[Sample, ...]
+
+    name: ClassVar[str] = "run"
 
     @property
-    def disturbed(self) -> int:
-        """How many repetitions ran beside a visible other load."""
-        return sum(sample.interference.visible for sample in self.samples)
+    def medians_ms(self) -> list[float]:
+        """Median duration of a run in each repetition, in milliseconds."""
+        return [statistics.median(sample.each_ns) / 1e6 for sample in self.samples]
+
+    @property
+    def rates(self) -> list[float]:
+        """Inputs per second of each repetition's median run."""
+        return [self.batch * 1e3 / median for median in self.medians_ms]
 
     def summary(self) -> dict[str, Any]:
         """Return latencies over all runs, and the spread of the repetitions' medians."""
-        runs = [ns / 1e6 for sample in self.samples for ns in sample.run_ns]
+        runs = [ns / 1e6 for sample in self.samples for ns in sample.each_ns]
         median = statistics.median(runs)
         return {
             "ms": {"median": median, "p95": percentile(runs, 95), "min": min(runs)},
-            "repetition_median_ms": spread([sample.median_ms for sample in self.samples]),
+            "repetition_median_ms": spread(self.medians_ms),
             "inputs_per_second": self.batch * 1e3 / median,
             "disturbed_repetitions": self.disturbed,
         }
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the raw samples and what follows from them."""
+        return {
+            "samples": [
+                {"order": one.order, "run_ns": list(one.each_ns), **one.surroundings()}
+                for one in self.samples
+            ],
+            "summary": self.summary(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkResult(ArtifactResult):
+    """A network's identity, and the bursts of its runs, which are its only test."""
+
+    kind: ClassVar[str] = "edgekit-module-bench"
+
+    model: str
+    recipe: str
+    batch: int
+    tests: tuple[BurstResult, ...]
+
+    def to_dict(self, bandwidth: Bandwidth | None) -> dict[str, Any]:
         """Return everything known of the artifact as JSON data."""
+        (bursts,) = self.tests
         return {
             "name": self.name,
             "path": self.path,
@@ -137,48 +111,7 @@ class ModuleResult(InProcess):
             "file_bytes": self.file_bytes,
             "batch": self.batch,
             **self.process(),
-            "samples": [sample.to_dict() for sample in self.samples],
-            "summary": self.summary(),
-        }
-
-
-@dataclass(frozen=True)
-class ModuleRecord(Saved):
-    """One call of the benchmark: a machine, its conditions, and one result per artifact."""
-
-    edgekit_version: str
-    timestamp_utc: str
-    machine: Mapping[str, Any]
-    settings: ModuleSettings
-    conditions_before: Mapping[str, Any]
-    conditions_after: Mapping[str, Any]
-    artifacts: tuple[ModuleResult, ...]
-
-    def ratios(self) -> list[dict[str, Any]]:
-        """Return the speed of every further artifact over the first one's, in inputs."""
-        first, *others = self.artifacts
-        return [
-            {
-                "artifact": other.name,
-                "against": first.name,
-                **paired_ratio(_speeds(other), _speeds(first)),
-            }
-            for other in others
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the whole record as JSON data."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "edgekit-module-bench",
-            "edgekit_version": self.edgekit_version,
-            "timestamp_utc": self.timestamp_utc,
-            "machine": dict(self.machine),
-            "settings": asdict(self.settings),
-            "conditions_before": dict(self.conditions_before),
-            "conditions_after": dict(self.conditions_after),
-            "artifacts": [artifact.to_dict() for artifact in self.artifacts],
-            "ratios": self.ratios(),
+            **bursts.to_dict(),
         }
 
 
@@ -191,45 +124,44 @@ def bench_modules(
     seed: int = DEFAULT_SEED,
     host: Host = LOCAL,
     progress: Steps | None = None,
-) -> ModuleRecord:
-    """Measure artifacts of modules in turn, repetition by repetition; return the raw samples.
+) -> Record[NetworkResult]:
+    """Measure artifacts of networks in turn, repetition by repetition; return the raw samples.
 
     `batch` is the number of inputs of a run, by default one, or the only one that an artifact
-    takes. Raises `EdgekitError` for one that it does not take, and when an artifact's process dies.
+    takes. The artifacts lie here; they are brought to `host` and run there. Raises `EdgekitError`
+    for a batch that an artifact does not take, and when its process dies.
     """
-    machine = probe(host)
-    check_threads(threads, machine.logical_cores)
-    count = default_threads(host) if threads is None else threads
-    settings = ModuleSettings(batch, repetitions, count, cooldown_s, seed)
-    subjects = [
-        _Subject(name, Artifact.open(path), batch)
+    machine = probed(host, threads)
+    used = default_threads(host) if threads is None else threads
+    settings = Settings({"batch": batch}, repetitions, used, cooldown_s, seed)
+    workloads = [
+        _Network(name, Artifact.open(path), batch)
         for name, path in zip(distinct_names(artifacts), artifacts, strict=True)
     ]
-    inputs = [subject.inputs() for subject in subjects]
-    started, before = datetime.now(UTC), conditions(host)
-    with worker_processes([subject.name for subject in subjects], host) as workers:
-        loads = [
-            worker.load_network(subject.artifact.target, subject.put(host), threads)
-            for subject, worker in zip(subjects, workers, strict=True)
-        ]
-        samples = _measure(host, subjects, inputs, workers, settings, progress or no_steps)
-        peaks = [worker.peak_bytes for worker in workers]
-    return ModuleRecord(
-        edgekit_version=__version__,
-        timestamp_utc=started.isoformat(timespec="seconds"),
-        machine=machine.to_dict(),
-        settings=settings,
-        conditions_before=before.to_dict(),
-        conditions_after=conditions(host).to_dict(),
-        artifacts=tuple(
-            subject.result(load, peak, taken)
-            for subject, load, peak, taken in zip(subjects, loads, peaks, samples, strict=True)
-        ),
-    )
+    for workload in workloads:
+        _ = workload.tests  # refuses a batch before anything is started
+    show = progress or no_steps
+    return run(workloads, machine, settings, threads, host, show, bandwidth=False)
+
+
+@dataclass
+class _Bursts:
+    """As many runs as take about a tenth of a second, which the warm-up tells."""
+
+    inputs: list[dict[str, Any]]
+    runs: int = field(default=1, init=False)
+    name: ClassVar[str] = "run"
+
+    def warm_up(self, worker: WorkerProcess, seed: int) -> None:
+        once = statistics.median(worker.time_network(self.inputs, seed, 0, _BURST_NS).each)
+        self.runs = min(_MOST_RUNS, max(1, _BURST_NS // max(1, int(once))))
+
+    def time(self, worker: WorkerProcess, seed: int) -> Times:
+        return worker.time_network(self.inputs, seed, self.runs, 0)
 
 
 @dataclass(frozen=True)
-class _Subject:
+class _Network:
     """An artifact under the name that tables and errors give it."""
 
     name: str
@@ -254,23 +186,29 @@ class _Subject:
             )
         return self.asked or 1
 
-    def inputs(self) -> list[dict[str, Any]]:
-        """Return type and shape of each input of a run."""
+    @cached_property
+    def tests(self) -> tuple[_Bursts]:
+        """Bursts of runs on inputs of the type and the shape of each."""
         batch, varies = self.batch, self.artifact.network.max_batch is not None
-        return [
+        inputs = [
             item.to_json() | {"shape": [batch, *item.shape[1:]] if varies else list(item.shape)}
             for item in self.artifact.network.inputs
         ]
+        return (_Bursts(inputs),)
 
-    def put(self, host: Host) -> str:
-        """Bring the artifact to a host; returns the path of its model there."""
+    def load(self, worker: WorkerProcess, host: Host, threads: int | None) -> Loaded:
+        """Bring the artifact to the host and load its model there."""
         artifact = self.artifact
         place = host.put(artifact.folder, [MANIFEST, *artifact.manifest.files])
-        return f"{place}/{artifact.manifest.file}"
+        model = f"{place}/{artifact.manifest.file}"
+        return worker.load_network(artifact.target, model, threads)
 
-    def result(self, load: Loaded, peak: int | None, samples: list[ModuleSample]) -> ModuleResult:
+    def result(
+        self, loaded: Loaded, peak: int | None, samples: Sequence[tuple[Sample, ...]]
+    ) -> NetworkResult:
+        """Return what is recorded."""
         manifest = self.artifact.network
-        return ModuleResult(
+        return NetworkResult(
             name=self.name,
             path=str(self.artifact.folder),
             target=self.artifact.target,
@@ -278,50 +216,6 @@ class _Subject:
             recipe=manifest.recipe or "",
             file_bytes=self.artifact.model_path.stat().st_size,
             batch=self.batch,
-            **load.facts(peak),
-            samples=tuple(samples),
+            **loaded.facts(peak),
+            tests=tuple(BurstResult(self.batch, taken) for taken in samples),
         )
-
-
-def _measure(
-    host: Host,
-    subjects: Sequence[_Subject],
-    inputs: Sequence[list[dict[str, Any]]],
-    workers: Sequence[WorkerProcess],
-    settings: ModuleSettings,
-    progress: Steps,
-) -> list[list[ModuleSample]]:
-    """Warm every artifact up, then take the artifacts in turn, again and again."""
-    start, taken = conditions(host), [list[ModuleSample]() for _ in subjects]
-    total = (settings.repetitions + 1) * len(subjects)
-    runs = []
-    for number, (subject, worker) in enumerate(zip(subjects, workers, strict=True)):
-        progress(number, total, f"warming up {subject.name}")
-        warm = worker.time_network(inputs[number], settings.seed, 0, _BURST_NS).each
-        runs.append(min(_MOST_RUNS, max(1, _BURST_NS // int(statistics.median(warm)))))
-    for repetition in range(settings.repetitions):
-        for number, (subject, worker) in enumerate(zip(subjects, workers, strict=True)):
-            done = (repetition + 1) * len(subjects) + number
-            progress(done, total, subject.name)
-            time.sleep(settings.cooldown_s)
-            order = done - len(subjects)
-            now = conditions(host)
-            times = worker.time_network(inputs[number], settings.seed, runs[number], 0)
-            taken[number].append(_sample(order, times, start, now))
-    progress(total, total, "finishing")
-    return taken
-
-
-def _sample(order: int, times: Times, start: Conditions, now: Conditions) -> ModuleSample:
-    return ModuleSample(
-        order=order,
-        run_ns=times.each,
-        interference=times.interference,
-        gates=check_gates(start, now),
-        conditions=now.to_dict(),
-    )
-
-
-def _speeds(result: ModuleResult) -> list[float]:
-    """Return inputs per millisecond of each repetition."""
-    return [result.batch / sample.median_ms for sample in result.samples]

@@ -1,21 +1,21 @@
 """The benchmark record: raw samples in nanoseconds, and the functions that derive rates from them.
 
-A record stores what was measured; every rate, percentile, share and ratio in its JSON is computed
-from those samples by the functions of this file when the JSON is written.
+Its form is one for all that is measured; `decoder.py` and `network.py` say what their tests and
+artifacts have besides. A record stores what was measured; every rate, percentile, share and ratio
+in its JSON is computed from the samples when the JSON is written.
 """
 
 import json
 import math
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from edgekit.common.files import new_file
 from edgekit.devices.probe.bandwidth import ReadBandwidth
-from edgekit.runtime.decode_bytes import Shape, Traffic
-from edgekit.runtime.engines.engine import Threads
 
 SCHEMA_VERSION = 1
 
@@ -86,34 +86,18 @@ class Gate:
         }
 
 
-class Surrounded:
-    """What the records of one repetition share, of a language model and of a module."""
-
-    interference: Interference
-    gates: tuple[Gate, ...]
-    conditions: Mapping[str, Any]
-
-    def surroundings(self) -> dict[str, Any]:
-        """Return what else went on in the machine, as JSON data."""
-        return {
-            "interference": self.interference.to_dict(),
-            "gates": [gate.to_dict() for gate in self.gates],
-            "conditions_before": dict(self.conditions),
-        }
-
-
 @dataclass(frozen=True)
-class Sample(Surrounded):
+class Sample:
     """One timed repetition.
 
-    `order` is its place among all repetitions of the call. `token_ns` holds one duration per
-    decoded token (empty for a prefill); they sum to `elapsed_ns`. `first_token_ns` runs from the
-    prompt's first token id to the first chosen output token (prefill only).
+    `order` is its place among all repetitions of the call. `each_ns` holds one duration per decoded
+    token, or per run of a network (none for a prefill); they sum to `elapsed_ns`. `first_token_ns`
+    runs from the prompt's first token id to the first chosen output token (prefill only).
     """
 
     order: int
     elapsed_ns: int
-    token_ns: tuple[int, ...]
+    each_ns: tuple[int, ...]
     first_token_ns: int | None
     interference: Interference
     gates: tuple[Gate, ...]
@@ -123,17 +107,15 @@ class Sample(Surrounded):
         """Refuse durations that no clock gives."""
         if self.elapsed_ns <= 0:
             raise ValueError(f"elapsed_ns must be positive: {self.elapsed_ns}")
-        if self.token_ns and sum(self.token_ns) != self.elapsed_ns:
-            raise ValueError(f"token_ns sum to {sum(self.token_ns)}, not {self.elapsed_ns}")
+        if self.each_ns and sum(self.each_ns) != self.elapsed_ns:
+            raise ValueError(f"each_ns sum to {sum(self.each_ns)}, not {self.elapsed_ns}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the sample as JSON data."""
+    def surroundings(self) -> dict[str, Any]:
+        """Return what else went on in the machine, as JSON data."""
         return {
-            "order": self.order,
-            "elapsed_ns": self.elapsed_ns,
-            "token_ns": list(self.token_ns),
-            "first_token_ns": self.first_token_ns,
-            **self.surroundings(),
+            "interference": self.interference.to_dict(),
+            "gates": [gate.to_dict() for gate in self.gates],
+            "conditions_before": dict(self.conditions),
         }
 
 
@@ -175,79 +157,50 @@ class Memory:
         return {"peak_bytes": self.peak, "before_load_bytes": self.before_load}
 
 
-@dataclass(frozen=True)
-class ShapeResult:
+class Repetitions(ABC):
     """All repetitions of one test on one artifact."""
 
-    shape: Shape
     samples: tuple[Sample, ...]
 
-    def __post_init__(self) -> None:
-        """Refuse samples whose token count is not the test's."""
-        wanted = self.shape.tokens if self.shape.kind == "tg" else 0
-        for sample in self.samples:
-            if len(sample.token_ns) != wanted:
-                raise ValueError(
-                    f"{self.shape.name}: {len(sample.token_ns)} timed tokens, not {wanted}"
-                )
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name of the test, the same for all artifacts."""
 
     @property
+    @abstractmethod
     def rates(self) -> list[float]:
-        """Tokens per second of each repetition."""
-        return [rate(self.shape.tokens, sample.elapsed_ns) for sample in self.samples]
+        """Tokens or inputs per second of each repetition."""
 
     @property
     def disturbed(self) -> int:
         """How many repetitions ran beside a visible other load."""
         return sum(sample.interference.visible for sample in self.samples)
 
-    def summary(self, traffic: Traffic | None, bandwidth: Bandwidth) -> dict[str, Any]:
-        """Derive rates, latencies and the share of the bandwidth from the samples.
 
-        Without traffic, what is derived from it is None.
-        """
-        derived: dict[str, Any] = {
-            "tokens_per_second": spread(self.rates),
-            "disturbed_repetitions": self.disturbed,
-        }
-        if self.shape.kind == "pp":
-            firsts = [s.first_token_ns / 1e6 for s in self.samples if s.first_token_ns is not None]
-            derived["ttft_ms"] = spread(firsts)
-            return derived
-        tokens = [ns / 1e6 for sample in self.samples for ns in sample.token_ns]
-        touched = None if traffic is None else traffic.bytes_per_token(self.shape)
-        reading = None if touched is None else touched * statistics.mean(self.rates) / 1e9
-        derived["inter_token_ms"] = {"p50": percentile(tokens, 50), "p95": percentile(tokens, 95)}
-        derived["bytes_per_token"] = touched
-        derived["read_gb_per_s"] = reading
-        derived["bandwidth_share"] = None if reading is None else reading / bandwidth.limit
-        return derived
+@dataclass(frozen=True, kw_only=True)
+class ArtifactResult(ABC):
+    """One artifact, the process in which its engine ran, and its tests.
 
-    def to_dict(self, traffic: Traffic | None, bandwidth: Bandwidth) -> dict[str, Any]:
-        """Return the raw samples and what follows from them."""
-        return {
-            "test": self.shape.name,
-            "kind": self.shape.kind,
-            "tokens": self.shape.tokens,
-            "depth": self.shape.depth,
-            "samples": [sample.to_dict() for sample in self.samples],
-            "summary": self.summary(traffic, bandwidth),
-        }
-
-
-class InProcess:
-    """What the results of an artifact share: the process in which its engine ran.
-
-    `engine_built`: the instructions that the engine was compiled for, where it says so.
+    `kind` is that of the whole record. `engine_built`: the instructions that the engine was
+    compiled for, where it says so. What only a process knows is None where none ran: the engine's
+    version and what loading took.
     """
 
+    kind: ClassVar[str]
+
+    name: str
+    path: str
+    target: str
+    file_bytes: int
     engine: str
     engine_version: str | None
-    engine_built: str | None
+    engine_built: str | None = None
     affinity: tuple[int, ...]
     import_ns: int | None
     load_ns: int | None
     memory: Memory
+    tests: tuple[Repetitions, ...]
 
     def process(self) -> dict[str, Any]:
         """Return the engine and what loading took, as JSON data."""
@@ -263,58 +216,19 @@ class InProcess:
             "memory": self.memory.to_dict(),
         }
 
-
-@dataclass(frozen=True)
-class ArtifactResult(InProcess):
-    """One artifact's identity, its process and its tests.
-
-    `schemes` and `traffic` are empty and None for a file that edgekit neither made nor can read.
-    What only a process knows is None where none ran: the engine's version and threads, what loading
-    took, the context of a file that does not state it.
-    """
-
-    name: str
-    path: str
-    target: str
-    model: Mapping[str, Any]
-    schemes: Mapping[str, Mapping[str, int]]
-    file_bytes: int
-    context: int | None
-    engine: str
-    engine_version: str | None
-    affinity: tuple[int, ...]
-    import_ns: int | None
-    load_ns: int | None
-    memory: Memory
-    traffic: Traffic | None
-    tests: tuple[ShapeResult, ...]
-    threads: Threads | None = None
-    engine_built: str | None = None
-
-    def to_dict(self, bandwidth: Bandwidth) -> dict[str, Any]:
+    @abstractmethod
+    def to_dict(self, bandwidth: Bandwidth | None) -> dict[str, Any]:
         """Return everything known of the artifact as JSON data."""
-        return {
-            "name": self.name,
-            "path": self.path,
-            "target": self.target,
-            "model": dict(self.model),
-            "schemes": {name: dict(count) for name, count in self.schemes.items()},
-            "file_bytes": self.file_bytes,
-            "context": self.context,
-            "threads": self.threads and asdict(self.threads),
-            **self.process(),
-            "traffic": self.traffic and self.traffic.to_dict(),
-            "tests": [test.to_dict(self.traffic, bandwidth) for test in self.tests],
-        }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked of the benchmark, and nothing that was measured."""
+    """What was asked of the benchmark, and nothing that was measured.
 
-    prompts: tuple[int, ...]
-    generates: tuple[int, ...]
-    depths: tuple[int, ...]
+    `tests` are the numbers that describe its tests, by the names of the options.
+    """
+
+    tests: Mapping[str, Any]
     repetitions: int
     threads: int
     cooldown_s: float
@@ -323,9 +237,7 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON data."""
         return {
-            "prompts": list(self.prompts),
-            "generates": list(self.generates),
-            "depths": list(self.depths),
+            **self.tests,
             "repetitions": self.repetitions,
             "threads": self.threads,
             "cooldown_s": self.cooldown_s,
@@ -333,26 +245,15 @@ class Settings:
         }
 
 
-class Saved:
-    """A record of a benchmark as JSON text."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the whole record as JSON data."""
-        raise NotImplementedError
-
-    def to_json(self) -> str:
-        """Return the record as JSON text."""
-        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
-
-    def save(self, path: Path) -> None:
-        """Write the JSON text whole or not at all; raises `EdgekitError` where that fails."""
-        with new_file(path) as scratch:
-            scratch.write_text(self.to_json() + "\n", encoding="utf-8")
+Result = TypeVar("Result", bound=ArtifactResult)
 
 
 @dataclass(frozen=True)
-class Record(Saved):
-    """One call of the benchmark: a machine, its conditions, and one result per artifact."""
+class Record(Generic[Result]):
+    """One call of the benchmark: a machine, its conditions, and one result per artifact.
+
+    `bandwidth` is None where it bounds nothing.
+    """
 
     edgekit_version: str
     timestamp_utc: str
@@ -360,13 +261,19 @@ class Record(Saved):
     settings: Settings
     conditions_before: Mapping[str, Any]
     conditions_after: Mapping[str, Any]
-    bandwidth: Bandwidth
-    artifacts: tuple[ArtifactResult, ...]
+    bandwidth: Bandwidth | None
+    artifacts: tuple[Result, ...]
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All repetitions, artifact by artifact."""
+        tests = [test for artifact in self.artifacts for test in artifact.tests]
+        return [sample for test in tests for sample in test.samples]
 
     def sequence(self) -> list[tuple[str, str]]:
         """Return (artifact, test) of every timed repetition in the order in which they ran."""
         ran = [
-            (sample.order, artifact.name, test.shape.name)
+            (sample.order, artifact.name, test.name)
             for artifact in self.artifacts
             for test in artifact.tests
             for sample in test.samples
@@ -380,7 +287,7 @@ class Record(Saved):
             {
                 "artifact": other.name,
                 "against": first.name,
-                "test": test.shape.name,
+                "test": test.name,
                 **paired_ratio(test.rates, base.rates),
             }
             for other in others
@@ -391,18 +298,27 @@ class Record(Saved):
         """Return the whole record as JSON data."""
         return {
             "schema_version": SCHEMA_VERSION,
-            "kind": "edgekit-bench",
+            "kind": self.artifacts[0].kind,
             "edgekit_version": self.edgekit_version,
             "timestamp_utc": self.timestamp_utc,
             "machine": dict(self.machine),
             "settings": self.settings.to_dict(),
             "conditions_before": dict(self.conditions_before),
             "conditions_after": dict(self.conditions_after),
-            "bandwidth": self.bandwidth.to_dict(),
+            "bandwidth": self.bandwidth and self.bandwidth.to_dict(),
             "artifacts": [artifact.to_dict(self.bandwidth) for artifact in self.artifacts],
             "sequence": [list(step) for step in self.sequence()],
             "ratios": self.ratios(),
         }
+
+    def to_json(self) -> str:
+        """Return the record as JSON text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def save(self, path: Path) -> None:
+        """Write the JSON text whole or not at all; raises `EdgekitError` where that fails."""
+        with new_file(path) as scratch:
+            scratch.write_text(self.to_json() + "\n", encoding="utf-8")
 
 
 def rate(tokens: int, elapsed_ns: int) -> float:

@@ -1,170 +1,144 @@
-"""The benchmark: llama-bench's conventions, one process per artifact, repetitions interleaved.
+"""The benchmark's one loop: a process per artifact, repetitions interleaved.
 
-Random token ids, no tokenization and no sampling in the time, one warm-up per test, a fresh
-state per repetition. With several artifacts the repetitions alternate A B A B, so that a change
-of the machine's state meets all of them and ratios hold where absolute figures do not.
+With several artifacts the repetitions alternate A B A B, so that a change of the machine's state
+meets all of them and ratios hold where absolute figures do not. What is measured of an artifact
+is its `Workload`: `decoder.py` has those of language models, `network.py` those of networks.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
-from edgekit.common.progress import Steps, no_steps
-from edgekit.devices.cpus import default_threads
+from edgekit.common.progress import Steps
 from edgekit.devices.hosts.host import Host, boot_id
-from edgekit.devices.hosts.local import LOCAL
 from edgekit.devices.probe.bandwidth import ReadBandwidth
 from edgekit.devices.probe.conditions import Conditions, conditions
 from edgekit.devices.probe.machine import Machine, probe
 from edgekit.errors import EdgekitError
 from edgekit.runtime.bench.gates import check_gates
-from edgekit.runtime.bench.record import (
-    ArtifactResult,
-    Bandwidth,
-    Memory,
-    Record,
-    Sample,
-    Settings,
-    ShapeResult,
-)
-from edgekit.runtime.bench.replies import Loaded
-from edgekit.runtime.bench.traffic import Holdings, holdings_of
+from edgekit.runtime.bench.record import ArtifactResult, Bandwidth, Record, Sample, Settings
+from edgekit.runtime.bench.replies import Loaded, Times
 from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
-from edgekit.runtime.decode_bytes import Shape
 from edgekit.runtime.engines.engine import check_threads
-from edgekit.runtime.model_files import ModelFile, find_model_file
 from edgekit.version import __version__
 
 DEFAULT_SEED = 0
 
 
-def bench(
-    artifacts: Sequence[Path],
-    prompts: Sequence[int] = (512,),
-    generates: Sequence[int] = (128,),
-    depths: Sequence[int] = (0,),
-    repetitions: int = 5,
-    threads: int | None = None,
-    cooldown_s: float = 0.0,
-    seed: int = DEFAULT_SEED,
-    host: Host = LOCAL,
-    progress: Steps | None = None,
-) -> Record:
-    """Measure every artifact at every test and return the record of raw samples.
+class Test(Protocol):
+    """Something to time again and again; the tests of all artifacts have the same names."""
 
-    An artifact is a folder that `edgekit export` wrote, or what `find_model_file` takes besides.
-    A test is each of `prompts` (prefill) and `generates` (decode) at each of `depths`, in tokens;
-    0 skips one. `threads` None leaves them to each engine, as `run` does: the physical cores this
-    process may use, by its quota, or fewer where that decodes faster;
-    `cooldown_s` is slept before every repetition. Raises `EdgekitError` before anything is measured
-    for a test that an artifact's context cannot hold, and when an artifact's process dies. The
-    artifacts lie here; they are brought to `host`, and all that is measured is measured there.
-    """
-    machine = probe(host)
-    check_threads(threads, machine.logical_cores)
-    settings = Settings(
-        prompts=tuple(prompts),
-        generates=tuple(generates),
-        depths=tuple(depths),
-        repetitions=repetitions,
-        threads=default_threads(host) if threads is None else threads,
-        cooldown_s=cooldown_s,
-        seed=seed,
-    )
-    shapes = plan(prompts, generates, depths)
-    check_contexts(artifacts, shapes)
-    subjects = _open(artifacts)
-    return _run(host, subjects, shapes, settings, threads, machine, progress or no_steps)
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        ...
+
+    def warm_up(self, worker: WorkerProcess, seed: int) -> None:
+        """Run it once, untimed."""
+        ...
+
+    def time(self, worker: WorkerProcess, seed: int) -> Times:
+        """Run one repetition."""
+        ...
 
 
-def describe_each(
-    artifacts: Sequence[Path], threads: int | None = None, host: Host = LOCAL
-) -> Record:
-    """Return the record of no test: what the files say, which no engine has to load for it."""
-    machine, now = probe(host), conditions(host).to_dict()
-    check_threads(threads, machine.logical_cores)
-    used = default_threads(host) if threads is None else threads
-    bandwidth = _bandwidth(host, used)
-    return Record(
-        edgekit_version=__version__,
-        timestamp_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=machine.to_dict(),
-        settings=Settings((), (), (), 0, used, 0.0, 0),
-        conditions_before=now,
-        conditions_after=now,
-        bandwidth=Bandwidth(bandwidth, bandwidth),
-        artifacts=tuple(_described(subject) for subject in _open(artifacts)),
-    )
+Result = TypeVar("Result", bound=ArtifactResult)
+Result_co = TypeVar("Result_co", bound=ArtifactResult, covariant=True)
 
 
-def plan(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]) -> list[Shape]:
-    """Return the tests in llama-bench's order; raises `EdgekitError` when none is left."""
-    tests = [("pp", n) for n in prompts] + [("tg", n) for n in generates]
-    shapes = [
-        Shape("pp" if kind == "pp" else "tg", tokens, depth)
-        for depth in depths
-        for kind, tokens in tests
-        if tokens
-    ]
-    if not shapes:
-        raise EdgekitError("-p 0 and -n 0 leave nothing to measure: give one of them tokens")
-    return list(dict.fromkeys(shapes))
+class Workload(Protocol[Result_co]):
+    """What is measured of one artifact; `name` is what tables and errors call it."""
 
+    @property
+    def name(self) -> str:
+        """The name that distinguishes it from the others."""
+        ...
 
-def check_contexts(artifacts: Sequence[Path], shapes: Sequence[Shape]) -> None:
-    """Refuse a test that an artifact's context cannot hold, as far as files say it unopened.
+    @property
+    def tests(self) -> Sequence[Test]:
+        """The tests in their order."""
+        ...
 
-    Raises `EdgekitError` for what is no model file, too.
-    """
-    for name, path in zip(distinct_names(artifacts), artifacts, strict=True):
-        file = find_model_file(path)
-        if file.longest is not None:
-            _check_context(name, file, shapes, file.longest)
+    def load(self, worker: WorkerProcess, host: Host, threads: int | None) -> Loaded:
+        """Bring the artifact to the host and load it there."""
+        ...
 
-
-@dataclass(frozen=True)
-class _Subject:
-    """A model file, under the name that tables and errors give it."""
-
-    name: str
-    file: ModelFile
-    holdings: Holdings
+    def result(
+        self, loaded: Loaded, peak: int | None, samples: Sequence[tuple[Sample, ...]]
+    ) -> Result_co:
+        """Return what is recorded, of the samples of each test."""
+        ...
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One repetition to come: of which subject, of which test."""
+    """One repetition to come: of which artifact, of which of its tests."""
 
-    subject: int
-    shape: Shape
+    artifact: int
+    test: int
     warm_up: bool
 
 
-def _open(paths: Sequence[Path]) -> list[_Subject]:
-    if not paths:
-        raise EdgekitError("bench needs at least one artifact folder")
-    files = [find_model_file(path) for path in paths]
-    return [
-        _Subject(name, file, holdings_of(file))
-        for name, file in zip(distinct_names(paths), files, strict=True)
-    ]
+def probed(host: Host, threads: int | None) -> Machine:
+    """Return the facts of a machine, once it is known to take so many threads."""
+    machine = probe(host)
+    check_threads(threads, machine.logical_cores)
+    return machine
 
 
-def _described(subject: _Subject) -> ArtifactResult:
-    return ArtifactResult(
-        **_file_facts(subject),
-        context=subject.file.longest,
-        engine=subject.file.engine,
-        engine_version=None,
-        affinity=(),
-        import_ns=None,
-        load_ns=None,
-        memory=Memory(peak=None, before_load=None),
-        tests=(),
+def run(
+    workloads: Sequence[Workload[Result]],
+    machine: Machine,
+    settings: Settings,
+    threads: int | None,
+    host: Host,
+    progress: Steps,
+    *,
+    bandwidth: bool,
+) -> Record[Result]:
+    """Measure every artifact at each of its tests on a host.
+
+    `threads` None leaves them to the engines. With `bandwidth` that of the memory is measured
+    before and after. Raises `EdgekitError` when an artifact's process dies.
+    """
+    started, before, boot = datetime.now(UTC), conditions(host), boot_id(host)
+    measured = []
+    if bandwidth:
+        progress(0, 1, "read bandwidth")
+        measured.append(read_bandwidth(host, settings.threads))
+    with worker_processes([workload.name for workload in workloads], host) as workers:
+        loads = [
+            workload.load(worker, host, threads)
+            for workload, worker in zip(workloads, workers, strict=True)
+        ]
+        samples = _measure(workloads, workers, settings, host, progress)
+        peaks = [worker.peak_bytes for worker in workers]
+    if bandwidth:
+        measured.append(read_bandwidth(host, settings.threads))
+    if boot_id(host) != boot:
+        raise EdgekitError(f"{host.name} was started anew in the middle: measure again")
+    return Record(
+        edgekit_version=__version__,
+        timestamp_utc=started.isoformat(timespec="seconds"),
+        machine=machine.to_dict(),
+        settings=settings,
+        conditions_before=before.to_dict(),
+        conditions_after=conditions(host).to_dict(),
+        bandwidth=Bandwidth(*measured) if bandwidth else None,
+        artifacts=tuple(
+            workload.result(loaded, peak, taken)
+            for workload, loaded, peak, taken in zip(workloads, loads, peaks, samples, strict=True)
+        ),
     )
+
+
+def read_bandwidth(host: Host, threads: int) -> ReadBandwidth:
+    """Measure in a process that ends with it, for its buffer is large."""
+    with worker_processes([host.name], host) as (worker,):
+        return worker.read_bandwidth(threads)
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
@@ -178,158 +152,50 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _check_context(name: str, file: ModelFile, shapes: Sequence[Shape], longest: int) -> None:
-    for shape in shapes:
-        if shape.positions > longest:
-            option = "-p" if shape.kind == "pp" else "-n"
-            at = f" at -d {shape.depth}" if shape.depth else ""
-            again = "" if file.manifest is None else ", or export with a larger --context"
-            raise EdgekitError(
-                f"{name}: {option} {shape.tokens}{at} needs {shape.positions} positions "
-                f"but the artifact's context is {longest}: ask for less{again}"
-            )
-
-
-def _steps(subjects: int, shapes: Sequence[Shape], repetitions: int) -> Iterator[_Step]:
-    """Yield per test: a warm-up of every subject, then the subjects in turn, again and again."""
-    for shape in shapes:
+def _steps(artifacts: int, tests: int, repetitions: int) -> Iterator[_Step]:
+    """Yield per test: a warm-up of every artifact, then the artifacts in turn, again and again."""
+    for test in range(tests):
         for round_ in range(repetitions + 1):
-            for subject in range(subjects):
-                yield _Step(subject, shape, warm_up=round_ == 0)
-
-
-def _bandwidth(host: Host, threads: int) -> ReadBandwidth:
-    """Measure in a process that ends with it, for its buffer is large."""
-    with worker_processes([host.name], host) as (worker,):
-        return worker.read_bandwidth(threads)
-
-
-def _run(
-    host: Host,
-    subjects: Sequence[_Subject],
-    shapes: Sequence[Shape],
-    settings: Settings,
-    threads: int | None,
-    machine: Machine,
-    progress: Steps,
-) -> Record:
-    started = datetime.now(UTC)
-    before, started_as = conditions(host), boot_id(host)
-    progress(0, 1, "read bandwidth")
-    bandwidth_before = _bandwidth(host, settings.threads)
-    with worker_processes([subject.name for subject in subjects], host) as workers:
-        loads = [
-            _load(host, subject, worker, shapes, threads)
-            for subject, worker in zip(subjects, workers, strict=True)
-        ]
-        samples = _measure(host, subjects, workers, shapes, settings, progress)
-        peaks = [worker.peak_bytes for worker in workers]
-    bandwidth = Bandwidth(bandwidth_before, _bandwidth(host, settings.threads))
-    if boot_id(host) != started_as:
-        raise EdgekitError(f"{host.name} was started anew in the middle: measure again")
-    return Record(
-        edgekit_version=__version__,
-        timestamp_utc=started.isoformat(timespec="seconds"),
-        machine=machine.to_dict(),
-        settings=settings,
-        conditions_before=before.to_dict(),
-        conditions_after=conditions(host).to_dict(),
-        bandwidth=bandwidth,
-        artifacts=tuple(
-            _artifact_result(subject, load, peak, results)
-            for subject, load, peak, results in zip(subjects, loads, peaks, samples, strict=True)
-        ),
-    )
-
-
-def _load(
-    host: Host,
-    subject: _Subject,
-    worker: WorkerProcess,
-    shapes: Sequence[Shape],
-    threads: int | None,
-) -> Loaded:
-    """Load with room for the longest test, where the file's own number is less and leaves it."""
-    file = subject.file
-    context = file.room(max((shape.positions for shape in shapes), default=0))
-    loaded = worker.load_decoder(file.engine, file.put(host), threads, context)
-    _check_context(subject.name, file, shapes, loaded.context or 0)
-    return loaded
+            for artifact in range(artifacts):
+                yield _Step(artifact, test, warm_up=round_ == 0)
 
 
 def _measure(
-    host: Host,
-    subjects: Sequence[_Subject],
+    workloads: Sequence[Workload[Result]],
     workers: Sequence[WorkerProcess],
-    shapes: Sequence[Shape],
     settings: Settings,
+    host: Host,
     progress: Steps,
-) -> list[list[ShapeResult]]:
-    """Run all steps; returns per subject one result per test."""
+) -> list[list[tuple[Sample, ...]]]:
+    """Run all steps; returns per artifact the samples of each test."""
     start = conditions(host)
-    taken: dict[tuple[int, Shape], list[Sample]] = {}
-    steps = list(_steps(len(subjects), shapes, settings.repetitions))
+    count = len(workloads[0].tests)
+    taken = [[list[Sample]() for _ in range(count)] for _ in workloads]
+    steps = list(_steps(len(workloads), count, settings.repetitions))
+    order = 0
     for done, step in enumerate(steps):
-        progress(done, len(steps), f"{step.shape.name} {subjects[step.subject].name}")
+        workload, worker = workloads[step.artifact], workers[step.artifact]
+        test = workload.tests[step.test]
+        progress(done, len(steps), f"{test.name} {workload.name}")
         if step.warm_up:
-            workers[step.subject].time_decoder(_warm_up(step.shape), settings.seed)
+            test.warm_up(worker, settings.seed)
             continue
         time.sleep(settings.cooldown_s)
-        order = sum(map(len, taken.values()))
-        sample = _sample(host, workers[step.subject], step.shape, settings.seed, order, start)
-        taken.setdefault((step.subject, step.shape), []).append(sample)
-    progress(len(steps), len(steps), "read bandwidth")
-    return [
-        [ShapeResult(shape, tuple(taken[subject, shape])) for shape in shapes]
-        for subject in range(len(subjects))
-    ]
+        now = conditions(host)
+        times = test.time(worker, settings.seed)
+        taken[step.artifact][step.test].append(_sample(order, times, start, now))
+        order += 1
+    progress(len(steps), len(steps), "finishing")
+    return [[tuple(samples) for samples in tests] for tests in taken]
 
 
-def _warm_up(shape: Shape) -> Shape:
-    """llama-bench warms a prefill by the whole prompt and a decode by one token."""
-    return replace(shape, depth=0, tokens=shape.tokens if shape.kind == "pp" else 1)
-
-
-def _sample(
-    host: Host, worker: WorkerProcess, shape: Shape, seed: int, order: int, start: Conditions
-) -> Sample:
-    now = conditions(host)
-    times = worker.time_decoder(shape, seed)
+def _sample(order: int, times: Times, start: Conditions, now: Conditions) -> Sample:
     return Sample(
         order=order,
         elapsed_ns=times.elapsed,
-        token_ns=times.each,
+        each_ns=times.each,
         first_token_ns=times.first_token,
         interference=times.interference,
         gates=check_gates(start, now),
         conditions=now.to_dict(),
     )
-
-
-def _artifact_result(
-    subject: _Subject,
-    loaded: Loaded,
-    peak: int | None,
-    tests: Sequence[ShapeResult],
-) -> ArtifactResult:
-    return ArtifactResult(
-        **_file_facts(subject),
-        context=loaded.context,
-        threads=loaded.threads,
-        **loaded.facts(peak),
-        tests=tuple(tests),
-    )
-
-
-def _file_facts(subject: _Subject) -> dict[str, Any]:
-    """Return the fields of `ArtifactResult` that a file tells unopened."""
-    file = subject.file
-    return {
-        "name": subject.name,
-        "path": str(file.place),
-        "target": file.engine,
-        "model": subject.holdings.model,
-        "schemes": subject.holdings.schemes,
-        "file_bytes": file.file_bytes,
-        "traffic": subject.holdings.traffic,
-    }

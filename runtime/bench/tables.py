@@ -5,81 +5,75 @@ from typing import Any
 
 from edgekit.common.plural import counted
 from edgekit.common.tables import fitting_table, in_lines
-from edgekit.runtime.bench.record import (
-    ArtifactResult,
-    InProcess,
-    Record,
-    ShapeResult,
-    Surrounded,
-)
+from edgekit.runtime.bench.decoder import DecoderResult, ShapeResult
+from edgekit.runtime.bench.network import BurstResult, NetworkResult
+from edgekit.runtime.bench.record import ArtifactResult, Bandwidth, Record, Sample
 from edgekit.runtime.decode_bytes import Traffic
 
 _NOTHING = "-"
+_LOADING = ("engine", "load ms", "peak MB", "before load MB")
 
 
-def render(record: Record) -> str:
+def render(record: Record[DecoderResult] | Record[NetworkResult]) -> str:
     """Return the record's tables, a line on the machine, and a line per disturbance."""
-    parts = [_machine_line(record), _artifact_table(record), _speed_table(record)]
+    parts = [_machine_line(record)]
+    notes = disturbances(record)
+    if decoders := [one for one in record.artifacts if isinstance(one, DecoderResult)]:
+        parts += [_decoder_table(decoders), _speed_table(decoders, record.bandwidth)]
+        notes += [*_thread_notes(decoders), *_cache_notes(decoders, record.machine)]
+    if networks := [one for one in record.artifacts if isinstance(one, NetworkResult)]:
+        parts += [_network_table(networks), _latency_table(networks)]
     if len(record.artifacts) > 1:
-        parts.append(_ratio_table(record))
-    parts += ["\n".join([*disturbances(record), *_thread_notes(record), *_cache_notes(record)])]
-    return "\n\n".join(part for part in parts if part)
+        parts.append(_ratio_table(record, one_test=bool(networks)))
+    return "\n\n".join(part for part in [*parts, "\n".join(notes)] if part)
 
 
-def _machine_line(record: Record) -> str:
-    settings, bandwidth = record.settings, record.bandwidth
-    line = machine_line(
-        record.machine,
-        settings.threads,
-        settings.repetitions,
-        len(record.artifacts) > 1,
-        f"edgekit {record.edgekit_version}; {record.timestamp_utc}",
-    )
-    return (
-        f"{in_lines(line)}\nread bandwidth {bandwidth.before.gb_per_s:.1f} GB/s before, "
-        f"{bandwidth.after.gb_per_s:.1f} after ({counted(settings.threads, 'thread')})"
-    )
-
-
-def machine_line(
-    machine: Mapping[str, Any], threads: int, repetitions: int, interleaved: bool, made: str
-) -> str:
-    """Return the CPU, the threads and the order of the repetitions in one line."""
+def _machine_line(record: Record[Any]) -> str:
+    """Return the CPU, the threads and the order of the repetitions, and the read bandwidth."""
+    machine, settings, bandwidth = record.machine, record.settings, record.bandwidth
     isa = ", ".join(machine["isa"] or ()) or "ISA features unreadable"
-    order = ", interleaved" if interleaved else ""
+    order = ", interleaved" if len(record.artifacts) > 1 else ""
     quota = machine["cpu_quota"]
     granted = "" if quota is None else f" (a quota grants the time of {quota:.4g} CPUs)"
+    threads = counted(settings.threads, "thread")
+    line = in_lines(
+        f"{machine['cpu'] or 'unknown CPU'} ({isa}); {threads}{granted}; "
+        f"{counted(settings.repetitions, 'repetition')}{order}; "
+        f"edgekit {record.edgekit_version}; {record.timestamp_utc}"
+    )
+    if bandwidth is None:
+        return line
     return (
-        f"{machine['cpu'] or 'unknown CPU'} ({isa}); {counted(threads, 'thread')}{granted}; "
-        f"{counted(repetitions, 'repetition')}{order}; {made}"
+        f"{line}\nread bandwidth {bandwidth.before.gb_per_s:.1f} GB/s before, "
+        f"{bandwidth.after.gb_per_s:.1f} after ({threads})"
     )
 
 
-def _artifact_table(record: Record) -> str:
-    headers = [
-        "artifact",
-        "file MB",
-        "engine",
-        "load ms",
-        "peak MB",
-        "before load MB",
-        "model",
-        "schemes",
-    ]
+def _decoder_table(artifacts: Sequence[DecoderResult]) -> str:
+    headers = ["artifact", "file MB", *_LOADING, "model", "schemes"]
     rows = [
         [
-            artifact.name,
-            megabytes(artifact.file_bytes),
-            *loading_cells(artifact),
-            str(artifact.model["id"] or _NOTHING),
-            _schemes(artifact),
+            one.name,
+            megabytes(one.file_bytes),
+            *_loading(one),
+            str(one.model["id"] or _NOTHING),
+            _schemes(one),
         ]
-        for artifact in record.artifacts
+        for one in artifacts
     ]
     return fitting_table(headers, rows, align="lrlrrrll")
 
 
-def loading_cells(item: InProcess) -> list[str]:
+def _network_table(artifacts: Sequence[NetworkResult]) -> str:
+    headers = ["artifact", "file kB", *_LOADING, "model", "recipe"]
+    rows = [
+        [one.name, f"{one.file_bytes / 1e3:,.1f}", *_loading(one), one.model, one.recipe]
+        for one in artifacts
+    ]
+    return fitting_table(headers, rows, align="lrlrrrll")
+
+
+def _loading(item: ArtifactResult) -> list[str]:
     """Return an artifact's engine, how long it loaded, and its memory at most and before."""
     return [
         f"{item.engine} {item.engine_version}",
@@ -89,12 +83,12 @@ def loading_cells(item: InProcess) -> list[str]:
     ]
 
 
-def _schemes(artifact: ArtifactResult) -> str:
+def _schemes(artifact: DecoderResult) -> str:
     counts = artifact.schemes.items()
     return ", ".join(f"{count['tensors']} {name}" for name, count in counts) or _NOTHING
 
 
-def _speed_table(record: Record) -> str:
+def _speed_table(artifacts: Sequence[DecoderResult], bandwidth: Bandwidth | None) -> str:
     headers = [
         "artifact",
         "test",
@@ -107,15 +101,15 @@ def _speed_table(record: Record) -> str:
         "of bandwidth",
     ]
     rows = [
-        _speed_row(record, artifact, test)
-        for artifact in record.artifacts
-        for test in artifact.tests
+        _speed_row(artifact, test, bandwidth) for artifact in artifacts for test in artifact.tests
     ]
     return fitting_table(headers, rows, align="llrrrrrrr", keys=2)
 
 
-def _speed_row(record: Record, artifact: ArtifactResult, test: ShapeResult) -> list[str]:
-    summary = test.summary(artifact.traffic, record.bandwidth)
+def _speed_row(
+    artifact: DecoderResult, test: ShapeResult, bandwidth: Bandwidth | None
+) -> list[str]:
+    summary = test.summary(artifact.traffic, bandwidth)
     speed = summary["tokens_per_second"]
     mark = " !" if test.disturbed else ""
     cells = [artifact.name, test.shape.name, _mean_and_spread(speed) + mark]
@@ -133,34 +127,49 @@ def _speed_row(record: Record, artifact: ArtifactResult, test: ShapeResult) -> l
     ]
 
 
-def _ratio_table(record: Record) -> str:
-    first = record.artifacts[0].name
+def _latency_table(artifacts: Sequence[NetworkResult]) -> str:
+    headers = ["artifact", "batch", "ms a run", "median", "p95", "least", "inputs/s"]
+    rows = [_latency_row(one, bursts) for one in artifacts for bursts in one.tests]
+    return fitting_table(headers, rows, align="lrrrrrr")
+
+
+def _latency_row(item: NetworkResult, bursts: BurstResult) -> list[str]:
+    found = bursts.summary()
+    medians, runs = found["repetition_median_ms"], found["ms"]
+    spread = "" if medians["stdev"] is None else f" ± {medians['stdev']:.3f}"
+    mark = " !" if bursts.disturbed else ""
+    return [
+        item.name,
+        str(item.batch),
+        f"{medians['mean']:.3f}{spread}{mark}",
+        *(f"{runs[key]:.3f}" for key in ("median", "p95", "min")),
+        f"{found['inputs_per_second']:,.0f}",
+    ]
+
+
+def _ratio_table(record: Record[Any], *, one_test: bool) -> str:
+    """Return the ratios; where all artifacts have the same one test it is not named."""
+    tests = [] if one_test else ["test"]
     rows = [
         [
             ratio["artifact"],
-            ratio["test"],
+            *(ratio[test] for test in tests),
             f"{ratio['median']:.2f}x",
             f"{ratio['min']:.2f}-{ratio['max']:.2f}",
         ]
         for ratio in record.ratios()
     ]
-    return fitting_table(
-        ["artifact", "test", f"speed against {first}", "min-max of pairs"], rows, align="llrr"
-    )
+    against = f"speed against {record.artifacts[0].name}"
+    headers = ["artifact", *tests, against, "min-max of pairs"]
+    return fitting_table(headers, rows, align="l" * (1 + len(tests)) + "rr")
 
 
-def disturbances(record: Record) -> list[str]:
+def disturbances(record: Record[Any]) -> list[str]:
     """Say what disturbed the run: load beside it, which `!` marks, and gates that did not pass."""
-    samples = [
-        sample
-        for artifact in record.artifacts
-        for test in artifact.tests
-        for sample in test.samples
-    ]
-    return [*load_note(samples), *gate_notes(samples)]
+    return [*_load_notes(record.samples), *_gate_notes(record.samples)]
 
 
-def load_note(samples: Sequence[Surrounded]) -> list[str]:
+def _load_notes(samples: Sequence[Sample]) -> list[str]:
     """Say how much of the CPUs another load took, and a quota of the threads' time, if visible."""
     all_of_them = counted(len(samples), "repetition")
     seen = [sample.interference for sample in samples if sample.interference.visible]
@@ -182,7 +191,7 @@ def load_note(samples: Sequence[Surrounded]) -> list[str]:
     return notes
 
 
-def gate_notes(samples: Sequence[Surrounded]) -> list[str]:
+def _gate_notes(samples: Sequence[Sample]) -> list[str]:
     """Say which readiness checks did not pass, and how often."""
     failed: dict[tuple[str, str], list[float]] = {}
     for sample in samples:
@@ -196,12 +205,12 @@ def gate_notes(samples: Sequence[Surrounded]) -> list[str]:
     ]
 
 
-def _thread_notes(record: Record) -> list[str]:
+def _thread_notes(artifacts: Sequence[DecoderResult]) -> list[str]:
     """Say where an engine decodes with fewer threads than it takes a prompt with."""
     return [
         f"{artifact.name}: {counted(artifact.threads.decode, 'thread')} for decoding"
         + ("" if (traffic := artifact.traffic) is None else _token_note(traffic))
-        for artifact in record.artifacts
+        for artifact in artifacts
         if artifact.threads is not None and artifact.threads.decode < artifact.threads.prompt
     ]
 
@@ -210,15 +219,15 @@ def _token_note(traffic: Traffic) -> str:
     return f": a token's weights are {megabytes(traffic.weight_bytes)} MB"
 
 
-def _cache_notes(record: Record) -> list[str]:
+def _cache_notes(artifacts: Sequence[DecoderResult], machine: Mapping[str, Any]) -> list[str]:
     """Memory bandwidth bounds only what memory must deliver."""
-    caches = record.machine["caches"]
+    caches = machine["caches"]
     last = max((cache["level"] for cache in caches), default=0)
     size = sum(cache["bytes"] * cache["instances"] for cache in caches if cache["level"] == last)
     return [
         f"{artifact.name}: the weights of a token ({megabytes(artifact.traffic.weight_bytes)} MB)"
         + f" fit the last-level cache ({megabytes(size)} MB): bandwidth is no limit to it"
-        for artifact in record.artifacts
+        for artifact in artifacts
         if artifact.traffic is not None and artifact.traffic.weight_bytes <= size
     ]
 

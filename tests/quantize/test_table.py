@@ -6,8 +6,8 @@ import pytest
 
 from edgekit.common.tables import markdown_table, plain_table
 from edgekit.devices.probe.bandwidth import ReadBandwidth
+from edgekit.runtime.bench.decoder import DecoderResult, ShapeResult
 from edgekit.runtime.bench.record import (
-    ArtifactResult,
     Bandwidth,
     Gate,
     Interference,
@@ -15,7 +15,6 @@ from edgekit.runtime.bench.record import (
     Record,
     Sample,
     Settings,
-    ShapeResult,
 )
 from edgekit.runtime.bench.tables import render
 from edgekit.runtime.decode_bytes import Shape, Traffic
@@ -67,12 +66,12 @@ def test_a_malformed_alignment_is_refused(align: str) -> None:
         markdown_table(["a", "b"], [], align=align)
 
 
-def artifact(name: str, other: float, temperature: bool | None) -> ArtifactResult:
+def artifact(name: str, other: float, temperature: bool | None) -> DecoderResult:
     load = Interference(own=0.9, other=other, waited=0.02)
     gates = (Gate("temperature", 85.0, "below 80 C", temperature),)
     prefill = Sample(0, 16_000_000, (), 20_000_000, load, gates, {})
     decode = Sample(1, 40_000_000, (10_000_000, 30_000_000), None, load, gates, {})
-    return ArtifactResult(
+    return DecoderResult(
         name=name,
         path=name,
         target="executorch",
@@ -91,14 +90,14 @@ def artifact(name: str, other: float, temperature: bool | None) -> ArtifactResul
     )
 
 
-def record_of(*artifacts: ArtifactResult, cache_bytes: int = 1_000_000) -> Record:
+def record_of(*artifacts: DecoderResult, cache_bytes: int = 1_000_000) -> Record[DecoderResult]:
     once = ReadBandwidth(10.0, "memchr", 1, 100, {"memchr": (10,)})
     cache = {"level": 3, "kind": "unified", "bytes": cache_bytes, "instances": 1}
     return Record(
         edgekit_version="0.1.0",
         timestamp_utc="2026-01-02T03:04:05+00:00",
         machine={"cpu": "a CPU", "isa": ("avx2", "fma"), "cpu_quota": None, "caches": (cache,)},
-        settings=Settings((32,), (2,), (0,), 1, 1, 0.0, 0),
+        settings=Settings({"prompts": [32]}, 1, 1, 0.0, 0),
         conditions_before={},
         conditions_after={},
         bandwidth=Bandwidth(once, once),

@@ -15,8 +15,8 @@ from support.onnx_decoders import CONTEXT, Form, save
 from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.verify.reference_text import TEXT
+from edgekit.runtime.bench.decoder import DecoderResult, bench
 from edgekit.runtime.bench.record import Record
-from edgekit.runtime.bench.run import bench
 from edgekit.runtime.bench.tables import render
 from edgekit.runtime.engines.gguf.facts import count_types, file_traffic, open_checked
 from edgekit.runtime.engines.gguf.tokenizer import GgufTokenizer
@@ -187,12 +187,12 @@ def test_a_program_states_its_ends(program: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def record(stock: Path, program: Path, genai_folder: Path) -> Record:
+def record(stock: Path, program: Path, genai_folder: Path) -> Record[DecoderResult]:
     files = [stock, program, genai_folder]
     return bench(files, prompts=(8,), generates=(4,), repetitions=2, threads=1)
 
 
-def test_engines_take_turns(record: Record) -> None:
+def test_engines_take_turns(record: Record[DecoderResult]) -> None:
     names = [name for name, _ in record.sequence()]
     assert names == ["stock.Q8_0.gguf", "bare.pte", "genai"] * 4
     assert [artifact.engine for artifact in record.artifacts] == ["gguf", "executorch", "onnx"]
@@ -200,7 +200,9 @@ def test_engines_take_turns(record: Record) -> None:
     assert len(record.ratios()) == 4
 
 
-def test_a_file_says_of_its_weights_what_it_knows(record: Record, stock: Path) -> None:
+def test_a_file_says_of_its_weights_what_it_knows(
+    record: Record[DecoderResult], stock: Path
+) -> None:
     gguf, pte, genai = record.artifacts
     assert gguf.model == {"id": "a stock file"}
     assert gguf.schemes == count_types(open_checked(stock))

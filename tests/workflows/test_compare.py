@@ -23,7 +23,8 @@ from edgekit.common.plots import Axis, Point, bars, lines, scatter
 from edgekit.exporters.readback import TensorComparison, stored_size
 from edgekit.exporters.verify.reference_text import TEXT
 from edgekit.models.config import ModelConfig
-from edgekit.runtime.bench.record import ArtifactResult, Interference
+from edgekit.runtime.bench.decoder import DecoderResult
+from edgekit.runtime.bench.record import Interference
 from edgekit.workflows.api import export_model
 from edgekit.workflows.compare import Compared, Comparison, compare
 from edgekit.workflows.compare_page import page
@@ -79,7 +80,7 @@ def beside_load(comparison: Comparison, share: float) -> Comparison:
     """The same, had another load taken that share of the CPUs, and all gates passed."""
     load = Interference(own=1.0, other=share, waited=0.0)
 
-    def results(one: Compared) -> ArtifactResult:
+    def results(one: Compared) -> DecoderResult:
         tests = tuple(
             replace(
                 test,

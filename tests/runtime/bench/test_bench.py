@@ -19,8 +19,8 @@ from edgekit.cli import main
 from edgekit.devices.cpus import default_threads
 from edgekit.errors import EdgekitError
 from edgekit.metrics.logits import Logits
+from edgekit.runtime.bench.decoder import DecoderResult, bench, plan
 from edgekit.runtime.bench.record import Record
-from edgekit.runtime.bench.run import bench, plan
 from edgekit.runtime.bench.tables import render
 from edgekit.runtime.bench.worker import measure, random_tokens
 from edgekit.runtime.decode_bytes import Shape
@@ -127,7 +127,7 @@ def test_an_engine_that_loses_tokens_fails_the_run() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tiny_artifact: Path) -> tuple[Record, list[tuple[int, int]]]:
+def run(tiny_artifact: Path) -> tuple[Record[DecoderResult], list[tuple[int, int]]]:
     """Measure one artifact against itself: two processes, four tests, two repetitions."""
     before = children()
     progress: list[tuple[int, int]] = []
@@ -145,25 +145,25 @@ def run(tiny_artifact: Path) -> tuple[Record, list[tuple[int, int]]]:
 
 
 @pytest.fixture(scope="module")
-def record(run: tuple[Record, list[tuple[int, int]]]) -> Record:
+def record(run: tuple[Record[DecoderResult], list[tuple[int, int]]]) -> Record[DecoderResult]:
     return run[0]
 
 
 def test_progress_counts_every_repetition_and_warm_up(
-    run: tuple[Record, list[tuple[int, int]]],
+    run: tuple[Record[DecoderResult], list[tuple[int, int]]],
 ) -> None:
     steps = 4 * 2 * (2 + 1)
     assert run[1][1:] == [(done, steps) for done in range(steps + 1)]
 
 
-def test_the_record_prints_as_tables(record: Record) -> None:
+def test_the_record_prints_as_tables(record: Record[DecoderResult]) -> None:
     printed = render(record).splitlines()
     for artifact in record.artifacts:
         for test in ("pp8", "tg4", "pp8 @ d5", "tg4 @ d5"):
             assert any(line.startswith(f"| {artifact.name} | {test} ") for line in printed)
 
 
-def test_repetitions_of_the_artifacts_alternate(record: Record) -> None:
+def test_repetitions_of_the_artifacts_alternate(record: Record[DecoderResult]) -> None:
     first, second = (artifact.name for artifact in record.artifacts)
     assert first != second
     assert record.sequence() == [
@@ -174,16 +174,16 @@ def test_repetitions_of_the_artifacts_alternate(record: Record) -> None:
     ]
 
 
-def test_every_decoded_token_is_timed(record: Record) -> None:
+def test_every_decoded_token_is_timed(record: Record[DecoderResult]) -> None:
     for artifact in record.artifacts:
         for test in artifact.tests:
             assert len(test.samples) == 2
             wanted = 4 if test.shape.kind == "tg" else 0
-            assert [len(sample.token_ns) for sample in test.samples] == [wanted, wanted]
+            assert [len(sample.each_ns) for sample in test.samples] == [wanted, wanted]
 
 
 def test_each_artifact_has_its_own_engine_load_and_memory(
-    record: Record, tiny_artifact: Path
+    record: Record[DecoderResult], tiny_artifact: Path
 ) -> None:
     manifest = json.loads((tiny_artifact / "edgekit.json").read_text())
     for artifact in record.artifacts:
@@ -200,7 +200,7 @@ def test_each_artifact_has_its_own_engine_load_and_memory(
         assert 0 < artifact.traffic.weight_bytes < artifact.file_bytes
 
 
-def test_the_record_says_on_what_and_under_which_conditions(record: Record) -> None:
+def test_the_record_says_on_what_and_under_which_conditions(record: Record[DecoderResult]) -> None:
     written = json.loads(record.to_json())
     assert written["machine"]["cpu"]
     assert written["settings"]["threads"] == written["bandwidth"]["before"]["threads"] == 1
@@ -289,7 +289,7 @@ def test_a_test_beyond_the_context_is_one_error(tiny_artifact: Path, option: str
 def test_a_full_disk_behind_stdout_does_not_cost_the_record(
     tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(record: Record) -> str:
+    def full(record: Record[DecoderResult]) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("edgekit.runtime.bench.tables.render", full)

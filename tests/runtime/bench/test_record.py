@@ -12,16 +12,16 @@ from edgekit.errors import EdgekitError
 from edgekit.formats.artifact.parts import TensorRow
 from edgekit.models.config import ModelConfig
 from edgekit.runtime.bench.accounting import Clocks, interference
+from edgekit.runtime.bench.decoder import DecoderResult, ShapeResult
 from edgekit.runtime.bench.gates import check_gates
+from edgekit.runtime.bench.network import BurstResult, NetworkResult
 from edgekit.runtime.bench.record import (
-    ArtifactResult,
     Bandwidth,
     Interference,
     Memory,
     Record,
     Sample,
     Settings,
-    ShapeResult,
     paired_ratio,
     percentile,
     rate,
@@ -45,8 +45,8 @@ def decode_sample(order: int, *token_ns: int) -> Sample:
     return Sample(order, sum(token_ns), token_ns, None, QUIET, (), {})
 
 
-def artifact_result(name: str, *tests: ShapeResult) -> ArtifactResult:
-    return ArtifactResult(
+def artifact_result(name: str, *tests: ShapeResult) -> DecoderResult:
+    return DecoderResult(
         name=name,
         path=f"folder/{name}",
         target="executorch",
@@ -65,12 +65,12 @@ def artifact_result(name: str, *tests: ShapeResult) -> ArtifactResult:
     )
 
 
-def record_of(*artifacts: ArtifactResult) -> Record:
+def record_of(*artifacts: DecoderResult) -> Record[DecoderResult]:
     return Record(
         edgekit_version="0.1.0",
         timestamp_utc="2026-01-02T03:04:05+00:00",
         machine={"cpu": "a CPU", "isa": ("avx2",), "cpu_quota": None, "caches": ()},
-        settings=Settings((8,), (4,), (0,), 2, 2, 0.0, 0),
+        settings=Settings({"prompts": [8], "generates": [4], "depths": [0]}, 2, 2, 0.0, 0),
         conditions_before={},
         conditions_after={},
         bandwidth=BANDWIDTH,
@@ -78,7 +78,7 @@ def record_of(*artifacts: ArtifactResult) -> Record:
     )
 
 
-def two_artifacts() -> Record:
+def two_artifacts() -> Record[DecoderResult]:
     shape = Shape("pp", 8)
     first = ShapeResult(shape, (prefill_sample(0, 4_000_000), prefill_sample(2, 2_000_000)))
     second = ShapeResult(shape, (prefill_sample(1, 2_000_000), prefill_sample(3, 4_000_000)))
@@ -165,7 +165,7 @@ def test_a_wrong_number_of_timed_tokens_is_refused() -> None:
 
 
 def test_tokens_must_add_up_to_the_elapsed_time() -> None:
-    with pytest.raises(ValueError, match="sum to 3, not 4"):
+    with pytest.raises(ValueError, match="each_ns sum to 3, not 4"):
         Sample(0, 4, (1, 2), None, QUIET, (), {})
 
 
@@ -315,6 +315,64 @@ def test_record_has_the_fields_of_a_benchmark_record() -> None:
         "gates",
         "conditions_before",
     }
+
+
+def network_result(name: str, *samples: Sample) -> NetworkResult:
+    return NetworkResult(
+        name=name,
+        path=name,
+        target="onnx",
+        model="Net",
+        recipe="w8a8",
+        file_bytes=400,
+        batch=3,
+        engine="onnx",
+        engine_version="1",
+        affinity=(0,),
+        import_ns=7,
+        load_ns=9,
+        memory=Memory(peak=900, before_load=500),
+        tests=(BurstResult(3, samples),),
+    )
+
+
+def burst(order: int, *run_ns: int) -> Sample:
+    return Sample(order, sum(run_ns), run_ns, None, QUIET, (), {})
+
+
+def test_summary_of_bursts_is_over_all_runs() -> None:
+    bursts = BurstResult(3, (burst(0, 1_000_000, 3_000_000, 8_000_000), burst(1, 5_000_000)))
+    assert bursts.medians_ms == [3.0, 5.0]
+    assert bursts.rates == [1000.0, 600.0]  # 3 inputs in 3 and in 5 ms
+    summary = bursts.summary()
+    assert summary["ms"]["median"] == 4.0  # of 1, 3, 5, 8
+    assert summary["ms"]["min"] == 1.0
+    assert summary["inputs_per_second"] == 750.0
+    assert summary["repetition_median_ms"]["mean"] == 4.0
+
+
+def test_a_record_of_networks_has_the_same_form() -> None:
+    first, second = burst(0, 2_000_000), burst(1, 1_000_000)
+    record = Record(
+        edgekit_version="0.1.0",
+        timestamp_utc="2026-01-02T03:04:05+00:00",
+        machine={},
+        settings=Settings({"batch": 3}, 1, 2, 0.0, 0),
+        conditions_before={},
+        conditions_after={},
+        bandwidth=None,
+        artifacts=(network_result("a", first), network_result("b", second)),
+    )
+    written: dict[str, Any] = json.loads(record.to_json())
+    assert set(written) == set(json.loads(two_artifacts().to_json()))
+    assert (written["kind"], written["bandwidth"]) == ("edgekit-module-bench", None)
+    assert written["settings"]["batch"] == 3
+    assert written["sequence"] == [["a", "run"], ["b", "run"]]
+    assert written["ratios"][0]["median"] == 2.0
+    artifact = written["artifacts"][1]
+    assert (artifact["model"], artifact["recipe"], artifact["batch"]) == ({"id": "Net"}, "w8a8", 3)
+    assert artifact["samples"][0]["run_ns"] == [1_000_000]
+    assert artifact["summary"]["inputs_per_second"] == 3000.0
 
 
 def test_save_writes_the_record_and_leaves_no_scratch_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from edgekit.devices.hosts.host import End, Interpreter
 from edgekit.devices.hosts.local import LocalHost
 from edgekit.errors import EdgekitError, EngineCrash
 from edgekit.runtime.bench.accounting import MemoryUse
-from edgekit.runtime.bench.run import bench
+from edgekit.runtime.bench.decoder import bench
 from edgekit.runtime.bench.worker import PROTOCOL
 from edgekit.runtime.bench.worker_process import WorkerProcess, worker_processes
 from edgekit.runtime.decode_bytes import Shape
@@ -222,7 +222,7 @@ def test_a_runner_need_not_be_python(tmp_path: Path, model: Path) -> None:
     assert (artifact.memory.peak, artifact.memory.before_load) == (6_000_000, None)
     assert artifact.threads is not None and artifact.threads.decode == 2
     assert [test.rates for test in artifact.tests] == [[2000.0] * 2, [2e9 / 30] * 2]
-    assert record.bandwidth.limit == 8.0
+    assert record.bandwidth is not None and record.bandwidth.limit == 8.0
     assert artifact.tests[1].samples[0].interference.own == 0.5
 
 
