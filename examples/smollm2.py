@@ -118,7 +118,12 @@ def config(keys: dict[str, Any]) -> dict[str, Any]:
 def tokenizer(keys: dict[str, Any]) -> dict[str, Any]:
     """Return a tokenizer.json: byte-level BPE that keeps digits apart, as `smollm` says."""
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
-    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    by_bytes = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     digits = {"type": "Digits", "individual_digits": True}
     added = [
         {"id": number, "content": text, "special": types[number] == CONTROL}

@@ -9,12 +9,10 @@ from edgekit.devices.hosts.host import Host
 from edgekit.errors import EdgekitError
 from edgekit.formats.artifact.manifest import DecoderManifest
 from edgekit.formats.artifact.read import MANIFEST, TARGET_OF
-from edgekit.formats.onnx.file import OnnxFile
-from edgekit.formats.onnx.genai_config import CONFIG as GENAI_CONFIG
-from edgekit.formats.onnx.genai_config import GenaiConfig, is_genai_folder
 from edgekit.models.named_artifact import open_artifact
 from edgekit.models.tokenizer import TOKENIZER_FILE, TextTokenizer, Tokenizer
 from edgekit.runtime.engines.engine import DEFAULT_CONTEXT, Engine, import_engine, load_engine
+from edgekit.runtime.engines.files import engine_of_folder, files_of
 from edgekit.runtime.engines.registry import ENGINES
 from edgekit.runtime.engines.stated import stated_by
 
@@ -44,23 +42,25 @@ class ModelFile:
 
     @property
     def file_bytes(self) -> int:
-        """Size of the model file and of the files in which an ONNX model keeps its weights."""
+        """Size of the model file and of the files in which it keeps weights."""
         return sum(file.stat().st_size for file in (self.path, *self._weights()))
 
     def put(self, host: Host) -> str:
         """Bring the file to a host, and what its engine reads beside it; returns its path there."""
         folder = self.place if self.place.is_dir() else self.path.parent
         files = [self.path, *self._weights()]
+        others = files_of(self.engine)
         if self.manifest is not None:
             files = [folder / name for name in (MANIFEST, *self.manifest.files)]
-        elif is_genai_folder(folder):
-            files.append(folder / GENAI_CONFIG)
+        elif others is not None and (folder / others.DESCRIPTION).is_file():
+            files.append(folder / others.DESCRIPTION)
         place = host.put(folder, [file.relative_to(folder).as_posix() for file in files])
         return f"{place}/{self.path.relative_to(folder).as_posix()}"
 
     def _weights(self) -> list[Path]:
-        """The files in which an ONNX model keeps its weights."""
-        return OnnxFile.open(self.path).external_files() if self.engine == "onnx" else []
+        """The files in which the model keeps weights beside its own."""
+        files = files_of(self.engine)
+        return [] if files is None else files.weight_files(self.path)
 
     def room(self, needed: int = 0) -> int | None:
         """Return the positions to ask the engine for so that `needed` ones fit, at most `longest`.
@@ -68,8 +68,7 @@ class ModelFile:
         None leaves it to the engine, which may know of a bound that is not stated.
         """
         if self.context is None or self.longest is None:
-            # An ONNX graph checks by itself what it is asked for; a .pte cannot be asked.
-            return needed if self.engine == "onnx" and needed > DEFAULT_CONTEXT else None
+            return needed if needed > DEFAULT_CONTEXT else None
         if self.manifest is None and needed <= self.context:
             return None
         return min(max(needed, self.context), self.longest)
@@ -90,8 +89,9 @@ class ModelFile:
             opened = ENGINES.load(self.engine, "tokenizer").open_tokenizer(self.path)
             return cast(TextTokenizer, opened)
         beside = self.place if self.place.is_dir() else self.path.parent
-        # Transformers.js keeps models one folder below their tokenizer
-        for folder in (beside, *([beside.parent] if beside.name == "onnx" else [])):
+        files = files_of(self.engine)
+        below = files is not None and beside.name == files.BELOW
+        for folder in (beside, *([beside.parent] if below else [])):
             if (folder / TOKENIZER_FILE).is_file():
                 return Tokenizer.load(folder)
         raise EdgekitError(
@@ -109,8 +109,9 @@ def find_model_file(place: Path) -> ModelFile:
 
     An artifact folder, a folder of onnxruntime-genai's, or one file by the end of its name.
     """
-    if is_genai_folder(place) and not (place / MANIFEST).exists():
-        return _genai_folder(place)
+    engine = engine_of_folder(place)
+    if engine is not None and not (place / MANIFEST).exists():
+        return _folder_of_others(engine, place)
     if place.is_file():
         return _bare_file(place)
     artifact = open_artifact(place)
@@ -127,7 +128,9 @@ def find_model_file(place: Path) -> ModelFile:
 
 def is_model_file(place: Path) -> bool:
     """Whether `find_model_file` is to be asked for a path, rather than a model's name or folder."""
-    return place.is_file() or (place / MANIFEST).is_file() or is_genai_folder(place)
+    if place.is_file() or (place / MANIFEST).is_file():
+        return True
+    return engine_of_folder(place) is not None
 
 
 def _tokenizer_file(given: Path) -> Path:
@@ -139,11 +142,13 @@ def _tokenizer_file(given: Path) -> Path:
     return file
 
 
-def _genai_folder(place: Path) -> ModelFile:
-    config = GenaiConfig.open(place)
-    longest = config.context or DEFAULT_CONTEXT
+def _folder_of_others(engine: str, place: Path) -> ModelFile:
+    files = files_of(engine)
+    assert files is not None
+    found = files.open_folder(place)
+    longest = found.context or DEFAULT_CONTEXT
     context = min(longest, DEFAULT_CONTEXT)
-    return ModelFile(place, config.model_path, "onnx", context, longest, config.eos_ids)
+    return ModelFile(place, found.path, engine, context, longest, found.eos_ids)
 
 
 def _bare_file(place: Path) -> ModelFile:

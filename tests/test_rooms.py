@@ -166,8 +166,6 @@ NAMES_TARGETS = {
     "edgekit.workflows.export": "formats of llama.cpp's own",
     "edgekit.workflows.importance": "llama.cpp's importance matrix",
     "edgekit.workflows.verify": "formats of llama.cpp's own",
-    # To go: the files of a model should be a capability, too.
-    "edgekit.runtime.model_files": "an ONNX model's other files, its context, genai's folders",
 }
 TARGET = re.compile(
     r"(executorch|gguf|onnx)"

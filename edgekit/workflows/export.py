@@ -26,6 +26,7 @@ from edgekit.models.config import ModelConfig
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.quantize.recipe import Recipe, Resolved, Rule, method_of, resolve
 from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.tensor import Weight
 from edgekit.runtime.engines.engine import EngineMissing, import_engine
 from edgekit.version import __version__
 from edgekit.workflows.calibrate import workspace_of
@@ -228,12 +229,8 @@ def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> Ma
         _check_origin(plan.codes, source)
     with new_artifact(output, force) as folder:
         progress("quantizing" if plan.codes is None else "reading the codes")
-        weights = Weights(
-            plan.rows,
-            plan.tied,
-            checkpoint if plan.codes is None else plan.codes,
-            writer.HELD_AS_SUCH,
-        )
+        origin = checkpoint if plan.codes is None else plan.codes
+        weights = Weights(plan.rows, plan.tied, origin, writer.HELD_AS_SUCH)
         if missing is None and plan.options.llama_format is None:
             progress("computing the reference")
             expected = expected_logits(source, weights, tokens, writer)
@@ -258,7 +255,13 @@ def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> Ma
             expected = expected_logits(source, StoredWeights(path, source.config), tokens, writer)
         if missing is None:
             progress(f"verifying in {writer.ENGINE}")
-            figures = verify_file(writer, path, plan.context, expected, source)
+
+            def again() -> Mapping[str, Weight]:
+                if plan.options.llama_format is not None:
+                    return StoredWeights(path, source.config)
+                return Weights(plan.rows, plan.tied, origin, writer.HELD_AS_SUCH)
+
+            figures = verify_file(writer, path, plan.context, expected, source, again)
         else:
             figures = {"verified": False, "reason": missing}
         progress("finishing")

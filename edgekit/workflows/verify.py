@@ -1,7 +1,7 @@
 """`verify`: run a model's file in its engine and compare it with the model."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,11 +13,19 @@ from edgekit.exporters.contract.weights import Weights
 from edgekit.exporters.gguf.readback import StoredWeights
 from edgekit.exporters.inspect.report import open_unchanged
 from edgekit.exporters.read_codes import read_codes
-from edgekit.exporters.verify.decoder import Reference, check_format_cost, reference, verify
+from edgekit.exporters.verify.decoder import (
+    Reference,
+    check_format_cost,
+    eager_logits,
+    reference,
+    verify,
+)
 from edgekit.exporters.verify.reference_text import TEXT
 from edgekit.formats.artifact.manifest import DecoderManifest, Manifest
 from edgekit.formats.artifact.read import Artifact
 from edgekit.formats.artifact.write import record_verification
+from edgekit.metrics.logits import Logits
+from edgekit.models.activations import otherwise
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -55,9 +63,11 @@ def verify_artifact(
     source = model_of(artifact, model, "say with --model where the weights are", adapter)
     tokens = verification_tokens(source, artifact.context)
     progress("computing the reference")
-    expected = expected_logits(source, _weights(artifact, source), tokens, target)
+    weights = _weights(artifact, source)
+    expected = expected_logits(source, weights, tokens, target)
     progress(f"verifying in {target.ENGINE}")
-    found = verify_file(target, artifact.model_path, artifact.context, expected, source)
+    path, context = artifact.model_path, artifact.context
+    found = verify_file(target, path, context, expected, source, lambda: weights)
     return record_verification(artifact, found)
 
 
@@ -80,19 +90,32 @@ def expected_logits(
 
 
 def verify_file(
-    target: Target, path: Path, context: int, expected: Reference, source: ModelSource
+    target: Target,
+    path: Path,
+    context: int,
+    expected: Reference,
+    source: ModelSource,
+    weights: Callable[[], Mapping[str, Weight]],
 ) -> dict[str, Any]:
     """Open the file in its engine and compare; return the figures for the manifest.
 
+    `weights` are those of `expected` again, for a model that amplifies roundings.
     VerificationError where the logits differ, or the ids of the tokenizer that the file holds.
     """
+
+    def decided_otherwise() -> Logits:
+        rounding = otherwise(target.fake_quantize)
+        model = build_eager(source.config, weights().__getitem__, len(expected.tokens), rounding)
+        return eager_logits(model, expected.tokens)
+
     figures: dict[str, Any] = {}
     if source.folder is not None and (source.folder / TOKENIZER_FILE).is_file():
         compared = target.check_tokenizer(path, source.folder)
         if compared:
             figures["tokenizer"] = compared
     with load_engine(target.NAME, path, context=context) as engine:
-        return verify(engine, expected, target.LONGEST_CHECK).to_dict() | figures
+        found = verify(engine, expected, target.LONGEST_CHECK, decided_otherwise)
+    return found.to_dict() | figures
 
 
 def verification_tokens(source: ModelSource, context: int) -> list[int]:

@@ -3,8 +3,8 @@
 `decoder.py` runs language models (`open_engine`, `engine.py`), `network.py` networks of other kinds
 (`open_module`, `network_engine.py`), `memory.py` says what it does with memory (`habits.py`),
 `installed.py` what is installed of it (`library.py`), `facts.py` what a file says of itself
-(`stated.py`); `tokenizer.py` opens the tokenizer in a file (`open_tokenizer`). A new engine is a
-folder and a line here.
+(`stated.py`), `files.py` what lies beside it (`runtime/engines/files.py`); `tokenizer.py` opens the
+tokenizer in a file (`open_tokenizer`). A new engine is a folder and a line here.
 """
 
 from edgekit.common.registry import Registry
@@ -24,5 +24,6 @@ ENGINES = Registry(
         "installed": "say what is installed of it",
         "facts": "read what a file says of itself",
         "tokenizer": "read a tokenizer in a file",
+        "files": "keep a model in several files",
     },
 )

@@ -7,21 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from edgekit.errors import VerificationError
 from edgekit.exporters.verify.decoder import (
     MAX_KLD,
     Reference,
     check_format_cost,
+    figures_text,
     reference,
     verify,
 )
 from edgekit.metrics.logits import Logits, kld, top1
+from edgekit.models.activations import otherwise, per_token
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.recipe import preset, resolve
+from edgekit.quantize.scheme import Scheme
 from edgekit.runtime.engines.executorch.decoder import ExecutorchEngine
 
 TEXT = (
@@ -186,6 +190,76 @@ def test_another_models_logits_are_found(engine: ExecutorchEngine, expected: Ref
     other = replace(expected, quantized_logits=np.roll(expected.quantized_logits, 1, axis=0))
     with pytest.raises(VerificationError, match="the file against the quantized model"):
         verify(engine, other, 4096)
+
+
+class Amplifies(Defective):
+    """An engine whose roundings fell otherwise, in a model that amplifies them."""
+
+    def prefill(self, tokens: Sequence[int], chunk: int | None = None) -> Logits:
+        return strayed(super().prefill(tokens, chunk), seed=self.engine.position)
+
+
+def strayed(logits: Logits, seed: int) -> Logits:
+    noise = np.random.default_rng(seed).normal(scale=0.2, size=logits.shape)
+    return logits + noise.astype(np.float32)
+
+
+def test_an_honest_engine_of_a_model_that_amplifies_roundings_passes(
+    engine: ExecutorchEngine, expected: Reference
+) -> None:
+    """SmolLM2-135M's roundings have nothing in common from one engine to the next."""
+    with pytest.raises(VerificationError, match="the file against the quantized model"):
+        verify(Amplifies(engine), expected, 4096)
+    engine.reset()
+    found = verify(
+        Amplifies(engine), expected, 4096, lambda: strayed(expected.quantized_logits, 12345)
+    )
+    strays = found.kld_ties_decided_otherwise
+    assert strays is not None
+    assert strays / 2 < found.kld_engine_vs_quantized < 2 * strays
+    assert found.to_dict()["max_kld"] == 2 * strays
+    assert "quantized model, ties decided otherwise" in figures_text(found.to_dict())
+
+
+def test_a_defect_is_found_in_such_a_model_too(
+    engine: ExecutorchEngine, expected: Reference
+) -> None:
+    class Dropped(Amplifies, DroppedScale):
+        pass
+
+    with pytest.raises(VerificationError, match="the file against the quantized model"):
+        verify(Dropped(engine), expected, 4096, lambda: strayed(expected.quantized_logits, 12345))
+
+
+def test_deciding_ties_otherwise_moves_a_model_little_and_the_same_way_each_time() -> None:
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    weight = Scheme.parse("w8").quantize(torch.randn(4, 512))
+    usual, one, same, other = (
+        rounding(x, weight)
+        for rounding in (
+            per_token,
+            otherwise(per_token),
+            otherwise(per_token),
+            otherwise(per_token, 1),
+        )
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    step = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / 255
+    distance = ((one - usual).abs() / step).round()
+    assert distance.max() == 1
+    assert 0 < distance.mean() < 1e-3
+
+
+def test_what_falls_otherwise_is_measured_only_where_it_matters(
+    engine: ExecutorchEngine, expected: Reference
+) -> None:
+    def never() -> Logits:
+        raise AssertionError
+
+    found = verify(engine, expected, 4096, never)
+    assert found.kld_ties_decided_otherwise is None
+    assert "kld_ties_decided_otherwise" not in found.to_dict()
 
 
 def test_divergence_by_hand() -> None:
