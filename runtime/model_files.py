@@ -1,8 +1,9 @@
 """What a path stands for: an artifact, a model file that others made, or a folder of theirs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from edgekit.common.files import stand_in
 from edgekit.devices.hosts.host import Host
@@ -10,11 +11,13 @@ from edgekit.errors import EdgekitError
 from edgekit.formats.artifact.manifest import DecoderManifest
 from edgekit.formats.artifact.read import MANIFEST, TARGET_OF
 from edgekit.models.named_artifact import open_artifact
+from edgekit.models.stated_sampling import OFF, stated_sampling
 from edgekit.models.tokenizer import TOKENIZER_FILE, TextTokenizer, Tokenizer
 from edgekit.runtime.engines.engine import DEFAULT_CONTEXT, Engine, import_engine, load_engine
 from edgekit.runtime.engines.files import engine_of_folder, files_of
 from edgekit.runtime.engines.registry import ENGINES
 from edgekit.runtime.engines.stated import stated_by
+from edgekit.runtime.generation.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,26 @@ class ModelFile:
             f"{self.place}: has no {TOKENIZER_FILE} beside it; name its tokenizer.json, or the "
             "folder that holds it: --tokenizer PATH"
         )
+
+    def sampling(self, **given: float | None) -> SamplingParams:
+        """Return how tokens are to be drawn: as given, else as the model's makers say.
+
+        They say so in the file or in a generation_config.json beside it; where they do not, the
+        defaults of `SamplingParams` count. EdgekitError for settings out of range.
+        """
+        asked: dict[str, Any] = {name: it for name, it in given.items() if it is not None}
+        stated: dict[str, Any] = dict(self._stated_sampling())
+        try:
+            SamplingParams(**stated)
+        except EdgekitError as error:
+            raise EdgekitError(f"{self.place}: of what it says of sampling, {error}") from error
+        return SamplingParams(**stated | asked)
+
+    def _stated_sampling(self) -> Mapping[str, float]:
+        inside = None if self.manifest is not None else stated_by(self.path, self.engine)
+        folder = self.place if self.place.is_dir() else self.path.parent
+        found = (inside and inside.sampling) or stated_sampling(folder)
+        return {**OFF, **found} if found else {}
 
     def end_ids(self, engine: Engine, tokenizer: TextTokenizer) -> tuple[int, ...]:
         """Return the tokens that end a text: as stated beside the file, in it, by the tokenizer."""

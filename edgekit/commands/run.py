@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from edgekit.runtime.engines.engine import Engine
     from edgekit.runtime.generation.chat import Chat
     from edgekit.runtime.generation.generate import Generation
-    from edgekit.runtime.generation.sampling import SamplingParams
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
 
 
 @click.command("run", short_help="Generate text from an artifact.")
@@ -27,19 +28,11 @@ if TYPE_CHECKING:
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is: no chat template.")
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("-n", "--max-tokens", type=int, help="Most tokens to generate.")
-@click.option(
-    "--temperature", "--temp", type=float, default=0.3, show_default=True, help="0 is greedy."
-)
-@click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="1 is off.")
-@click.option("--min-p", type=float, default=0.15, show_default=True, help="0 is off.")
-@click.option(
-    "--repeat-penalty",
-    type=float,
-    default=1.05,
-    show_default=True,
-    help="On the last 64 tokens; 1 is off.",
-)
+@click.option("--temperature", "--temp", type=float, help="0 is greedy.  [else 0.3]")
+@click.option("--top-k", type=int, help="0 is off.  [else 0]")
+@click.option("--top-p", type=float, help="1 is off.  [else 1]")
+@click.option("--min-p", type=float, help="0 is off.  [else 0.15]")
+@click.option("--repeat-penalty", type=float, help="On the last 64 tokens; 1 is off.  [else 1.05]")
 @click.option("--seed", type=int, help="Makes the text reproducible.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @tokenizer_option
@@ -59,6 +52,9 @@ def command(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -
     terminal or PROMPT is `-`; in a terminal without a PROMPT a chat begins. The text ends where
     the model ends it, at --max-tokens, at a --stop or with the context; a chat then goes on
     without its oldest turns.
+
+    Tokens are drawn as the model's makers say, in generation_config.json or in a GGUF; of one where
+    they say nothing, as above (`else`), which is what Liquid AI recommends for LFM2.
     """
     with _interruptible(as_json):
         _run(artifact, prompt, as_json, options)
@@ -109,8 +105,8 @@ def _run(path: Path, prompt: str | None, as_json: bool, options: dict[str, Any])
 
     if _is_chat(prompt):
         _refuse_in_chat(raw=options["raw"], json=as_json)
-    params = _params(options)
     file = find_model_file(path)
+    params = file.sampling(**{name: options[name] for name in SAMPLING})
     limits = {"max_tokens": options["max_tokens"], "stop_strings": options["stop"]}
     with contextlib.ExitStack() as stack:
 
@@ -133,13 +129,6 @@ def _run(path: Path, prompt: str | None, as_json: bool, options: dict[str, Any])
             _print_json(path, engine(), answer)
         else:
             _stream(answer)
-
-
-def _params(options: dict[str, Any]) -> "SamplingParams":
-    from edgekit.runtime.generation.sampling import SamplingParams
-
-    names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
-    return SamplingParams(**{name: options[name] for name in names})
 
 
 def _prompt_ids(

@@ -34,10 +34,12 @@ from edgekit.exporters.gguf.llama.quantize import StoredTensor, planned_tensors,
 from edgekit.exporters.gguf.names import ROPE_DIVISORS, gguf_names, row_orders
 from edgekit.exporters.gguf.tokenizer import STAND_IN, stand_in_metadata, tokenizer_metadata
 from edgekit.formats.gguf.file import GgufFile
+from edgekit.formats.gguf.sampling import sampling_metadata
 from edgekit.formats.gguf.writer import PlannedTensor, Value, write_gguf, write_hollow_gguf
 from edgekit.models.activations import per_block
 from edgekit.models.architecture import Attention, GatedMlp, ShortConv
 from edgekit.models.config import ModelConfig
+from edgekit.models.stated_sampling import stated_sampling
 from edgekit.models.tokenizer import TOKENIZER_FILE
 from edgekit.quantize import super_blocks
 from edgekit.quantize.recipe import Resolved, shared_rows
@@ -275,6 +277,7 @@ def _metadata(job: Job, tensors: Sequence[PlannedTensor]) -> dict[str, Value]:
         general["general.description"] = STAND_IN
     return {
         **general,
+        **sampling_metadata({} if job.folder is None else stated_sampling(job.folder)),
         "general.file_type": _FILE_TYPES[_main_type(tensors)],
         "general.quantization_version": _QUANTIZATION_VERSION,
         **_model_metadata(job.config, tensors),

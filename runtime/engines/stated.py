@@ -14,13 +14,14 @@ class Stated:
     """The name of the model, the bytes of each type of tensors, and the positions it was made for.
 
     `schemes` counts tensors and bytes; `traffic` is None for a model whose bytes per token depend
-    on more than depth.
+    on more than depth; `sampling` are the settings of `SamplingParams` that the file states.
     """
 
     model: str | None
     schemes: Mapping[str, Mapping[str, int]]
     traffic: Traffic | None
     context: int
+    sampling: Mapping[str, float]
 
 
 def stated_by(path: Path, engine: str) -> Stated | None:

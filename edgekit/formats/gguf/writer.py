@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from edgekit.formats.gguf.file import DEFAULT_ALIGNMENT, MARK, TYPES
 
-Value = bool | int | float | str | Sequence[str] | NDArray[np.int32]
-"""A metadata value: stored as bool, uint32, float32, string, or an array of strings or int32."""
+Value = bool | int | np.int32 | float | str | Sequence[str] | NDArray[np.int32]
+"""A metadata value: a bool, uint32, int32, float32, string, or an array of strings or int32."""
 
 _VERSION = 3
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
@@ -96,6 +96,8 @@ def _value(value: Value) -> bytes:
         return struct.pack("<I?", _BOOL, value)
     if isinstance(value, int):
         return struct.pack("<II", _UINT32, value)
+    if isinstance(value, np.int32):
+        return struct.pack("<Ii", _INT32, value)
     if isinstance(value, float):
         return struct.pack("<If", _FLOAT32, value)
     if isinstance(value, str):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from edgekit.errors import EdgekitError
 from edgekit.formats.gguf.file import STRING, GgufArray, GgufFile
+from edgekit.formats.gguf.sampling import stated_sampling
 from edgekit.runtime.decode_bytes import Traffic
 from edgekit.runtime.engines.gguf.checks import check_model
 from edgekit.runtime.engines.stated import Stated
@@ -15,7 +16,13 @@ _CACHE_BYTES = 2  # float16, as the engine has it
 def stated(path: Path) -> Stated:
     """Return what a file says; EdgekitError for one that llama.cpp must not be given."""
     file = open_checked(path)
-    return Stated(model_name(file), count_types(file), file_traffic(file), stated_context(file))
+    return Stated(
+        model_name(file),
+        count_types(file),
+        file_traffic(file),
+        stated_context(file),
+        stated_sampling(file),
+    )
 
 
 def open_checked(path: Path) -> GgufFile:
