@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.machine import facts
 from benchmarks.report import table
 from edgekit.models.eager import float_reader
-from edgekit.models.layerwise import Choose, layer_codes
+from edgekit.models.layerwise import layer_codes
 from edgekit.models.reorder import grouped_orders, reordered
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
@@ -40,14 +40,15 @@ from edgekit.quantize.codebook.jlcm import jlcm, weighted_kmeans
 from edgekit.quantize.codebook.learn import Learning
 from edgekit.quantize.gptq import gptq
 from edgekit.quantize.recipe import Recipe, in_layers, resolve, uniform, with_ranges
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.codebook import Codebook
+from edgekit.quantize.schemes.names import Scheme, parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.runtime.evaluation.evaluate import cut, tokenize
 from edgekit.workflows.calibrate import CHUNK, MOST_CHUNKS, is_linear, read_texts
 from edgekit.workflows.gains import measure
 
 MODEL = "lfm2-tiny"
-METHODS: dict[str, Choose | None] = {
+METHODS: dict[str, Callable[..., QuantizedTensor] | None] = {
     "rtn": None,
     "mse": None,
     "gptq": gptq,
@@ -89,7 +90,7 @@ def quantized(source: ModelSource, row: str, texts: list[list[int]]) -> dict[str
     """Return the weights of a row."""
     method, scheme, *unordered = row.split(":")
     shapes, tied = source.config.tied_shapes()
-    rows = resolve(recipe_of(method, Scheme.parse(scheme)), shapes)
+    rows = resolve(recipe_of(method, parse_scheme(scheme)), shapes)
     read: Callable[[str], Tensor] = float_reader(source.config, source.checkpoint)
     if not unordered:
         architecture = source.config.architecture
@@ -146,7 +147,7 @@ def wanted(names: Iterable[str]) -> list[str]:
     rows = []
     for name in names:
         method, *rest = name.split(":")
-        scheme = Scheme.parse(rest[0] if rest else name)
+        scheme = parse_scheme(rest[0] if rest else name)
         methods = methods_of(scheme)
         if not rest:
             rows += [f"{each}:{name}" for each in methods]
@@ -159,7 +160,7 @@ def wanted(names: Iterable[str]) -> list[str]:
 
 def methods_of(scheme: Scheme) -> tuple[str, ...]:
     """Return the methods that a scheme has; at 8 bits `mse` finds the ranges that `rtn` does."""
-    if scheme.books:
+    if isinstance(scheme, Codebook):
         return CODEBOOKS
     if scheme.is_float:
         return ("rtn",)

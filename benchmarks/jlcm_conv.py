@@ -23,7 +23,7 @@ from benchmarks.jlcm import CODEBOOKS, METHODS, run, wanted
 from benchmarks.machine import facts
 from benchmarks.report import table
 from edgekit.quantize.gptq import Inputs
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 
 ROWS = ("rtn:float", "mse:w4") + tuple(
     f"{method}:{scheme}" for scheme in ("cb4", "cb3", "cb2") for method in CODEBOOKS
@@ -59,7 +59,7 @@ def inputs_of(net: nn.Module, name: str, images: Tensor) -> Tensor:
 def quantize(net: nn.Module, row: str, images: Tensor) -> tuple[nn.Module, float]:
     """Return a net with a row's weights, layer after layer, and its bits per weight."""
     method, _, name = row.partition(":")
-    made, scheme = copy.deepcopy(net), Scheme.parse(name)
+    made, scheme = copy.deepcopy(net), parse_scheme(name)
     stored, count = 0, 0
     for place, layer in made.named_modules():
         if not isinstance(layer, nn.Conv2d | nn.Linear):
@@ -67,7 +67,7 @@ def quantize(net: nn.Module, row: str, images: Tensor) -> tuple[nn.Module, float
         count += layer.weight.numel()
         weight = layer.weight.detach().flatten(1)
         small = isinstance(layer, nn.Conv2d) and layer.groups > 1
-        kind = Scheme.parse("w8") if small and not scheme.is_float else scheme
+        kind = parse_scheme("w8") if small and not scheme.is_float else scheme
         if kind.is_float:
             stored += kind.nbytes(tuple(weight.shape))
             continue

@@ -21,13 +21,13 @@ import edgekit
 from edgekit.exporters.executorch.blocks import XnnpackBlocks
 from edgekit.exporters.executorch.lowering import delegate, plan_memory, write_program
 from edgekit.exporters.onnx.contrib import ContribBlocks
-from edgekit.exporters.onnx.decoder import OPSET
 from edgekit.exporters.onnx.graph import CONTRIB, OnnxGraph, new_data_file
+from edgekit.exporters.onnx.layout import OPSET
 from edgekit.models.architecture import GatedMlp, Linear, Parameter, ShortConv
 from edgekit.models.catalogue import find_model
 from edgekit.models.decoder import MlpModule
 from edgekit.models.weights import ReadWeight, floats, row_block
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.quantize.traced.schemes import LayerScheme
 
@@ -88,7 +88,7 @@ def random_weights(kind: str) -> dict[str, Tensor]:
 
 def codes_of(weights: dict[str, Tensor]) -> dict[str, Weight]:
     """Return int8 codes of the matrices; short convolutions as they are."""
-    eight = Scheme.parse("w8")
+    eight = parse_scheme("w8")
     return {
         name: eight.quantize(weight, None) if weight.ndim == 2 else weight
         for name, weight in weights.items()

@@ -17,7 +17,7 @@ from edgekit.models.config import ModelConfig
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scales import SMALLEST_SCALE
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 

@@ -1,8 +1,10 @@
 """The targets: a folder for each, whose files are what it can do.
 
-`decoder.py` writes a language model (`contract/target.py`), `network.py` any other traced network
+`layout.py` tells what a language model takes there (`contract/layout.py`), without torch, and
+`decoder.py` writes it (`contract/writer.py`); `network.py` writes any other traced network
 (`contract/network_target.py`), `inspect.py` reports on a file (`inspect/report.py`), `readback.py`
-reads the weights back (`readback.py`). A new target is a folder and a line here.
+reads the weights back (`readback.py`); `own_formats.py` are those that the engine quantizes to
+(`contract/own_formats.py`). A new target is a folder and a line here.
 """
 
 from edgekit.common.registry import Registry
@@ -15,9 +17,11 @@ TARGETS = Registry(
         "onnx": "edgekit.exporters.onnx",
     },
     {
+        "layout": "hold language models",
         "decoder": "hold language models",
         "network": "hold networks of other kinds, only the architectures that its engine knows",
         "inspect": "be inspected",
         "readback": "give its weights back",
+        "own_formats": "hold formats that its engine quantizes to",
     },
 )

@@ -18,16 +18,11 @@ from torch import Tensor
 
 from edgekit.quantize import super_blocks
 from edgekit.quantize.grid import Grid
-from edgekit.quantize.ranges import (
-    RANGE_METHODS,
-    Parameters,
-    RangeMethod,
-    finite_range,
-    from_range,
-    slabs,
-)
+from edgekit.quantize.methods import RANGE_METHODS, RangeMethod
+from edgekit.quantize.ranges import Parameters, finite_range, from_range, slabs
+from edgekit.quantize.schemes.sizes import scales_shape
 from edgekit.quantize.search import least_error
-from edgekit.quantize.tensor import CHUNK_ELEMENTS, QuantizedTensor, scales_shape
+from edgekit.quantize.tensor import CHUNK_ELEMENTS, QuantizedTensor
 
 
 def quantize(

@@ -18,7 +18,7 @@ from torch import Tensor
 from edgekit.quantize import super_blocks
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.ranges import Parameters, from_range
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import Scheme
 from edgekit.quantize.tensor import CHUNK_ELEMENTS, QuantizedTensor
 
 DAMPING = 0.01

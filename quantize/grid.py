@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from edgekit.quantize import super_blocks
-from edgekit.quantize.packing import PACKABLE_BITS
 from edgekit.quantize.scales import CANDIDATES_OF_Q6_K, SCALES, SCALES_OF_Q4_1, ScaleGrid
-from edgekit.quantize.tensor import code_range
+from edgekit.quantize.schemes import super_blocks
+from edgekit.quantize.schemes.sizes import PACKABLE_BITS, code_range
 
 
 @dataclass(frozen=True)

@@ -9,3 +9,7 @@ learned on it."""
 METHODS: tuple[Method, ...] = get_args(Method)
 RECORDED = (*METHODS, "qat")
 """What a file of codes may say; qat: trained."""
+
+RangeMethod = Literal["minmax", "mse"]
+"""minmax: cover every value. mse: the storable scale of least squared error."""
+RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)

@@ -11,12 +11,7 @@ stored as they are.
 import torch
 from torch import Tensor
 
-PACKABLE_BITS = (2, 3, 4, 5, 6, 8)
-
-
-def packed_size(columns: int, bits: int) -> int:
-    """Return the bytes of one packed row of `columns` codes."""
-    return (columns * bits + 7) // 8
+from edgekit.quantize.schemes.sizes import PACKABLE_BITS, packed_size
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

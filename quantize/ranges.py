@@ -3,17 +3,11 @@
 Values come as [ranges, elements], one row for each scale; no row's result depends on another's.
 """
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.tensor import CHUNK_ELEMENTS
-
-RangeMethod = Literal["minmax", "mse"]
-"""minmax: cover every value. mse: the storable scale of least squared error."""
-RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 
 Parameters = tuple[Tensor, Tensor | None]
 """Scales (float32, storable) and zero points (int32; None for a symmetric grid), one per range."""

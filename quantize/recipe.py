@@ -26,10 +26,12 @@ from typing import Any, Literal, TypeVar
 from edgekit.common.files import decode_text, refuse_irregular
 from edgekit.common.limits import TooCostly, bounded
 from edgekit.errors import EdgekitError
-from edgekit.quantize.methods import Method
+from edgekit.quantize.methods import RANGE_METHODS, Method, RangeMethod
 from edgekit.quantize.names import EMBEDDING, HEAD
-from edgekit.quantize.ranges import RANGE_METHODS, RangeMethod
-from edgekit.quantize.scheme import FLOAT, Scheme
+from edgekit.quantize.schemes.affine import Affine
+from edgekit.quantize.schemes.codebook import Codebook
+from edgekit.quantize.schemes.floats import FLOAT
+from edgekit.quantize.schemes.names import Scheme, parse_scheme
 
 PRESETS = ("int8", "int4", "float")
 _W4_WARNING = (
@@ -56,7 +58,7 @@ class Rule:
     def __post_init__(self) -> None:
         """Refuse expressions that do not compile and ranges that do not exist."""
         check_rule(self.pattern, self.range, self.scheme.is_float)
-        if self.range is not None and self.scheme.books:
+        if self.range is not None and isinstance(self.scheme, Codebook):
             raise EdgekitError(
                 f"range has no meaning for the codebooks of {self.scheme.name}: leave it out"
             )
@@ -99,12 +101,12 @@ class Recipe:
     @classmethod
     def named(cls, name: str) -> "Recipe":
         """Return a preset's recipe, or that of one scheme for all linears."""
-        return preset(name) if name in PRESETS else uniform(Scheme.parse(name))
+        return preset(name) if name in PRESETS else uniform(parse_scheme(name))
 
     @classmethod
     def load(cls, path: Path) -> "Recipe":
         """Read a .toml or .json recipe; EdgekitError names the file and the rule at fault."""
-        rules = load_rules(path, lambda *entry: Rule(entry[0], Scheme.parse(entry[1]), entry[2]))
+        rules = load_rules(path, lambda *entry: Rule(entry[0], parse_scheme(entry[1]), entry[2]))
         return cls(rules, name=path.name)
 
 
@@ -152,7 +154,7 @@ def preset(name: str) -> Recipe:
     schemes = {"int8": "w8", "int4": "w4g32", "float": "float"}
     if name not in schemes:
         raise EdgekitError(f"unknown preset {name!r}: allowed are {', '.join(PRESETS)}")
-    return Recipe(uniform(Scheme.parse(schemes[name])).rules, name=name)
+    return Recipe(uniform(parse_scheme(schemes[name])).rules, name=name)
 
 
 def uniform(scheme: Scheme) -> Recipe:
@@ -163,7 +165,7 @@ def uniform(scheme: Scheme) -> Recipe:
     """
     rules = [Rule(".*", scheme)]
     if scheme.bits is not None and scheme.bits < 8:
-        rules.insert(0, Rule(_VOCABULARY, Scheme.parse("w8")))
+        rules.insert(0, Rule(_VOCABULARY, parse_scheme("w8")))
     return Recipe(tuple(rules), name=scheme.name)
 
 
@@ -225,7 +227,7 @@ def in_layers(tensor: str) -> bool:
 
 def method_of(rows: Sequence[Resolved]) -> Method:
     """Return the method of rows that are rounded to nearest (`edgekit.quantize.methods`)."""
-    if any(row.scheme.books for row in rows):
+    if any(isinstance(row.scheme, Codebook) for row in rows):
         return "kmeans"
     return "mse" if any(row.range == "mse" for row in rows) else "rtn"
 
@@ -238,7 +240,7 @@ def with_ranges(recipe: Recipe, method: Literal["rtn", "mse"]) -> Recipe:
 
     def changed(rule: Rule) -> Rule:
         scheme = rule.scheme
-        if scheme.is_float or scheme.books or (method == "mse" and scheme.bits == 8):
+        if not isinstance(scheme, Affine) or (method == "mse" and scheme.bits == 8):
             return rule
         return replace(rule, range="mse" if method == "mse" else "minmax")
 
@@ -248,7 +250,7 @@ def with_ranges(recipe: Recipe, method: Literal["rtn", "mse"]) -> Recipe:
 def warnings(rows: Iterable[Resolved], tied: Mapping[str, str]) -> list[str]:
     """Return what a user should know about a table before waiting for it."""
     table = {row.tensor: row for row in rows}
-    w4 = Scheme.parse("w4")
+    w4 = parse_scheme("w4")
     found = [_W4_WARNING] if any(row.scheme == w4 for row in table.values()) else []
     shared = shared_rows(table.values(), tied)
     for name, source in tied.items():

@@ -27,7 +27,9 @@ from edgekit.errors import EdgekitError, one_line
 from edgekit.quantize import super_blocks
 from edgekit.quantize.methods import RECORDED
 from edgekit.quantize.packing import pack, unpack
-from edgekit.quantize.tensor import QuantizedTensor, Weight, scales_shape
+from edgekit.quantize.schemes.sizes import scales_shape
+from edgekit.quantize.schemes.super_blocks import BITS, GROUPS
+from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 FORMAT_VERSION = 1
 PARTS = ("codes", "scales", "steps", "zero_points", "codebook")
@@ -288,7 +290,7 @@ def build_tensor(entry: Mapping[str, Any], parts: Mapping[str, Tensor | None]) -
     if tuple(codes.shape) != shape or (codes.dtype == torch.int8) != signed:
         raise ValueError(f"expected codes of shape {shape}, got {tuple(codes.shape)}")
     expected = scales_shape(shape, entry["axis"], entry["group_size"])
-    if (steps is not None) != (bits == super_blocks.BITS):
+    if (steps is not None) != (bits == BITS):
         raise ValueError(f"codes of 6 bits, and no others, have steps of scales: got {bits} bits")
     if steps is not None:
         scales = _of_two_levels(steps, scales)
@@ -307,7 +309,7 @@ def build_tensor(entry: Mapping[str, Any], parts: Mapping[str, Tensor | None]) -
 
 def _of_two_levels(steps: Tensor, multiples: Tensor) -> Tensor:
     """Return float32 scales; that they are ones of 6-bit codes, `QuantizedTensor` sees."""
-    groups = super_blocks.GROUPS
+    groups = GROUPS
     of_blocks = (*multiples.shape[:-1], multiples.shape[-1] // groups) if multiples.ndim else ()
     fits = multiples.dtype == torch.uint8 and multiples.shape[-1:].numel() % groups == 0
     if steps.dtype != torch.float16 or not fits or tuple(steps.shape) != of_blocks:

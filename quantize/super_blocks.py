@@ -11,30 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-BITS = 6
-"""Codes of so many bits, and no others, have such scales."""
-GROUP = 16
-"""Columns that share a scale."""
-GROUPS = 16
-"""Scales that share a step."""
-COLUMNS = GROUP * GROUPS
-"""Columns of a super-block."""
+from edgekit.quantize.schemes.super_blocks import COLUMNS, GROUPS
+
 LARGEST = 127
 SMALLEST_STEP = 2.0**-24
 """The smallest float16 there is; steps may be subnormal, as in ggml."""
 LARGEST_STEP = 65504.0
 _SHIFTS = (-3, -2, -1, 1, 2, 3)
-
-
-def nbytes(scale_count: int) -> int:
-    """Return the bytes of so many scales, their steps included."""
-    return scale_count + 2 * (scale_count // GROUPS)
-
-
-def check_columns(columns: int) -> None:
-    """Raise ValueError for rows that are no whole super-blocks."""
-    if columns % COLUMNS:
-        raise ValueError(f"its blocks are of {COLUMNS} columns, which do not divide {columns}")
 
 
 def split(scales: Tensor) -> tuple[Tensor, Tensor]:

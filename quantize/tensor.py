@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from edgekit.quantize import super_blocks
-from edgekit.quantize.packing import PACKABLE_BITS, packed_size
-
-Granularity = Literal["tensor", "channel", "group"]
+from edgekit.quantize.schemes import super_blocks as sizes
+from edgekit.quantize.schemes.sizes import (
+    PACKABLE_BITS,
+    Granularity,
+    code_range,
+    scales_shape,
+    stored_bytes,
+)
 
 CHUNK_ELEMENTS = 1 << 17
 """Elements handled at once: 512 KiB of float32, so that working copies stay in the cache."""
@@ -79,7 +83,7 @@ class QuantizedTensor:
     @property
     def two_levels(self) -> bool:
         """Whether scales are of two levels (`edgekit.quantize.super_blocks`)."""
-        return self.bits == super_blocks.BITS
+        return self.bits == sizes.BITS
 
     @property
     def nbytes(self) -> int:
@@ -206,9 +210,9 @@ class QuantizedTensor:
         if not (least > 0 and most < float("inf")):  # also false for NaN
             raise ValueError(f"scales must be positive and finite, got [{least}, {most}]")
         if self.two_levels:
-            if self.group_size != super_blocks.GROUP or not self.signed:
-                raise ValueError(f"6-bit codes are int8 in groups of {super_blocks.GROUP}")
-            super_blocks.check_columns(self.shape[-1])
+            if self.group_size != sizes.GROUP or not self.signed:
+                raise ValueError(f"6-bit codes are int8 in groups of {sizes.GROUP}")
+            sizes.check_columns(self.shape[-1])
             super_blocks.split(self.scales)
 
     def _check_zero_points(self, zero_points: Tensor) -> None:
@@ -241,44 +245,6 @@ class QuantizedTensor:
 
 Weight = QuantizedTensor | Tensor
 """A weight as codes or as floats."""
-
-
-def code_range(bits: int, signed: bool) -> tuple[int, int]:
-    """Return the lowest and highest code of `bits` bits."""
-    low = -(1 << (bits - 1)) if signed else 0
-    return low, low + (1 << bits) - 1
-
-
-def scales_shape(
-    shape: tuple[int, ...], axis: int | None, group_size: int | None
-) -> tuple[int, ...]:
-    """Return the shape of the scales of a weight; ValueError where the weight cannot have them."""
-    if axis is not None and group_size is not None:
-        raise ValueError(f"axis {axis} and group_size {group_size} exclude each other")
-    if axis is not None:
-        if not 0 <= axis < len(shape):
-            raise ValueError(f"axis must be 0 to {len(shape) - 1} for shape {shape}, got {axis}")
-        return (shape[axis],)
-    if group_size is None:
-        return ()
-    if group_size < 1 or not shape or shape[-1] % group_size:
-        raise ValueError(f"group size {group_size} does not divide the last axis of shape {shape}")
-    return (*shape[:-1], shape[-1] // group_size)
-
-
-def stored_bytes(
-    shape: tuple[int, ...], bits: int, granularity: Granularity, scale_count: int
-) -> int:
-    """Return the bytes of packed codes and scales (2 bytes a scale per group, else 4).
-
-    Those of 6-bit codes have two levels (`edgekit.quantize.super_blocks`).
-    """
-    columns = shape[-1] if shape else 1
-    rows = torch.Size(shape[:-1]).numel()
-    packed = rows * packed_size(columns, bits)
-    if bits == super_blocks.BITS:
-        return packed + super_blocks.nbytes(scale_count)
-    return packed + scale_count * (2 if granularity == "group" else 4)
 
 
 def as_rows(values: Tensor) -> Tensor:

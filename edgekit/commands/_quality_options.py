@@ -40,7 +40,7 @@ class QualityChoice:
         check_exclusions(
             quality,
             choice.option if choice.given else None,
-            None if form is None else form.name,
+            form,
             codes,
         )
         return quality

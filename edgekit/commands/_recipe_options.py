@@ -12,7 +12,6 @@ from edgekit.commands._completion import schemes
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
-    from edgekit.exporters.gguf.llama.formats import LlamaFormat
     from edgekit.quantize.recipe import Recipe
     from edgekit.quantize.traced.schemes import LayerRecipe
 
@@ -41,13 +40,13 @@ class RecipeChoice:
     def label(self) -> str:
         """A short name for files: the preset, the scheme or the stem of the recipe's file."""
         if self.llama_format is not None:
-            return self.llama_format.name
+            return self.llama_format
         return self.preset or self.scheme or (self.file.stem if self.file else "int8")
 
     @property
-    def llama_format(self) -> "LlamaFormat | None":
+    def llama_format(self) -> str | None:
         """Which of llama.cpp's own formats was asked for, if one was."""
-        from edgekit.exporters.gguf.llama.formats import find_format
+        from edgekit.exporters.contract.own_formats import find_format
 
         return None if self.scheme is None else find_format(self.scheme)
 
@@ -56,7 +55,7 @@ class RecipeChoice:
 
         EdgekitError for one of llama.cpp's own formats, which edgekit does not quantize to.
         """
-        from edgekit.exporters.gguf.llama.formats import check_format
+        from edgekit.exporters.contract.own_formats import check_format
         from edgekit.quantize.recipe import Recipe
 
         if self.llama_format is not None:

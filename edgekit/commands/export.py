@@ -23,7 +23,7 @@ from edgekit.commands._size import size_line
 
 if TYPE_CHECKING:
     from edgekit.formats.artifact.manifest import Manifest
-    from edgekit.workflows.export import Plan
+    from edgekit.workflows.plan import Plan
     from edgekit.workflows.quantize import Made
 
 
@@ -149,11 +149,11 @@ def command(
     module.refuse_for_a_model()
     quality = chosen.of_a_model(choice, codes is not None)
     with interrupts_end_the_process(), quiet_imports():
-        from edgekit.exporters.contract.target import Options
-        from edgekit.exporters.gguf.llama.formats import format_recipe
+        from edgekit.exporters.contract.layout import Options
+        from edgekit.exporters.contract.own_formats import format_recipe
         from edgekit.formats.artifact.write import check_output
         from edgekit.quantize.recipe import warnings
-        from edgekit.workflows.export import plan_export
+        from edgekit.workflows.plan import plan_export
 
     if output is not None and not dry_run:
         check_output(output, force)  # a budget is measured before the plan is there
@@ -167,7 +167,7 @@ def command(
             revision,
             random_weights=random_weights or (dry_run and quality.budget is None),
             options=Options(
-                llama_format=None if form is None else form.name,
+                llama_format=form,
                 imatrix=imatrix,
                 abi=abi,
                 portable=portable,

@@ -84,10 +84,10 @@ def _sensitivity(name: str, scheme: str, text_file: Path | None, as_json: bool) 
     with interrupts_end_the_process():
         from edgekit.common.files import read_text
         from edgekit.exporters.verify.reference_text import TEXT
-        from edgekit.quantize.scheme import Scheme
+        from edgekit.quantize.schemes.names import parse_scheme
         from edgekit.workflows.sensitivity import sensitivity
 
-    parsed = Scheme.parse(scheme)
+    parsed = parse_scheme(scheme)
     text = TEXT if text_file is None else read_text(text_file)
     try:
         with progress_line() as show:

@@ -128,12 +128,12 @@ def command(
 def _choose(
     source: "ModelSource", recipe: "Recipe", quality: "Quality"
 ) -> "tuple[Recipe, Mixed | None]":
-    from edgekit.quantize.scheme import Scheme
+    from edgekit.quantize.schemes.names import parse_scheme
     from edgekit.workflows.mixed_precision import EVERYWHERE
     from edgekit.workflows.quantize import choose_recipe, smaller_schemes
 
     with progress_line() as show:
-        schemes = [Scheme.parse(name) for name in EVERYWHERE]
+        schemes = [parse_scheme(name) for name in EVERYWHERE]
         return choose_recipe(
             source,
             recipe,

@@ -25,7 +25,10 @@ from edgekit.models.config import ModelConfig
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scales import SCALES, ScaleGrid
-from edgekit.quantize.scheme import FLOAT, FORMS, Scheme, scheme_of
+from edgekit.quantize.schemes.codebook import Codebook
+from edgekit.quantize.schemes.floats import FLOAT
+from edgekit.quantize.schemes.made_elsewhere import scheme_of
+from edgekit.quantize.schemes.names import FORMS, Scheme
 from edgekit.quantize.storage import PARTS, About, build_tensor, check_entry, read_document
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 
@@ -201,7 +204,7 @@ def _codebook(key: str, entry: TensorEntry) -> Tensor:
 
 def _check_storable(tensor: QuantizedTensor, scheme: Scheme) -> None:
     """Raise ValueError for codes and scales that some target would have to change."""
-    if scheme.books:
+    if isinstance(scheme, Codebook):
         _check_scales(tensor.scales, SCALES)
         return
     if scheme.two_levels:

@@ -20,7 +20,7 @@ from edgekit.models.eager import EagerBlocks
 from edgekit.models.weights import ReadWeight, floats
 from edgekit.quantize.gptq import Inputs
 from edgekit.quantize.recipe import Resolved, in_layers
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import Scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 _TOKENS = 512

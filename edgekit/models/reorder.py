@@ -19,6 +19,7 @@ from torch import Tensor
 from edgekit.models.architecture import Architecture, Block, GatedMlp, ShortConv
 from edgekit.quantize.codebook.grouping import group_order
 from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.schemes.codebook import Codebook
 
 Read = Callable[[str], Tensor]
 Orders = dict[str, Tensor]
@@ -30,7 +31,7 @@ def grouped_orders(architecture: Architecture, rows: Iterable[Resolved], read: R
 
     A block whose matrices have one codebook each keeps its order.
     """
-    books = {row.tensor: row.scheme.books for row in rows}
+    books = {row.tensor: row.scheme.books for row in rows if isinstance(row.scheme, Codebook)}
     orders = {}
     for block in _blocks(architecture):
         names = [linear.weight.name for linear in block.entering]

@@ -11,11 +11,12 @@ from edgekit.quantize.methods import Method
 from edgekit.workflows.quality import Budget, Quality, check_exclusions
 
 with quiet_imports():
-    from edgekit.exporters.contract.target import Options
-    from edgekit.exporters.gguf.llama.formats import find_format, format_recipe
+    from edgekit.exporters.contract.layout import Options
+    from edgekit.exporters.contract.own_formats import find_format, format_recipe
     from edgekit.formats.artifact.write import check_output
     from edgekit.quantize.recipe import Recipe
-    from edgekit.workflows.export import export_plan, plan_export, with_codes
+    from edgekit.workflows.export import export_plan, with_codes
+    from edgekit.workflows.plan import plan_export
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,13 +123,13 @@ def export_model(
     check_exclusions(
         quality,
         None if recipe is None else "recipe",
-        None if form is None else form.name,
+        form,
         codes is not None,
     )
     check_output(Path(output), force)
     recipe = "int8" if recipe is None else recipe
     options = Options(
-        llama_format=None if form is None else form.name,
+        llama_format=form,
         imatrix=None if imatrix is None else Path(imatrix),
         abi=abi,
         portable=portable,

@@ -37,7 +37,8 @@ from edgekit.quantize.recipe import (
     resolve,
     with_ranges,
 )
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.codebook import Codebook
+from edgekit.quantize.schemes.names import Scheme
 from edgekit.quantize.storage import About, Contents, load_quantized, save_quantized, short_text
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.runtime.evaluation.evaluate import cut, tokenize
@@ -190,7 +191,11 @@ def _chooser(method: Method) -> Choose:
     of_codebooks = weighted_kmeans if method == "weighted-kmeans" else jlcm
 
     def choose(weight: Tensor, inputs: Inputs, scheme: Scheme) -> QuantizedTensor:
-        return (of_codebooks if scheme.books else gptq)(weight, inputs, scheme)
+        return (
+            of_codebooks(weight, inputs, scheme)
+            if isinstance(scheme, Codebook)
+            else gptq(weight, inputs, scheme)
+        )
 
     return choose
 

@@ -11,8 +11,8 @@ from edgekit.devices.probe.machine import probe
 from edgekit.devices.profile import LOCAL, find_profile
 from edgekit.devices.report import GIB
 from edgekit.errors import EdgekitError
+from edgekit.exporters.contract.layout import Options, find_layout
 from edgekit.exporters.contract.stored import stored_rows
-from edgekit.exporters.contract.target import Options, find_target
 from edgekit.formats.artifact.read import MANIFEST
 from edgekit.models.source import resolve_model
 from edgekit.quantize.recipe import Recipe, resolve
@@ -117,16 +117,16 @@ def _predict(
     model: str, recipe: Recipe, target: str, context: int | None, depth: int
 ) -> tuple[Fit, str]:
     options = Options()
-    writer = find_target(target, options)
+    layout = find_layout(target, options)
     source = resolve_model(model, random_weights=True)
-    writer.check_config(source.config, options)
+    layout.check_config(source.config, options)
     shapes, tied = source.config.tied_shapes()
-    rows = stored_rows(resolve(recipe, shapes), writer.HELD_AS_SUCH)
-    writer.check_rows(rows)
-    held = [Row(row.tensor, row.shape, writer.stored_bytes(row)) for row in rows]
+    rows = stored_rows(resolve(recipe, shapes), layout.NATIVE_SCHEMES)
+    layout.check_rows(rows)
+    held = [Row(row.tensor, row.shape, layout.stored_bytes(row)) for row in rows]
     habits = ENGINES.load(target, "memory").HABITS
     positions = context or source.config.default_context
-    shared = writer.stored_once(rows, tied)
+    shared = layout.stored_once(rows, tied)
     return predict(source.config, held, positions, depth, habits, shared), source.id
 
 

@@ -22,7 +22,7 @@ from edgekit.errors import EdgekitError
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import ModelSource
 from edgekit.quantize.recipe import Recipe, Resolved, Rule, in_layers, resolve
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import Scheme, parse_scheme
 from edgekit.quantize.table import total_bytes
 from edgekit.workflows.quality import Budget
 from edgekit.workflows.sensitivity import sensitivities
@@ -132,7 +132,7 @@ def mixed_recipe(
 
     def one_size(item: _Item, scheme: str) -> int:
         tensors = {name: shapes[name] for name in item.tensors}
-        rules = tuple(Rule(re.escape(name), Scheme.parse(scheme)) for name in tensors)
+        rules = tuple(Rule(re.escape(name), parse_scheme(scheme)) for name in tensors)
         return count(resolve(Recipe(rules), tensors), tied)
 
     names = [scheme.name for scheme in schemes]
@@ -217,7 +217,7 @@ def _spend(chosen: dict[_Item, str], costs: _Costs, sizes: _Sizes, left: int) ->
 
 def _recipe(chosen: Mapping[_Item, str], budget: Budget) -> Recipe:
     rules = [
-        Rule(re.escape(name), Scheme.parse(scheme))
+        Rule(re.escape(name), parse_scheme(scheme))
         for item, scheme in chosen.items()
         for name in item.tensors
     ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.methods import METHODS, Method
+from edgekit.quantize.schemes.codebook import Codebook
 
 if TYPE_CHECKING:
     from edgekit.quantize.recipe import Recipe
@@ -136,4 +137,4 @@ def check_method(method: Method | None, recipe: "Recipe") -> None:
 
 
 def _has_codebooks(recipe: "Recipe") -> bool:
-    return any(rule.scheme.books for rule in recipe.rules)
+    return any(isinstance(rule.scheme, Codebook) for rule in recipe.rules)

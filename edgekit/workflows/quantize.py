@@ -13,7 +13,7 @@ from edgekit.models.codes import CodesFile
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import ModelSource
 from edgekit.quantize.recipe import Recipe, method_of, resolve, with_ranges
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import Scheme
 from edgekit.quantize.storage import About, short_text
 from edgekit.quantize.table import total_bytes
 from edgekit.quantize.write import quantize_to_file

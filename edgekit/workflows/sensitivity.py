@@ -34,7 +34,8 @@ from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import ReadWeight
 from edgekit.quantize.names import EMBEDDING, HEAD
-from edgekit.quantize.scheme import FLOAT, Scheme
+from edgekit.quantize.schemes.floats import FLOAT
+from edgekit.quantize.schemes.names import Scheme
 from edgekit.workflows.artifact_model import model_of
 
 VERSION = 1

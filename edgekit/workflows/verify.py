@@ -7,10 +7,11 @@ from typing import Any, cast
 
 from edgekit.common.progress import Progress
 from edgekit.errors import EdgekitError
+from edgekit.exporters.contract.layout import Options, find_layout
+from edgekit.exporters.contract.own_formats import own_formats
 from edgekit.exporters.contract.stored import stored_rows
-from edgekit.exporters.contract.target import Options, Target, find_target
 from edgekit.exporters.contract.weights import Weights
-from edgekit.exporters.gguf.readback import StoredWeights
+from edgekit.exporters.contract.writer import load_writer
 from edgekit.exporters.inspect.report import open_unchanged
 from edgekit.exporters.read_codes import read_codes
 from edgekit.exporters.verify.decoder import (
@@ -25,13 +26,13 @@ from edgekit.formats.artifact.manifest import DecoderManifest, Manifest
 from edgekit.formats.artifact.read import Artifact
 from edgekit.formats.artifact.write import record_verification
 from edgekit.metrics.logits import Logits
-from edgekit.models.activations import otherwise
+from edgekit.models.activations import FakeQuantize, otherwise
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
-from edgekit.quantize.ranges import RangeMethod
+from edgekit.quantize.methods import RangeMethod
 from edgekit.quantize.recipe import Resolved
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import Weight
 from edgekit.runtime.engines.engine import import_engine, load_engine
 from edgekit.workflows.artifact_model import model_of
@@ -57,40 +58,43 @@ def verify_artifact(
         if model is not None or adapter is not None:
             raise EdgekitError(f"{path}: is a module, which is verified without a model")
         return verify_module_artifact(artifact, progress)
-    target = find_target(artifact.target, Options())
-    import_engine(target.NAME)
+    target = artifact.target
+    writer = load_writer(target)
+    import_engine(target)
     progress("reading the model")
     source = model_of(artifact, model, "say with --model where the weights are", adapter)
     tokens = verification_tokens(source, artifact.context)
     progress("computing the reference")
     weights = _weights(artifact, source)
-    expected = expected_logits(source, weights, tokens, target)
-    progress(f"verifying in {target.ENGINE}")
+    expected = expected_logits(source, weights, tokens, writer.fake_quantize)
+    if artifact.decoder.llama_format is not None:
+        check_format_cost(expected)
+    progress(f"verifying in {find_layout(target, Options()).ENGINE}")
     path, context = artifact.model_path, artifact.context
     found = verify_file(target, path, context, expected, source, lambda: weights)
     return record_verification(artifact, found)
 
 
 def expected_logits(
-    source: ModelSource, weights: Mapping[str, Weight], tokens: list[int], target: Target
+    source: ModelSource,
+    weights: Mapping[str, Weight],
+    tokens: list[int],
+    fake_quantize: FakeQuantize,
 ) -> Reference:
     """Return the logits of the float model and of the eager model of the weights.
 
-    The latter rounds activations as the target's engine does.
+    `fake_quantize` rounds activations as the target's engine does.
     """
     read = float_reader(source.config, source.checkpoint)
-    expected = reference(
+    return reference(
         tokens,
         build_eager(source.config, read, len(tokens)),
-        build_eager(source.config, weights.__getitem__, len(tokens), target.fake_quantize),
+        build_eager(source.config, weights.__getitem__, len(tokens), fake_quantize),
     )
-    if isinstance(weights, StoredWeights):
-        check_format_cost(expected)
-    return expected
 
 
 def verify_file(
-    target: Target,
+    target: str,
     path: Path,
     context: int,
     expected: Reference,
@@ -104,17 +108,18 @@ def verify_file(
     """
 
     def decided_otherwise() -> Logits:
-        rounding = otherwise(target.fake_quantize)
+        rounding = otherwise(writer.fake_quantize)
         model = build_eager(source.config, weights().__getitem__, len(expected.tokens), rounding)
         return eager_logits(model, expected.tokens)
 
+    writer = load_writer(target)
     figures: dict[str, Any] = {}
     if source.folder is not None and (source.folder / TOKENIZER_FILE).is_file():
-        compared = target.check_tokenizer(path, source.folder)
+        compared = writer.check_tokenizer(path, source.folder)
         if compared:
             figures["tokenizer"] = compared
-    with load_engine(target.NAME, path, context=context) as engine:
-        found = verify(engine, expected, target.LONGEST_CHECK, decided_otherwise)
+    with load_engine(target, path, context=context) as engine:
+        found = verify(engine, expected, writer.MAX_CHECK_TOKENS, decided_otherwise)
     return found.to_dict() | figures
 
 
@@ -145,7 +150,7 @@ def _weights(artifact: Artifact, source: ModelSource) -> Mapping[str, Weight]:
     """
     manifest = artifact.decoder
     if manifest.llama_format is not None:
-        return StoredWeights(artifact.model_path, source.config)
+        return own_formats(artifact.target).stored_weights(artifact.model_path, source.config)
     if manifest.codes_sha256 is not None:
         # What a file holds as such is read back as int8 codes as well: the same numbers.
         rows = stored_rows(_rows(manifest), ())
@@ -159,7 +164,7 @@ def _rows(manifest: DecoderManifest) -> list[Resolved]:
     return [
         Resolved(
             row.tensor,
-            Scheme.parse(row.scheme),
+            parse_scheme(row.scheme),
             cast(RangeMethod | None, row.range),
             row.shape,
             row.bytes,

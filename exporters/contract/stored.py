@@ -11,8 +11,8 @@ from typing import Any
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.schemes.codebook import Codebook
 from edgekit.quantize.table import table_json
-from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 
 def stored_rows(rows: Sequence[Resolved], held: Collection[str]) -> list[Resolved]:
@@ -25,11 +25,6 @@ def _stored(row: Resolved, held: Collection[str]) -> Resolved:
     if scheme == row.scheme or row.scheme.name in held:
         return row
     return replace(row, scheme=scheme, nbytes=scheme.nbytes(row.shape))
-
-
-def stored_weight(weight: Weight, is_held: bool) -> Weight:
-    """Return a weight as the file holds it."""
-    return weight.as_int8() if isinstance(weight, QuantizedTensor) and not is_held else weight
 
 
 def stored_table(
@@ -48,9 +43,10 @@ def refusal(error: EdgekitError, rows: Sequence[Resolved], held: Collection[str]
     for row, stored in zip(rows, stored_rows(rows, held), strict=True):
         if stored is not row and str(error).startswith(f"{row.tensor}:"):
             name, form = row.scheme.name, stored.scheme.name
-            what = "its entries as int8 codes" if row.scheme.books else "its codes as int8"
+            has_books = isinstance(row.scheme, Codebook)
+            what = "its entries as int8 codes" if has_books else "its codes as int8"
             why = str(error).removeprefix(f"{row.tensor}: ")
-            hint = "" if row.scheme.books else f"; target gguf holds {name} as such"
+            hint = "" if has_books else f"; target gguf holds {name} as such"
             return EdgekitError(
                 f"{row.tensor}: {name} is stored as {form}, {what}, but {why}{hint}"
             )

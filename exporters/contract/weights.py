@@ -6,7 +6,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from edgekit.exporters.contract.stored import stored_weight
 from edgekit.exporters.heap import trim_heap
 from edgekit.models.checkpoint import WeightSource
 from edgekit.models.codes import CodesFile
@@ -70,3 +69,8 @@ class Weights(Mapping[str, Weight]):
         self._codes.clear()
         self._places.clear()
         trim_heap()
+
+
+def stored_weight(weight: Weight, is_held: bool) -> Weight:
+    """Return a weight as the file holds it."""
+    return weight.as_int8() if isinstance(weight, QuantizedTensor) and not is_held else weight

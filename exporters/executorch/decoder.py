@@ -1,80 +1,26 @@
 """Target `executorch`: a `.pte` whose linears run in XNNPACK, for ExecuTorch's LLM runners."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from edgekit.errors import EdgekitError
-from edgekit.exporters.contract.target import Job, Options
 from edgekit.exporters.contract.weights import Weights
+from edgekit.exporters.contract.writer import Job
+from edgekit.exporters.executorch.layout import MODEL_FILE
 from edgekit.models.activations import per_token
-from edgekit.models.architecture import Attention, GatedMlp, ShortConv
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.names import EMBEDDING
-from edgekit.quantize.recipe import Resolved, shared_rows
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 
-NAME = "executorch"
-MODEL_FILE = "model.pte"
-ENGINE = "ExecuTorch"
-OPTIONS: frozenset[str] = frozenset()
-HELD_AS_SUCH: frozenset[str] = frozenset()
-LONGEST_CHECK = 4096  # attention grows with its square, to hours at 32,768 tokens
-BLOCK_KINDS = (Attention, ShortConv, GatedMlp)
-LINEAR_SCHEMES = "float, w8, w4 and w4gN"
+MAX_CHECK_TOKENS = 4096  # attention grows with its square, to hours at 32,768 tokens
 PACKAGES = ("executorch", "torch")
-
-
-def check_config(config: ModelConfig, options: Options) -> None:
-    """Refuse nothing: each block's every form is traced, of whatever shapes."""
-
-
-def check_rows(rows: Sequence[Resolved]) -> None:
-    """Refuse, before any work, a scheme that XNNPACK cannot hold."""
-    for row in rows:
-        if not row.scheme.symmetric:
-            raise EdgekitError(
-                f"{row.tensor}: target executorch cannot hold {row.scheme.name}: XNNPACK takes no "
-                f"zero points for weights; it holds {LINEAR_SCHEMES}, and w8gN for the embedding"
-            )
-        grouped_int8 = row.scheme.bits == 8 and row.scheme.granularity == "group"
-        if grouped_int8 and row.tensor != EMBEDDING:
-            raise EdgekitError(
-                f"{row.tensor}: target executorch cannot hold {row.scheme.name}; for linear "
-                f"layers XNNPACK holds {LINEAR_SCHEMES}"
-            )
-
-
-def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
-    """Return the tensors whose bytes the file holds under another's name (`pte_sharing`).
-
-    Codes of 4 bits are not among them: lookup and product pack them differently.
-    """
-    twins = shared_rows(rows, tied)
-    return [row.tensor for row in rows if row.tensor in twins and row.scheme.bits != 4]
-
-
-def stored_bytes(row: Resolved) -> int:
-    """Return the bytes of a tensor in the file: what the table counts."""
-    return row.nbytes
 
 
 def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:
     """Round the inputs of a linear as XNNPACK does."""
     return per_token(x, weight)
-
-
-def model_file(rows: Sequence[Resolved], options: Options) -> str:
-    """Return the program's name."""
-    return MODEL_FILE
-
-
-def requires(options: Options) -> dict[str, str]:
-    """Return nothing beyond the versions: a program runs in the ExecuTorch that wrote it."""
-    return {}
 
 
 def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:

@@ -21,36 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
-from edgekit.formats.gguf.file import TYPES
+from edgekit.exporters.gguf.block_types import BLOCK, SUPER_BLOCK
 from edgekit.quantize import super_blocks
-from edgekit.quantize.codebook.fit import IQ4_NL
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.codebook import IQ4_NL
+from edgekit.quantize.schemes.super_blocks import GROUPS
 from edgekit.quantize.tensor import QuantizedTensor, as_rows
 
-BLOCK = 32
-SUPER_BLOCK = super_blocks.COLUMNS
-BLOCKS = {name: (weights, nbytes) for name, weights, nbytes in TYPES.values()}
-"""Weights and bytes of a block by the name of its type."""
 CHUNK_WEIGHTS = 1 << 22
 """Weights packed at once: some MB of working copies, whatever the tensor's size."""
 
-_BY_BITS = {5: "Q5_0", 6: "Q6_K", 8: "Q8_0"}
 FLOAT_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 Bytes = NDArray[np.uint8]
-
-
-def block_type(scheme: Scheme) -> str:
-    """Return ggml's name of the type that holds a scheme's codes; ValueError for float."""
-    if scheme.bits is None:
-        raise ValueError("the float scheme has no codes")
-    if scheme.bits in _BY_BITS:
-        return _BY_BITS[scheme.bits]
-    if scheme.table == "cb4nl":
-        return "IQ4_NL"
-    if scheme.books:
-        raise ValueError(f"ggml has no blocks for the codebooks of {scheme.name}")
-    return "Q4_0" if scheme.symmetric else "Q4_1"
 
 
 def float_pieces(name: str, tensor: Tensor, kind: str) -> Iterator[Bytes]:
@@ -107,7 +89,7 @@ def _super_block_pieces(tensor: QuantizedTensor) -> Iterator[Bytes]:
         rows = slice(begin, begin + step)
         packed = _q6_k(
             codes[rows].numpy().reshape(-1, blocks, SUPER_BLOCK),
-            multiples[rows].numpy().reshape(-1, blocks, super_blocks.GROUPS),
+            multiples[rows].numpy().reshape(-1, blocks, GROUPS),
             steps[rows].numpy(),
         )
         yield packed.view(np.uint8).reshape(-1)

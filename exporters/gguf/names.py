@@ -1,12 +1,9 @@
-"""The names that llama.cpp gives to a model's tensors, and the order of rows that it wants.
+"""The names that llama.cpp gives to a model's tensors.
 
 Source: `LLM_TENSOR_NAMES` in llama.cpp (src/llama-arch.cpp, gguf-py/gguf/constants.py).
 """
 
 from collections.abc import Iterator
-
-import torch
-from torch import Tensor
 
 from edgekit.exporters.gguf.architectures import find_architecture
 from edgekit.models.architecture import Parameter
@@ -53,19 +50,3 @@ def _placed(config: ModelConfig) -> Iterator[tuple[str, Parameter]]:
     }
     for tensor in config.architecture.table():
         yield layers.get(tensor.name, ""), tensor
-
-
-def row_orders(config: ModelConfig) -> dict[str, Tensor]:
-    """Return, by checkpoint name, which row stands where in the file, for those that are moved.
-
-    Of `n` rows int64 `[n]`. A row moves whole, with its codes and scales.
-    """
-    if not find_architecture(config).pairs:
-        return {}
-    orders: dict[str, Tensor] = {}
-    for block in config.architecture.attentions():
-        for linear, heads in ((block.q, block.heads), (block.k, block.kv_heads)):
-            rows = torch.arange(heads * block.head_dim).view(heads, 2, -1)
-            order = rows.transpose(1, 2).flatten()
-            orders |= {tensor.name: order for tensor in linear.tensors}
-    return orders

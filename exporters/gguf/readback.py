@@ -10,7 +10,8 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.stored_size import StoredSize
-from edgekit.exporters.gguf.names import ROPE_DIVISORS, gguf_names, row_orders
+from edgekit.exporters.gguf.names import ROPE_DIVISORS, gguf_names
+from edgekit.exporters.gguf.row_orders import row_orders
 from edgekit.formats.gguf.file import GgufFile, GgufTensor
 from edgekit.models.config import ModelConfig
 

@@ -12,15 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from edgekit.exporters.onnx.layout import block_size
 from edgekit.quantize.packing import pack, unpack
 from edgekit.quantize.tensor import QuantizedTensor
-
-LARGEST_BLOCK = 256
-"""Codes that share a scale at most; a scale of more codes is repeated.
-
-Older releases returned zeros at 512 (onnxruntime#28551). On an AVX512-VNNI core with onnxruntime
-1.32 blocks of 256 are as fast as blocks of a whole row.
-"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +42,6 @@ class Packed:
     def layout(self) -> tuple[int, int, bool]:
         """What must be equal for rows to stand in one matrix."""
         return self.bits, self.block_size, self.zero_points is not None
-
-
-def block_size(columns: int, group_size: int | None) -> int:
-    """Return the largest block that a scale of `group_size` codes (None: a row) can be of."""
-    shared = group_size or columns
-    return min(shared & -shared, LARGEST_BLOCK)
 
 
 def pack_matrix(weight: QuantizedTensor) -> Packed:

@@ -19,9 +19,6 @@ _ROUNDS = 4
 _FACTORS = (0.8, 0.9, 1.1, 1.2)
 _SHORT = 256
 
-IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""The table of ggml's IQ4_NL (`kvalues_iq4nl` in ggml/src/ggml-common.h)."""
-
 
 def fit_codebook(
     weight: Tensor,

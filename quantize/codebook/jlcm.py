@@ -11,17 +11,17 @@ from edgekit.quantize.codebook.learn import Learning, learn
 from edgekit.quantize.codebook.output import OutputError
 from edgekit.quantize.codebook.settle import settle
 from edgekit.quantize.gptq import Inputs
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.codebook import Codebook
 from edgekit.quantize.tensor import QuantizedTensor
 
 ROUNDS = 3
 """Rounds of coordinate descent; more lower the error by a few per cent of itself."""
 
 
-def weighted_kmeans(weight: Tensor, inputs: Inputs, scheme: Scheme) -> QuantizedTensor:
+def weighted_kmeans(weight: Tensor, inputs: Inputs, scheme: Codebook) -> QuantizedTensor:
     """Fit codebooks to a weight, each column's errors weighed by its inputs' mean square.
 
-    ValueError for a scheme without codebooks, shapes that do not fit, values that are not finite.
+    ValueError for shapes that do not fit, values that are not finite.
     """
     importance = inputs.hessian_of(weight).diagonal()
     return scheme.fit_codebook(weight.detach().float(), importance)
@@ -30,7 +30,7 @@ def weighted_kmeans(weight: Tensor, inputs: Inputs, scheme: Scheme) -> Quantized
 def jlcm(
     weight: Tensor,
     inputs: Inputs,
-    scheme: Scheme,
+    scheme: Codebook,
     learning: Learning | None = None,
     rounds: int = ROUNDS,
 ) -> QuantizedTensor:
@@ -43,6 +43,6 @@ def jlcm(
     exact = weight.detach().float()
     error = OutputError.of(exact, inputs)
     start = scheme.fit_codebook(exact, error.importance)
-    fixed = scheme.table is not None
+    fixed = scheme.is_table
     learned = learn(exact, start, error, learning, fixed=fixed)
     return settle(learned, error, rounds, fixed=fixed) if rounds else learned

@@ -11,9 +11,10 @@ from torch import Tensor
 from edgekit.errors import EdgekitError
 from edgekit.quantize.affine import choose
 from edgekit.quantize.grid import Grid
-from edgekit.quantize.ranges import Parameters, RangeMethod
+from edgekit.quantize.methods import RangeMethod
+from edgekit.quantize.ranges import Parameters
 from edgekit.quantize.scales import ScaleGrid
-from edgekit.quantize.tensor import scales_shape
+from edgekit.quantize.schemes.sizes import scales_shape
 
 
 def choose_ranges(

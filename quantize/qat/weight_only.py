@@ -19,6 +19,7 @@ from edgekit.quantize.qat.straight_through import rounded
 from edgekit.quantize.qat.training import Prepared, Training
 from edgekit.quantize.qat.weights import WeightQuantizer
 from edgekit.quantize.recipe import Recipe, Resolved, resolve, shared_rows
+from edgekit.quantize.schemes.codebook import Codebook
 from edgekit.quantize.storage import About, save_quantized
 from edgekit.quantize.tensor import Weight
 
@@ -150,7 +151,7 @@ class WeightTraining(Training):
 
 def _refuse_codebooks(recipe: Recipe, rows: Sequence[Resolved]) -> None:
     for row in rows:
-        if row.scheme.books:
+        if isinstance(row.scheme, Codebook):
             raise EdgekitError(
                 f"{recipe.name}: {row.tensor}: {row.scheme.name} is a codebook, which training "
                 "through quantization does not take: it takes float, w8, w4, w8gN, w4gN, w4gNa, "

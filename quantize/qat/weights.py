@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from edgekit.errors import EdgekitError
 from edgekit.quantize.affine import as_ranges, from_ranges, quantize, quantize_with
 from edgekit.quantize.grid import Grid
+from edgekit.quantize.methods import RangeMethod
 from edgekit.quantize.qat.carried import Carried
 from edgekit.quantize.qat.opaque import choose_ranges
 from edgekit.quantize.qat.straight_through import fake_quantize_rows, round_scales
-from edgekit.quantize.ranges import Parameters, RangeMethod
-from edgekit.quantize.tensor import QuantizedTensor, scales_shape
+from edgekit.quantize.ranges import Parameters
+from edgekit.quantize.schemes.sizes import scales_shape
+from edgekit.quantize.tensor import QuantizedTensor
 
 
 class WeightQuantizer:

@@ -25,9 +25,9 @@ from edgekit.common.limits import TooCostly, bounded
 from edgekit.errors import EdgekitError
 from edgekit.quantize.affine import quantize
 from edgekit.quantize.grid import Grid
-from edgekit.quantize.ranges import RangeMethod
+from edgekit.quantize.methods import RangeMethod
 from edgekit.quantize.recipe import check_rule, load_rules
-from edgekit.quantize.scheme import STATIC
+from edgekit.quantize.schemes.names import STATIC
 from edgekit.quantize.tensor import QuantizedTensor
 
 FORMS = "float, w8a8 and w4a8, each also with -affine, -tensor or -tensor-affine"

@@ -8,7 +8,7 @@ import pytest
 
 from edgekit.commands._completion import _LLAMA_FORMATS, _SCHEMES
 from edgekit.exporters.gguf.llama.formats import FORMATS
-from edgekit.quantize.scheme import STATIC, Scheme
+from edgekit.quantize.schemes.names import STATIC, parse_scheme
 
 
 def completed(*words: str) -> list[str]:
@@ -47,4 +47,4 @@ def test_names_are_completed(words: tuple[str, ...], expected: list[str]) -> Non
 def test_schemes_that_are_offered_are_ones() -> None:
     assert tuple(FORMATS) == _LLAMA_FORMATS
     for name in _SCHEMES:
-        assert STATIC.fullmatch(name) or Scheme.parse(name).name == name
+        assert STATIC.fullmatch(name) or parse_scheme(name).name == name

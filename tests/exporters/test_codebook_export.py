@@ -16,14 +16,15 @@ from support.command_line import assert_codes_refused, done, run
 from support.gguf_models import small_model
 
 from benchmarks import onnx_gather
-from edgekit.exporters.gguf.blocks import block_pieces, block_type
+from edgekit.exporters.gguf.block_types import block_type
+from edgekit.exporters.gguf.blocks import block_pieces
 from edgekit.exporters.readback import read_weights
 from edgekit.exporters.verify.reference_text import TEXT
 from edgekit.formats.artifact.read import Artifact
 from edgekit.models.codes import CodesFile
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.recipe import Recipe
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.storage import load_quantized
 from edgekit.quantize.tensor import QuantizedTensor
 
@@ -109,8 +110,8 @@ def test_kmeans_needs_no_text_and_verifies_anew(model: Path, tmp_path: Path) -> 
 
 def test_iq4_nl_is_ggmls_own(model: Path, tmp_path: Path) -> None:
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    tensor = Scheme.parse("cb4nl").quantize(weight)
-    assert block_type(Scheme.parse("cb4nl")) == "IQ4_NL"
+    tensor = parse_scheme("cb4nl").quantize(weight)
+    assert block_type(parse_scheme("cb4nl")) == "IQ4_NL"
     data = np.concatenate(list(block_pieces("w", tensor)))
     assert data.nbytes == 6 * 64 // 32 * 18
     by_gguf_py = dequantize(data.reshape(6, -1), GGMLQuantizationType.IQ4_NL)
@@ -128,9 +129,9 @@ def test_iq4_nl_is_ggmls_own(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_learned_table_is_not_ggmls(model: Path) -> None:
-    tensor = Scheme.parse("cb4g32").quantize(torch.randn(4, 32))
+    tensor = parse_scheme("cb4g32").quantize(torch.randn(4, 32))
     with pytest.raises(ValueError, match="no blocks for the codebooks of cb4g32"):
-        block_type(Scheme.parse("cb4g32"))
+        block_type(parse_scheme("cb4g32"))
     with pytest.raises(Exception, match="ggml has no blocks for codebooks but its own"):
         list(block_pieces("w", tensor))
 
@@ -148,7 +149,7 @@ def test_xnnpack_refuses_groups_and_says_why(model: Path, tmp_path: Path) -> Non
 def test_onnx_holds_codebooks_exactly_by_gather(scheme: str) -> None:
     """The reference form: no target writes it, for ONNX Runtime folds it to floats."""
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-    tensor = Scheme.parse(scheme).quantize(weight)
+    tensor = parse_scheme(scheme).quantize(weight)
     wanted = tensor.dequantize().numpy()
     whole = onnx_gather.gather_model(tensor)
     model = onnx_gather.looked_up(whole)

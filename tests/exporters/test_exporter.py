@@ -25,16 +25,16 @@ from edgekit.models.weights import row_block
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import Recipe, Rule, preset, resolve, uniform
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import Scheme, parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.runtime.engines.executorch.decoder import ExecutorchEngine
-from edgekit.workflows.export import plan_export
+from edgekit.workflows.plan import plan_export
 
 CONTEXT = 24
 
 
 def scheme(name: str) -> Scheme:
-    return Scheme.parse(name)
+    return parse_scheme(name)
 
 
 RECIPES = {

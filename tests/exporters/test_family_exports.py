@@ -13,8 +13,9 @@ import torch
 from support.small_families import SMALL, random_weights, small_config, small_folder, theirs
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.contract.target import Options, check_model, find_target
-from edgekit.exporters.gguf.names import gguf_names, row_orders
+from edgekit.exporters.contract.layout import Options, check_model, find_layout
+from edgekit.exporters.gguf.names import gguf_names
+from edgekit.exporters.gguf.row_orders import row_orders
 from edgekit.exporters.readback import read_weights
 from edgekit.formats.artifact.read import Artifact
 from edgekit.formats.gguf.file import GgufFile
@@ -190,7 +191,7 @@ def test_a_block_that_a_target_has_not_is_refused_by_name(
         EdgekitError,
         match=f"layers.1.recurrence: target {target} cannot hold a block of the kind Recurrence",
     ):
-        check_model(find_target(target, Options()), config, Options())
+        check_model(find_layout(target, Options()), config, Options())
 
 
 @pytest.mark.skipif(
@@ -218,7 +219,7 @@ def test_onnxruntime_genai_runs_the_folder(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["executorch", "gguf", "onnx"])
 def test_models_of_the_catalogue_have_a_place_in_every_target(name: str, target: str) -> None:
     config: ModelConfig = resolve_model(name, random_weights=True).config
-    check_model(find_target(target, Options()), config, Options())
+    check_model(find_layout(target, Options()), config, Options())
     assert config.tied_shapes()[1] == {HEAD: EMBEDDING}
     names = gguf_names(config)
     known = set(peer.MODEL_TENSORS[getattr(peer.MODEL_ARCH, config.family.upper())])

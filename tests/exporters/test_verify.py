@@ -25,7 +25,7 @@ from edgekit.models.source import resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.recipe import preset, resolve
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.runtime.engines.executorch.decoder import ExecutorchEngine
 
 TEXT = (
@@ -233,7 +233,7 @@ def test_a_defect_is_found_in_such_a_model_too(
 
 def test_deciding_ties_otherwise_moves_a_model_little_and_the_same_way_each_time() -> None:
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
-    weight = Scheme.parse("w8").quantize(torch.randn(4, 512))
+    weight = parse_scheme("w8").quantize(torch.randn(4, 512))
     usual, one, same, other = (
         rounding(x, weight)
         for rounding in (

@@ -22,7 +22,7 @@ from edgekit.models.weights import floats
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import Recipe, Rule, resolve
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.workflows.api import export_model
 
 
@@ -35,7 +35,7 @@ def test_a_file_gives_back_what_torch_saw(tiny_artifact: Path) -> None:
     for name, tensor in read_weights(artifact.target, artifact.model_path, config):
         exact = checkpoint.tensor(name).float()
         if schemes[name] != "float":
-            exact = Scheme.parse(schemes[name]).quantize(exact).dequantize()
+            exact = parse_scheme(schemes[name]).quantize(exact).dequantize()
         assert torch.equal(tensor, exact), name
         names.append(name)
     assert names == list(config.tensor_shapes())
@@ -94,7 +94,7 @@ def test_comparison_tells_equal_from_different_and_absent() -> None:
 
 def test_noise_is_measured_against_the_reference() -> None:
     exact = drawn(0, 64, 4096)
-    codes = Scheme.parse("w4g32").quantize(exact).dequantize()
+    codes = parse_scheme("w4g32").quantize(exact).dequantize()
     files = [iter([("a", exact)]), iter([("a", codes)])]
     (row,) = compare_weights(files, lambda name: exact.bfloat16() if name == "none" else exact)
     expected = 10 * math.log10(float(exact.square().sum() / (exact - codes).square().sum()))
@@ -146,8 +146,8 @@ def test_a_tied_head_comes_where_the_file_holds_another(tmp_path: Path, head: st
     )
     shapes, tied = config.tied_shapes()
     source = {name: drawn(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
-    rules = (Rule(HEAD, Scheme.parse(head)), Rule(EMBEDDING, Scheme.parse("w8")))
-    recipe = Recipe((*rules, Rule(".*conv.*|.*w2.*", Scheme.parse("w4g32"))))
+    rules = (Rule(HEAD, parse_scheme(head)), Rule(EMBEDDING, parse_scheme("w8")))
+    recipe = Recipe((*rules, Rule(".*conv.*|.*w2.*", parse_scheme("w4g32"))))
     rows = resolve(recipe, shapes)
     weights = dict(quantize_tensors(rows, source.__getitem__, tied))
     path = tmp_path / "model.pte"

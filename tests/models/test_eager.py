@@ -10,9 +10,9 @@ from edgekit.models.activations import FakeQuantize
 from edgekit.models.eager import build_eager
 from edgekit.models.random_weights import RandomCheckpoint
 from edgekit.models.source import resolve_model
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 
-WEIGHT = Scheme.parse("w8").quantize(torch.ones(1, 32))  # neither of these two looks at it
+WEIGHT = parse_scheme("w8").quantize(torch.ones(1, 32))  # neither of these two looks at it
 
 
 def test_blocks_are_rounded_as_gguf_py_rounds_them() -> None:
@@ -41,7 +41,7 @@ def test_a_model_rounds_as_it_is_told() -> None:
     config = resolve_model("lfm2-tiny").config
     source = RandomCheckpoint(config)
     weights = {
-        name: Scheme.parse("w8").quantize(source.tensor(name))
+        name: parse_scheme("w8").quantize(source.tensor(name))
         if len(shape) == 2
         else source.tensor(name)
         for name, shape in config.tensor_shapes().items()

@@ -9,7 +9,7 @@ from edgekit.models.layerwise import layer_codes
 from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import preset, resolve, uniform
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import Scheme, parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
 TEXTS = [[(17 * i + 5 * text) % 300 + 10 for i in range(40)] for text in range(4)]
@@ -51,7 +51,7 @@ def test_gptq_beats_rounding_on_what_it_was_calibrated_with(name: str) -> None:
     weights = random_weights(config)
     table = {HEAD: weights[EMBEDDING], **weights}
     shapes, _ = config.tied_shapes()
-    rows = resolve(uniform(Scheme.parse("w4g32")), shapes)
+    rows = resolve(uniform(parse_scheme("w4g32")), shapes)
     ends = {}
     for method, choose in (("gptq", gptq), ("rtn", lambda w, inputs, scheme: scheme.quantize(w))):
         kept = _Last()

@@ -16,7 +16,7 @@ from edgekit.models.source import resolve_model
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import Recipe, preset, resolve, uniform
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import Weight
 
 CONTEXT = 48
@@ -173,7 +173,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "float": lambda: preset("float"),
     "int8": lambda: preset("int8"),
     "int4": lambda: preset("int4"),
-    "w4": lambda: uniform(Scheme.parse("w4")),
+    "w4": lambda: uniform(parse_scheme("w4")),
 }
 
 

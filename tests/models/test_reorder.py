@@ -10,14 +10,14 @@ from edgekit.models.eager import build_eager
 from edgekit.models.reorder import grouped_orders, reordered
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import resolve, uniform
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 
 TOLERANCE = 1e-5
 
 
 def orders_of(config: ModelConfig, weights: dict[str, Tensor], scheme: str) -> dict[str, Tensor]:
     shapes, _ = config.tied_shapes()
-    rows = resolve(uniform(Scheme.parse(scheme)), shapes)
+    rows = resolve(uniform(parse_scheme(scheme)), shapes)
     return grouped_orders(config.architecture, rows, weights.__getitem__)
 
 

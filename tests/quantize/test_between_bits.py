@@ -13,16 +13,16 @@ from torch import nn
 
 import edgekit
 from edgekit.errors import EdgekitError
-from edgekit.exporters.contract.target import Options, find_target
+from edgekit.exporters.contract.layout import Options, find_layout
 from edgekit.exporters.readback import read_weights
 from edgekit.formats.artifact.read import Artifact
 from edgekit.formats.gguf.file import GgufFile
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.names import EMBEDDING
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.storage import load_quantized
 from edgekit.quantize.tensor import QuantizedTensor
-from edgekit.workflows.export import _schemes
+from edgekit.workflows.target_schemes import target_schemes
 
 LINEAR = "model.layers.0.feed_forward.w2.weight"
 CONTEXT = ("--context", "64")
@@ -127,7 +127,7 @@ def test_a_budget_chooses_among_those_that_a_target_holds_as_such(
     target: str, found: set[str]
 ) -> None:
     shapes, _ = ModelConfig.load(edgekit_model()).tied_shapes()
-    schemes = {scheme.name for scheme in _schemes(find_target(target, Options()), shapes)}
+    schemes = {scheme.name for scheme in target_schemes(find_layout(target, Options()), shapes)}
     assert schemes & {"w5g32", "w6g16", "w8g16"} == found
     assert {"w4g32", "w8"} <= schemes
 
@@ -175,7 +175,7 @@ def test_training_ends_in_codes_of_the_scheme(recipe: str, bits: int) -> None:
     weight = qat.finalize()["0.weight"]
     assert isinstance(weight, QuantizedTensor)
     assert weight.bits == bits
-    assert torch.equal(weight.codes, Scheme.parse(recipe).quantize(exact).codes)
+    assert torch.equal(weight.codes, parse_scheme(recipe).quantize(exact).codes)
     assert torch.allclose(rounded, x @ weight.dequantize().t(), rtol=1e-5, atol=1e-6)
 
 

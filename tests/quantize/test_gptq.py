@@ -6,7 +6,8 @@ from support.brain_surgeon import NEAREST, steps_from_elimination
 from torch import Tensor
 
 from edgekit.quantize.gptq import Inputs, gptq
-from edgekit.quantize.scheme import FLOAT, Scheme
+from edgekit.quantize.schemes.floats import FLOAT
+from edgekit.quantize.schemes.names import parse_scheme
 
 ROWS, COLUMNS = 24, 320  # two blocks of columns and a part of one
 
@@ -37,7 +38,7 @@ def seen(samples: Tensor, exact: Tensor | None = None) -> Inputs:
 
 @pytest.mark.parametrize("name", ["w4", "w4g32", "w5g32", "w8", "w4g32a"])
 def test_it_is_optimal_brain_surgeon(weight: Tensor, samples: Tensor, name: str) -> None:
-    scheme = Scheme.parse(name)
+    scheme = parse_scheme(name)
     found, wanted = gptq(weight, seen(samples), scheme), samples @ weight.t()
     assert steps_from_elimination(found, weight, samples, wanted, scheme) < NEAREST
     rounded = scheme.quantize(weight)
@@ -48,7 +49,7 @@ def test_it_is_optimal_brain_surgeon(weight: Tensor, samples: Tensor, name: str)
 def test_the_outputs_are_closer_than_those_of_rounding_to_nearest(
     weight: Tensor, samples: Tensor, name: str
 ) -> None:
-    scheme = Scheme.parse(name)
+    scheme = parse_scheme(name)
 
     def error(restored: Tensor) -> float:
         return float(((weight - restored) @ samples.t()).square().mean())
@@ -62,7 +63,7 @@ def test_scales_of_two_levels_are_chosen_before_the_codes(weight: Tensor, sample
     weight, samples = weight[:, :256], samples[:, :256]
     inputs = Inputs(256)
     inputs.add_inputs(samples, samples)
-    scheme = Scheme.parse("w6g16")
+    scheme = parse_scheme("w6g16")
     found = gptq(weight, inputs, scheme)
     assert (found.bits, found.group_size, found.scales.shape) == (6, 16, (ROWS, 16))
 
@@ -74,7 +75,7 @@ def test_scales_of_two_levels_are_chosen_before_the_codes(weight: Tensor, sample
 
 def test_it_makes_up_for_inputs_that_strayed(weight: Tensor, samples: Tensor) -> None:
     """The quantized part gives a tenth too much of everything: the weight shrinks by as much."""
-    scheme = Scheme.parse("w8")
+    scheme = parse_scheme("w8")
     found = gptq(weight, seen(1.1 * samples, samples), scheme).dequantize()
     wanted = weight @ samples.t()
     assert float((1.1 * found @ samples.t() - wanted).norm() / wanted.norm()) < 0.02
@@ -82,7 +83,7 @@ def test_it_makes_up_for_inputs_that_strayed(weight: Tensor, samples: Tensor) ->
 
 def test_it_makes_up_for_what_the_residual_lacks(weight: Tensor, samples: Tensor) -> None:
     """The sum of residual and output is what counts; here the residual lost a share of X."""
-    scheme = Scheme.parse("w8")
+    scheme = parse_scheme("w8")
     lost = samples @ (0.3 * weight).t()
     inputs = Inputs(COLUMNS)
     inputs.add_outputs(samples, samples @ weight.t() + lost)
@@ -96,7 +97,7 @@ def test_outputs_may_be_given_instead_of_exact_inputs(
     weight: Tensor, samples: Tensor, way: str
 ) -> None:
     """A layer's outputs on the float model's inputs, and those inputs: both are made up for."""
-    scheme = Scheme.parse("w4g32")
+    scheme = parse_scheme("w4g32")
     exact = samples + correlated(torch.Generator().manual_seed(3)) / 10
     wanted = exact @ weight.t()
     inputs = Inputs(COLUMNS)
@@ -146,7 +147,7 @@ def test_columns_that_are_never_used_are_rounded_to_nearest(
     weight: Tensor, samples: Tensor
 ) -> None:
     samples[:, :32] = 0
-    scheme = Scheme.parse("w4g32")
+    scheme = parse_scheme("w4g32")
     found = gptq(weight, seen(samples), scheme)
     scales = found.scales[:, :1]
     assert torch.equal(found.codes[:, :32], (weight[:, :32] / scales).round().clamp(-8, 7).char())
@@ -165,7 +166,7 @@ def test_columns_that_are_never_used_are_rounded_to_nearest(
 def test_what_cannot_be_calibrated(
     weight: Tensor, samples: Tensor, damage: str, message: str
 ) -> None:
-    inputs, scheme = seen(samples), Scheme.parse("w4")
+    inputs, scheme = seen(samples), parse_scheme("w4")
     if damage == "nothing":
         inputs = Inputs(COLUMNS)
     elif damage == "nan":

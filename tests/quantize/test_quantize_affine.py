@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgekit.quantize.affine import quantize, quantize_with
 from edgekit.quantize.grid import Grid
-from edgekit.quantize.ranges import RangeMethod
+from edgekit.quantize.methods import RangeMethod
 from edgekit.quantize.scales import LARGEST_SCALE, SCALES, SCALES_OF_Q4_1, SMALLEST_SCALE, ScaleGrid
 from edgekit.quantize.tensor import CHUNK_ELEMENTS, QuantizedTensor
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgekit.quantize.packing import pack, packed_size, unpack
+from edgekit.quantize.packing import pack, unpack
+from edgekit.quantize.schemes.sizes import packed_size
 
 
 @settings(deadline=None, max_examples=60)

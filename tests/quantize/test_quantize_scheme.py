@@ -1,13 +1,17 @@
 """Schemes: names, grids, sizes, and what quantizing by them costs."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.apply import sqnr_db
-from edgekit.quantize.scheme import FLOAT, Scheme
+from edgekit.quantize.schemes.affine import Affine
+from edgekit.quantize.schemes.codebook import Codebook
+from edgekit.quantize.schemes.floats import FLOAT
+from edgekit.quantize.schemes.names import Scheme, parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
 NAMES = ["w8", "w8g32", "w4", "w4g32", "w4g64", "w4g128", "w4g96", "w4g32a", "w4g64a"]
@@ -20,7 +24,7 @@ def weight_of(rows: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", [*NAMES, "float"])
 def test_names_are_read_back(name: str) -> None:
-    assert Scheme.parse(name).name == name
+    assert parse_scheme(name).name == name
 
 
 @pytest.mark.parametrize(
@@ -48,7 +52,7 @@ def test_names_are_read_back(name: str) -> None:
 )
 def test_other_names_are_refused_with_what_is_allowed(name: str) -> None:
     with pytest.raises(EdgekitError) as refusal:
-        Scheme.parse(name)
+        parse_scheme(name)
     assert f"unknown scheme {name!r}" in str(refusal.value)
     assert "float, w8, w4, w8gN, w4gN, w4gNa" in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -57,30 +61,30 @@ def test_other_names_are_refused_with_what_is_allowed(name: str) -> None:
 @pytest.mark.parametrize("name", ["w8a8", "w4a8-tensor-affine"])
 def test_static_activations_are_for_modules(name: str) -> None:
     with pytest.raises(EdgekitError, match=rf"^scheme {name} has static ranges.* give it w8 or"):
-        Scheme.parse(name)
+        parse_scheme(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nbytes_is_that_of_the_quantized_tensor(name: str) -> None:
-    scheme = Scheme.parse(name)
+    scheme = parse_scheme(name)
     for shape in ((3, 768), (1, 1536)):
         assert scheme.quantize(weight_of(*shape)).nbytes == scheme.nbytes(shape)
 
 
 def test_nbytes_by_hand() -> None:
-    assert Scheme.parse("w8").nbytes((10, 64)) == 640 + 40
-    assert Scheme.parse("w4").nbytes((10, 64)) == 320 + 40
-    assert Scheme.parse("w4g32").nbytes((10, 64)) == 320 + 40
-    assert Scheme.parse("w4g64").nbytes((10, 64)) == 320 + 20
-    assert Scheme.parse("w4g64a").nbytes((10, 64)) == 320 + 20 + 10
-    assert Scheme.parse("w5g32").nbytes((10, 64)) == 400 + 40
-    assert Scheme.parse("w6g16").nbytes((10, 512)) == 10 * 2 * 210  # as ggml's block_q6_K
+    assert parse_scheme("w8").nbytes((10, 64)) == 640 + 40
+    assert parse_scheme("w4").nbytes((10, 64)) == 320 + 40
+    assert parse_scheme("w4g32").nbytes((10, 64)) == 320 + 40
+    assert parse_scheme("w4g64").nbytes((10, 64)) == 320 + 20
+    assert parse_scheme("w4g64a").nbytes((10, 64)) == 320 + 20 + 10
+    assert parse_scheme("w5g32").nbytes((10, 64)) == 400 + 40
+    assert parse_scheme("w6g16").nbytes((10, 512)) == 10 * 2 * 210  # as ggml's block_q6_K
     assert FLOAT.nbytes((10, 1, 3)) == 120
 
 
 def test_quantized_layout() -> None:
     weight = weight_of(4, 64)
-    channel, group = Scheme.parse("w8").quantize(weight), Scheme.parse("w4g32").quantize(weight)
+    channel, group = parse_scheme("w8").quantize(weight), parse_scheme("w4g32").quantize(weight)
     assert (channel.axis, channel.group_size, channel.scales.shape) == (0, None, (4,))
     assert (group.axis, group.group_size, group.scales.shape) == (None, 32, (4, 2))
     assert int(channel.codes.min()) == -127 or int(channel.codes.max()) == 127
@@ -93,13 +97,13 @@ def test_quantized_layout() -> None:
 
 def test_asymmetric_groups_use_all_codes_of_a_shifted_weight() -> None:
     weight = weight_of(16, 256) + 3
-    result = Scheme.parse("w4g32a").quantize(weight)
+    result = parse_scheme("w4g32a").quantize(weight)
     assert result.codes.dtype == torch.uint8
     assert result.zero_points is not None
     assert result.zero_points.shape == result.scales.shape == (16, 8)
     products = result.zero_points * result.scales  # GGUF stores them, as float16
     assert torch.equal(products.half().float(), products)
-    symmetric = Scheme.parse("w4g32").quantize(weight)
+    symmetric = parse_scheme("w4g32").quantize(weight)
     assert sqnr_db(weight, result) > sqnr_db(weight, symmetric) + 3
 
 
@@ -107,7 +111,7 @@ def test_below_eight_bits_search_and_eight_bits_cover_by_default() -> None:
     weight = weight_of(16, 256)
     methods = {"w8": "minmax", "w4g32": "mse", "w4": "mse", "w5g32": "mse", "w6g16": "mse"}
     for name, method in methods.items():
-        scheme = Scheme.parse(name)
+        scheme = parse_scheme(name)
         assert scheme.default_range == method
         assert torch.equal(
             scheme.quantize(weight).codes, scheme.quantize(weight, scheme.default_range).codes
@@ -117,27 +121,27 @@ def test_below_eight_bits_search_and_eight_bits_cover_by_default() -> None:
 def test_more_bits_and_smaller_groups_lose_less() -> None:
     weight = weight_of(64, 512)
     names = ["w4", "w4g128", "w4g64", "w4g32", "w5g32", "w6g16", "w8", "w8g32"]
-    ratios = [sqnr_db(weight, Scheme.parse(name).quantize(weight)) for name in names]
+    ratios = [sqnr_db(weight, parse_scheme(name).quantize(weight)) for name in names]
     assert ratios == sorted(ratios)
     assert ratios[3] > 21  # a Gaussian in groups of 32: 21.3 dB
     assert ratios[-2] > 40
 
 
 def test_sqnr_of_the_ends() -> None:
-    exact = Scheme.parse("w8").quantize(torch.tensor([[127.0, 1.0]]))
+    exact = parse_scheme("w8").quantize(torch.tensor([[127.0, 1.0]]))
     assert sqnr_db(torch.tensor([[127.0, 1.0]]), exact) == math.inf
     assert sqnr_db(torch.zeros(1, 2), exact) == -math.inf
 
 
 def test_weights_that_require_gradients_give_plain_codes() -> None:
     weight = weight_of(2, 64).requires_grad_()
-    assert not Scheme.parse("w4g32").quantize(weight).scales.requires_grad
+    assert not parse_scheme("w4g32").quantize(weight).scales.requires_grad
 
 
 @pytest.mark.parametrize("name", ["w4g32", "w4g128"])
 def test_groups_must_divide_the_rows(name: str) -> None:
     with pytest.raises(ValueError, match="does not divide"):
-        Scheme.parse(name).quantize(weight_of(4, 48))
+        parse_scheme(name).quantize(weight_of(4, 48))
 
 
 def test_float_has_no_codes() -> None:
@@ -146,16 +150,22 @@ def test_float_has_no_codes() -> None:
         FLOAT.quantize(weight_of(2, 2))
 
 
-def test_contradictory_fields_are_refused() -> None:
-    for bits, granularity, group in (
-        (8, "group", None),
-        (8, "channel", 32),
-        (None, "channel", None),
-        (8, None, None),
-        (4, "group", 48),
-        (5, "channel", None),
-        (6, "group", 32),
-        (4, "group", 16),
-    ):
-        with pytest.raises(ValueError, match="bits|group_size"):
-            Scheme(bits, granularity, group)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Affine(3),  # type: ignore[arg-type]
+        lambda: Affine(4, 48),
+        lambda: Affine(5),
+        lambda: Affine(6, 32),
+        lambda: Affine(4, 16),
+        lambda: Affine(8, 32, symmetric=False),
+        lambda: Affine(4, symmetric=False),
+        lambda: Codebook(5),  # type: ignore[arg-type]
+        lambda: Codebook(4, 0),
+        lambda: Codebook(3, group_size=16),
+        lambda: Codebook(4, 2, 32, is_table=True),
+    ],
+)
+def test_fields_that_no_file_holds_are_refused(made: Callable[[], Scheme]) -> None:
+    with pytest.raises(ValueError, match="bits|group_size|books|4-bit groups"):
+        made()

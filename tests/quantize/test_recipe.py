@@ -20,7 +20,8 @@ from edgekit.quantize.recipe import (
     uniform,
     warnings,
 )
-from edgekit.quantize.scheme import FLOAT, Scheme
+from edgekit.quantize.schemes.floats import FLOAT
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.table import format_table, table_json, total_bytes
 from edgekit.quantize.tensor import QuantizedTensor
 
@@ -38,7 +39,7 @@ TIED_SHAPES, TIED = {**SHAPES, HEAD: SHAPES[EMBEDDING]}, {HEAD: EMBEDDING}
 
 
 def rule(pattern: str, scheme: str) -> Rule:
-    return Rule(pattern, Scheme.parse(scheme))
+    return Rule(pattern, parse_scheme(scheme))
 
 
 def schemes(recipe: Recipe) -> dict[str, str]:
@@ -51,10 +52,10 @@ def schemes(recipe: Recipe) -> dict[str, str]:
         (preset("int8"), "w8", "w8"),
         (preset("int4"), "w8", "w4g32"),
         (preset("float"), "float", "float"),
-        (uniform(Scheme.parse("w8")), "w8", "w8"),
-        (uniform(Scheme.parse("w8g32")), "w8g32", "w8g32"),
-        (uniform(Scheme.parse("w4")), "w8", "w4"),
-        (uniform(Scheme.parse("w4g64")), "w8", "w4g64"),
+        (uniform(parse_scheme("w8")), "w8", "w8"),
+        (uniform(parse_scheme("w8g32")), "w8g32", "w8g32"),
+        (uniform(parse_scheme("w4")), "w8", "w4"),
+        (uniform(parse_scheme("w4g64")), "w8", "w4g64"),
         (uniform(FLOAT), "float", "float"),
     ],
 )
@@ -122,13 +123,13 @@ def test_a_float_rule_may_name_any_tensor() -> None:
 
 def test_a_group_that_does_not_divide_names_the_tensor() -> None:
     with pytest.raises(EdgekitError, match=rf"^{LINEAR}: w4g128 cannot hold it: group size 128"):
-        resolve(uniform(Scheme.parse("w4g128")), SHAPES)
+        resolve(uniform(parse_scheme("w4g128")), SHAPES)
 
 
 def test_only_per_channel_int4_warns() -> None:
     for recipe in map(preset, PRESETS):
         assert warnings(resolve(recipe, SHAPES), {}) == []
-    (warning,) = warnings(resolve(uniform(Scheme.parse("w4")), SHAPES), {})
+    (warning,) = warnings(resolve(uniform(parse_scheme("w4")), SHAPES), {})
     assert "31.5" in warning
     assert "--int4" in warning
 
@@ -137,7 +138,7 @@ def test_a_tied_head_of_another_scheme_warns_of_what_it_costs() -> None:
     shapes, tied = TIED_SHAPES, TIED
     for recipe in map(preset, PRESETS):
         assert warnings(resolve(recipe, shapes), tied) == []
-    rules = (Rule(re.escape(HEAD), Scheme.parse("w4g32")), Rule(".*", Scheme.parse("w8")))
+    rules = (Rule(re.escape(HEAD), parse_scheme("w4g32")), Rule(".*", parse_scheme("w8")))
     rows = resolve(Recipe(rules), shapes)
     (warning,) = warnings(rows, tied)
     (head,) = (row for row in rows if row.tensor == HEAD)
@@ -242,7 +243,7 @@ def test_quantize_tensors_follows_the_table() -> None:
     assert result[HEAD] is result[EMBEDDING]
     linear = result[LINEAR]
     assert isinstance(linear, QuantizedTensor)
-    expected = Scheme.parse("w4g32").quantize(Weights()(LINEAR), "mse")
+    expected = parse_scheme("w4g32").quantize(Weights()(LINEAR), "mse")
     assert torch.equal(linear.codes, expected.codes)
     norm = result[NORM]
     assert isinstance(norm, torch.Tensor)
@@ -327,7 +328,7 @@ def test_what_editors_of_other_systems_write(
 ) -> None:
     name, text = name_and_text
     (tmp_path / name).write_bytes(mark + text.replace("\n", end).encode())
-    assert Recipe.load(tmp_path / name).rules == uniform(Scheme.parse("w8")).rules
+    assert Recipe.load(tmp_path / name).rules == uniform(parse_scheme("w8")).rules
     (tmp_path / name).write_bytes(text.encode("utf-16"))
     assert load_error(tmp_path / name).endswith(
         "is not UTF-8 but UTF-16 or UTF-32: save it as UTF-8"

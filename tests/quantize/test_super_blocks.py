@@ -8,11 +8,11 @@ from torch import Tensor
 
 from edgekit.quantize import super_blocks
 from edgekit.quantize.apply import sqnr_db
-from edgekit.quantize.ranges import RangeMethod
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.methods import RangeMethod
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
-SIX = Scheme.parse("w6g16")
+SIX = parse_scheme("w6g16")
 
 
 def weight_of(rows: int = 32, columns: int = 512, degrees: float = 1e6) -> Tensor:
@@ -67,7 +67,7 @@ def test_they_lose_what_ggmls_own_quantizer_loses(name: str, kind: str, degrees:
     theirs = torch.from_numpy(ggml.dequantize(ggml.quantize(weight.numpy(), of_kind), of_kind))
     noise = (weight - theirs.view(weight.shape)).square().sum()
     found = {
-        method: sqnr_db(weight, Scheme.parse(name).quantize(weight, method))
+        method: sqnr_db(weight, parse_scheme(name).quantize(weight, method))
         for method in ("minmax", "mse")
     }
     assert found["mse"] > float(10 * torch.log10(weight.square().sum() / noise)) - 0.1

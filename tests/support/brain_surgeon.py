@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import Scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
 # Half a step, and what sums in float32 may be off by.

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from edgekit.exporters.contract.target import Job
 from edgekit.exporters.contract.weights import Weights
+from edgekit.exporters.contract.writer import Job
 from edgekit.exporters.gguf import decoder as gguf
+from edgekit.exporters.gguf import layout
 from edgekit.exporters.gguf.names import gguf_names
 from edgekit.models.source import resolve_model
 from edgekit.models.weights import floats
@@ -28,4 +29,4 @@ def write_float_gguf(model: str, folder: Path) -> tuple[Path, dict[str, Tensor]]
         names[name]: floats(source.checkpoint.tensor(name)).squeeze()
         for name in source.checkpoint.shapes()
     }
-    return folder / gguf.MODEL_FILE, values
+    return folder / layout.MODEL_FILE, values

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from edgekit.exporters.contract.target import Job, Options
+from edgekit.exporters.contract.layout import Options
 from edgekit.exporters.contract.weights import Weights
+from edgekit.exporters.contract.writer import Job
 from edgekit.exporters.gguf import decoder as gguf
+from edgekit.exporters.gguf import layout
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.quantize.recipe import Recipe, preset, resolve, uniform
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 SMALL: dict[str, Any] = {
@@ -57,15 +59,15 @@ def recipe_of(scheme: str | Recipe) -> Recipe:
     """Return a recipe as it is, a preset by its name, or one scheme for every linear."""
     if isinstance(scheme, Recipe):
         return scheme
-    return preset(scheme) if scheme in ("int8", "int4", "float") else uniform(Scheme.parse(scheme))
+    return preset(scheme) if scheme in ("int8", "int4", "float") else uniform(parse_scheme(scheme))
 
 
 def job_of(source: ModelSource, scheme: str | Recipe) -> Job:
     """Quantize a model for the target, as `edgekit export` does."""
     shapes, tied = source.config.tied_shapes()
     rows = resolve(recipe_of(scheme), shapes)
-    gguf.check_config(source.config, Options())
-    gguf.check_rows(rows)
+    layout.check_config(source.config, Options())
+    layout.check_rows(rows)
     weights = Weights(rows, tied, source.checkpoint)
     return Job(source.id, source.config, rows, tied, weights, 64, source.folder)
 
@@ -80,7 +82,7 @@ def write_gguf_of(
     job = job_of(source, scheme)
     folder.mkdir(exist_ok=True)
     gguf.write(job, folder, progress)
-    return folder / gguf.MODEL_FILE, job
+    return folder / layout.MODEL_FILE, job
 
 
 def small_model_file(folder: Path, scheme: str = "int4") -> Path:

@@ -10,9 +10,11 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from edgekit.exporters.contract.target import Job, Options
+from edgekit.exporters.contract.layout import Options
 from edgekit.exporters.contract.weights import Weights
+from edgekit.exporters.contract.writer import Job
 from edgekit.exporters.onnx import decoder as target
+from edgekit.exporters.onnx.layout import model_file
 from edgekit.models.config import ModelConfig
 from edgekit.models.eager import build_eager
 from edgekit.quantize.apply import quantize_tensors
@@ -90,7 +92,7 @@ def write(
     given = cast(Weights, dict(weights))
     job = Job("small", config, rows, tied, given, CONTEXT, None, options)
     target.write(job, folder, lambda stage: None)
-    return Written(folder, folder / target.model_file(rows, options), config, weights)
+    return Written(folder, folder / model_file(rows, options), config, weights)
 
 
 def eager_logits(config: ModelConfig, weights: Mapping[str, Weight], tokens: list[int]) -> Logits:

@@ -23,7 +23,7 @@ from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
 from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.names import EMBEDDING
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import Scheme, parse_scheme
 from edgekit.quantize.storage import load_quantized, load_with_about
 from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.workflows import calibrate as module
@@ -98,7 +98,7 @@ def test_the_first_linear_sees_the_quantized_embedding(
     embedding = contents[EMBEDDING]
     assert isinstance(embedding, QuantizedTensor)
     assert torch.equal(
-        embedding.codes, Scheme.parse("w8").quantize(source.checkpoint.tensor(EMBEDDING)).codes
+        embedding.codes, parse_scheme("w8").quantize(source.checkpoint.tensor(EMBEDDING)).codes
     )
     norm = source.checkpoint.tensor("model.layers.0.operator_norm.weight").float()
 
@@ -109,7 +109,7 @@ def test_the_first_linear_sees_the_quantized_embedding(
     tokens = [token for chunk in module.read_texts(source, text).calibration for token in chunk]
     seen = normed(embedding.dequantize(), tokens)
     exact = normed(source.checkpoint.tensor(EMBEDDING).float(), tokens)
-    weight, scheme = source.checkpoint.tensor(name).float(), Scheme.parse("w4g32")
+    weight, scheme = source.checkpoint.tensor(name).float(), parse_scheme("w4g32")
     found = contents[name]
     assert isinstance(found, QuantizedTensor)
     assert steps_from_elimination(found, weight, seen, exact @ weight.t(), scheme) < NEAREST

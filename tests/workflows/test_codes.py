@@ -21,7 +21,7 @@ from edgekit.models.checkpoint import Checkpoint
 from edgekit.models.codes import CodesFile
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.names import EMBEDDING, HEAD
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.storage import About, Contents, load_quantized, save_quantized
 from edgekit.quantize.tensor import QuantizedTensor
 from edgekit.workflows.api import export_model
@@ -119,7 +119,7 @@ def test_codes_are_found_in_what_they_dequantize_to(scheme: str) -> None:
     weight = torch.randn(40, 128, generator=generator)
     weight[3] = 0
     weight[5] = 0.25
-    wanted = Scheme.parse(scheme)
+    wanted = parse_scheme(scheme)
     values = wanted.quantize(weight).dequantize()
     found = codes_of(values, wanted)
     assert torch.equal(found.dequantize(), values)
@@ -183,7 +183,7 @@ def _add(contents: Contents) -> None:
 
 
 def _turn(contents: Contents) -> None:
-    contents[LINEAR] = Scheme.parse("w4g32").quantize(torch.randn(96, 64))
+    contents[LINEAR] = parse_scheme("w4g32").quantize(torch.randn(96, 64))
 
 
 def _codebook(contents: Contents) -> None:
@@ -220,7 +220,7 @@ def _nan(contents: Contents) -> None:
 
 
 def _zero_points(contents: Contents) -> None:
-    contents[LINEAR] = Scheme.parse("w4g32a").quantize(torch.randn(contents[LINEAR].shape))
+    contents[LINEAR] = parse_scheme("w4g32a").quantize(torch.randn(contents[LINEAR].shape))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from edgekit.formats.gguf.file import GgufFile
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import Recipe, Rule, resolve
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.storage import load_quantized
 from edgekit.quantize.table import total_bytes
 from edgekit.workflows import mixed_precision as module
@@ -27,7 +27,7 @@ from edgekit.workflows import sensitivity
 from edgekit.workflows.mixed_precision import mixed_recipe
 from edgekit.workflows.quality import Budget
 
-SCHEMES = [Scheme.parse(name) for name in ("w4g32", "w8")]
+SCHEMES = [parse_scheme(name) for name in ("w4g32", "w8")]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,7 +68,7 @@ def test_what_gptq_leaves_counts_for_the_layers_alone() -> None:
 
 def test_what_gptq_leaves_is_the_share_that_was_measured() -> None:
     """0.36 of the divergence in docs/quantize.md's table; with one scheme both choose the same."""
-    source, both = resolve_model("lfm2-tiny"), [Scheme.parse("w4g32"), Scheme.parse("w8")]
+    source, both = resolve_model("lfm2-tiny"), [parse_scheme("w4g32"), parse_scheme("w8")]
     shapes, tied = source.config.tied_shapes()
     least = total_bytes(resolve(Recipe((Rule(".*", both[0]),)), shapes), tied)
     plain, gptq = (

@@ -20,11 +20,11 @@ from edgekit.models.random_weights import RandomCheckpoint
 from edgekit.models.source import resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.quantize.names import EMBEDDING, HEAD
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import Scheme, parse_scheme
 from edgekit.workflows import sensitivity as module
 from edgekit.workflows.sensitivity import FIRST, Sensitivity, sensitivity
 
-W4 = Scheme.parse("w4g32")
+W4 = parse_scheme("w4g32")
 SHORT = TEXT[:200]
 
 
@@ -156,7 +156,7 @@ def test_other_schemes_and_texts_have_their_own_figures(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module._FloatRun, "cost", lambda self, name, scheme: (1.0, 0.5))
-    for scheme, text in ((W4, SHORT), (Scheme.parse("w8"), SHORT), (W4, TEXT)):
+    for scheme, text in ((W4, SHORT), (parse_scheme("w8"), SHORT), (W4, TEXT)):
         sensitivity("lfm2-tiny", scheme, text)
     assert len(list(cache.glob("*.json"))) == 3
 

@@ -11,9 +11,9 @@ import torch
 from support.gguf_models import job_of, small_model, write_gguf_of
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.executorch import decoder as executorch
-from edgekit.exporters.gguf import decoder as gguf
+from edgekit.exporters.executorch import layout as executorch
 from edgekit.exporters.gguf.architectures import find_architecture
+from edgekit.exporters.gguf.layout import check_rows, stored_once
 from edgekit.exporters.gguf.names import gguf_names
 from edgekit.exporters.gguf.readback import weights
 from edgekit.formats.gguf.file import GgufArray, GgufFile
@@ -24,7 +24,8 @@ from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.weights import floats
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import Recipe, Rule, resolve, uniform
-from edgekit.quantize.scheme import FLOAT, Scheme
+from edgekit.quantize.schemes.floats import FLOAT
+from edgekit.quantize.schemes.names import parse_scheme
 
 SCHEMES = ["w8", "w8g64", "w4", "w4g32", "w4g64", "w4g32a", "int8", "int4", "float"]
 
@@ -40,7 +41,7 @@ def test_gguf_py_reads_the_weights_bit_for_bit(
 ) -> None:
     path, job = write_gguf_of(tiny, scheme, tmp_path)
     stored = {tensor.name: tensor for tensor in peer.GGUFReader(path).tensors}
-    once = gguf.stored_once(job.rows, job.tied)
+    once = stored_once(job.rows, job.tied)
     assert len(stored) == len(job.rows) - len(once)
     for row in job.rows:
         if row.tensor in once:
@@ -179,14 +180,14 @@ def test_random_weights_get_a_tokenizer_that_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rules", "head", "table"),
     [
-        ([Rule(".*", Scheme.parse("w8"))], None, "Q8_0"),
+        ([Rule(".*", parse_scheme("w8"))], None, "Q8_0"),
         (
-            [Rule("lm_head.*", Scheme.parse("w4g32")), Rule(".*", Scheme.parse("w8"))],
+            [Rule("lm_head.*", parse_scheme("w4g32")), Rule(".*", parse_scheme("w8"))],
             "Q4_0",
             "Q8_0",
         ),
-        ([Rule("lm_head.*", FLOAT), Rule(".*", Scheme.parse("w8"))], "BF16", "Q8_0"),
-        ([Rule("lm_head.*", Scheme.parse("w8")), Rule(".*", FLOAT)], "Q8_0", "BF16"),
+        ([Rule("lm_head.*", FLOAT), Rule(".*", parse_scheme("w8"))], "BF16", "Q8_0"),
+        ([Rule("lm_head.*", parse_scheme("w8")), Rule(".*", FLOAT)], "Q8_0", "BF16"),
         ([Rule(".*", FLOAT)], None, "BF16"),
     ],
 )
@@ -198,7 +199,7 @@ def test_a_tied_head_is_stored_once_where_it_is_the_table(
     assert file.tensors["token_embd.weight"].type == table
     stored = file.tensors.get("output.weight")
     assert (stored.type if stored else None) == head
-    assert gguf.stored_once(job.rows, job.tied) == ([] if head else [HEAD])
+    assert stored_once(job.rows, job.tied) == ([] if head else [HEAD])
     found = dict(weights(path, tiny.config))
     assert torch.equal(found.get(HEAD, found[EMBEDDING]), floats(job.weights[HEAD]))
 
@@ -216,7 +217,7 @@ def test_every_model_of_the_catalogue_has_a_place_for_each_tensor(model: str) ->
     config = resolve_model(model, random_weights=True).config
     shapes, _ = config.tied_shapes()
     for scheme in ("w8", "w4g32", "w4g32a"):
-        gguf.check_rows(resolve(uniform(Scheme.parse(scheme)), shapes))
+        check_rows(resolve(uniform(parse_scheme(scheme)), shapes))
     names = gguf_names(config)
     assert names.keys() == shapes.keys()
     assert len(set(names.values())) == len(names)
@@ -247,7 +248,7 @@ def test_a_model_whose_heads_are_wider_than_it_is_refused(tmp_path: Path) -> Non
 
 def test_xnnpack_refuses_zero_points_beforehand(tiny: ModelSource) -> None:
     shapes, _ = tiny.config.tied_shapes()
-    rows = resolve(uniform(Scheme.parse("w4g32a")), shapes)
+    rows = resolve(uniform(parse_scheme("w4g32a")), shapes)
     with pytest.raises(EdgekitError, match="cannot hold w4g32a: XNNPACK takes no zero points"):
         executorch.check_rows(rows)
 

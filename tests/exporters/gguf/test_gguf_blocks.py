@@ -9,9 +9,11 @@ from support import ggml
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf import blocks as gguf_blocks
-from edgekit.exporters.gguf.blocks import block_pieces, block_type, float_pieces
+from edgekit.exporters.gguf.block_types import block_type
+from edgekit.exporters.gguf.blocks import block_pieces, float_pieces
 from edgekit.exporters.gguf.decoder import fake_quantize
-from edgekit.quantize.scheme import FLOAT, Scheme
+from edgekit.quantize.schemes.floats import FLOAT
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
 SCHEMES = ["w8", "w8g32", "w8g128", "w4", "w4g32", "w4g64", "w4g128", "w4g32a", "w4g128a"]
@@ -42,8 +44,8 @@ def test_what_gguf_py_dequantizes_is_the_tensor(
     weight = torch.randn(37, 256, generator=torch.Generator().manual_seed(0))
     weight[3], weight[4], weight[5] = 0, weight[4].abs(), -weight[5].abs() * 1e-3
     weight[6] *= 1e3
-    tensor = Scheme.parse(scheme).quantize(weight)
-    kind = block_type(Scheme.parse(scheme))
+    tensor = parse_scheme(scheme).quantize(weight)
+    kind = block_type(parse_scheme(scheme))
     assert torch.equal(bits(read_back(tensor, kind)), bits(tensor.dequantize()))
 
 
@@ -87,7 +89,7 @@ def test_every_code_and_multiple_of_six_bits_comes_back(step: float) -> None:
 
 @pytest.mark.parametrize(("scheme", "kind"), [("w5g32", "Q5_0"), ("w6g16", "Q6_K")])
 def test_the_engine_reads_what_gguf_py_reads(scheme: str, kind: str) -> None:
-    tensor = Scheme.parse(scheme).quantize(
+    tensor = parse_scheme(scheme).quantize(
         torch.randn(9, 512, generator=torch.Generator().manual_seed(3)) / 50
     )
     blocks = blocks_of(tensor)
@@ -100,11 +102,11 @@ def test_six_bits_round_their_inputs_as_ggml_does() -> None:
     """Q6_K is multiplied by `block_q8_K`, a scale of float32 for 256 inputs."""
     x = torch.randn(5, 512, generator=torch.Generator().manual_seed(4))
     x[2, 256:] = 0
-    weight = Scheme.parse("w6g16").quantize(torch.ones(1, 512))
+    weight = parse_scheme("w6g16").quantize(torch.ones(1, 512))
     expected = torch.from_numpy(ggml.round_to_q8_k(x.numpy()))
     found = fake_quantize(x, weight)
     assert torch.allclose(found, expected, rtol=1e-6, atol=0)
-    assert not torch.allclose(found, fake_quantize(x, Scheme.parse("w5g32").quantize(x)), rtol=1e-6)
+    assert not torch.allclose(found, fake_quantize(x, parse_scheme("w5g32").quantize(x)), rtol=1e-6)
 
 
 def test_blocks_are_those_of_gguf_py_for_its_own_scales() -> None:

@@ -22,8 +22,9 @@ from support.float_gguf import write_float_gguf
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
+from edgekit.exporters.contract.own_formats import find_format
 from edgekit.exporters.gguf.llama import quantize as llama_quantize
-from edgekit.exporters.gguf.llama.formats import FORMATS, find_format
+from edgekit.exporters.gguf.llama.formats import FORMATS
 from edgekit.exporters.gguf.llama.imatrix import Imatrix, Statistics, is_measured
 from edgekit.exporters.gguf.llama.quantize import StoredTensor, planned_tensors, quantize_gguf
 from edgekit.exporters.gguf.names import gguf_names
@@ -288,7 +289,7 @@ def test_rows_that_a_type_cannot_hold_are_told(tmp_path: Path) -> None:
     ],
 )
 def test_names_are_llama_quantizes(name: str, form: str | None) -> None:
-    assert find_format(name) == (None if form is None else FORMATS[form])
+    assert find_format(name) == form
 
 
 def test_progress_tells_how_far_it_is(tiny: FloatModel, tmp_path: Path) -> None:

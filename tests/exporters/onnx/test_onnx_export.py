@@ -29,11 +29,11 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from edgekit.cli import main
 from edgekit.errors import EdgekitError, VerificationError
-from edgekit.exporters.contract.target import Options, find_target
+from edgekit.exporters.contract.layout import Options, find_layout
 from edgekit.exporters.inspect.report import inspect
 from edgekit.exporters.onnx import contrib as onnx_contrib
-from edgekit.exporters.onnx.decoder import check_rows, model_file
 from edgekit.exporters.onnx.inspect import Report
+from edgekit.exporters.onnx.layout import check_rows, model_file
 from edgekit.exporters.onnx.optimised import check_fast, operators_run
 from edgekit.exporters.onnx.readback import weights
 from edgekit.formats.artifact.read import Artifact
@@ -47,7 +47,7 @@ from edgekit.models.weights import floats
 from edgekit.quantize.apply import quantize_tensors
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import Recipe, Rule, preset, resolve, uniform
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import Scheme, parse_scheme
 
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(320, size=37)]
 CHUNKS = ([37], [1, 2, 5, 29], [30, 1, 1, 5])
@@ -55,7 +55,7 @@ C, A = "conv", "full_attention"
 
 
 def scheme(name: str) -> Scheme:
-    return Scheme.parse(name)
+    return parse_scheme(name)
 
 
 MIXED = Recipe(
@@ -324,9 +324,9 @@ def test_rows_that_no_operator_takes_are_refused_before_any_work() -> None:
 
 @pytest.mark.parametrize("options", [Options(portable=True), Options(abi="transformersjs")])
 def test_options_of_other_targets_are_refused(options: Options) -> None:
-    find_target("onnx", options)
+    find_layout("onnx", options)
     with pytest.raises(EdgekitError, match="has no meaning for target executorch"):
-        find_target("executorch", options)
+        find_layout("executorch", options)
 
 
 def test_float_activations_fail_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

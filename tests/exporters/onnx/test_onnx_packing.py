@@ -7,15 +7,14 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekit.exporters.onnx.layout import LARGEST_BLOCK, block_size
 from edgekit.exporters.onnx.packing import (
-    LARGEST_BLOCK,
     Packed,
-    block_size,
     pack_matrix,
     stack,
     unpack_matrix,
 )
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
 ROWS, COLUMNS = 24, 192
@@ -24,7 +23,7 @@ SCHEMES = ("w8", "w4", "w8g16", "w8g32", "w8g96", "w4g32", "w4g64", "w4g192", "w
 
 def quantized(scheme: str, rows: int = ROWS, columns: int = COLUMNS) -> QuantizedTensor:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    return Scheme.parse(scheme).quantize(weight)
+    return parse_scheme(scheme).quantize(weight)
 
 
 def nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -27,18 +27,18 @@ from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.weight_only import WeightTraining
 from edgekit.quantize.recipe import Recipe, Rule, preset
-from edgekit.quantize.scheme import Scheme
+from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.storage import load_quantized
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.workflows.api import export_model
 
 MIXED = Recipe(
     (
-        Rule(r"lm_head\.weight", Scheme.parse("w4g32")),
-        Rule(r"model\.embed_tokens\.weight", Scheme.parse("w8")),
-        Rule(r".*feed_forward\.w2\.weight", Scheme.parse("w8g32")),
-        Rule(r".*\.(q|k)_proj\.weight", Scheme.parse("float")),
-        Rule(r".*", Scheme.parse("w4g64a")),
+        Rule(r"lm_head\.weight", parse_scheme("w4g32")),
+        Rule(r"model\.embed_tokens\.weight", parse_scheme("w8")),
+        Rule(r".*feed_forward\.w2\.weight", parse_scheme("w8g32")),
+        Rule(r".*\.(q|k)_proj\.weight", parse_scheme("float")),
+        Rule(r".*", parse_scheme("w4g64a")),
     ),
     name="mixed.toml",
 )
@@ -149,7 +149,7 @@ def test_rounding_begins_when_the_milestone_says() -> None:
 def test_the_gradient_is_the_rounded_models() -> None:
     """Straight through: what the weights of the float model of the codes would get."""
     model = make_lm()
-    recipe = Recipe((Rule(".*", Scheme.parse("w8")),))  # minimum and maximum: nothing is clipped
+    recipe = Recipe((Rule(".*", parse_scheme("w8")),))  # minimum and maximum: nothing is clipped
     edgekit.prepare(model, recipe)
     twin = with_codes(edgekit.prepare(copy_of(model), recipe).finalize())
     ids = tokens()
@@ -228,7 +228,7 @@ def test_inputs_are_rounded_as_the_engine_does() -> None:
     x = torch.randn(3, 32)
     expected = nn.functional.linear(
         rounding(x),
-        Scheme.parse("w8").quantize(layer.weight).dequantize(),
+        parse_scheme("w8").quantize(layer.weight).dequantize(),
         layer.bias,
     )
     assert torch.equal(linear(x), expected)
@@ -298,12 +298,12 @@ def test_hugging_faces_trainer_trains_it(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_matches_nothing_is_refused() -> None:
-    recipe = Recipe((Rule(".*experts.*", Scheme.parse("w4g32")),), name="moe.toml")
+    recipe = Recipe((Rule(".*experts.*", parse_scheme("w4g32")),), name="moe.toml")
     model = make_lm()
     with pytest.raises(EdgekitError, match=r"moe.toml: rule 1: .* matches no tensor of the model"):
         edgekit.prepare(model, recipe)
     convolution = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Linear(4, 4))
-    recipe = Recipe((Rule("0.weight", Scheme.parse("w8")),))
+    recipe = Recipe((Rule("0.weight", parse_scheme("w8")),))
     with pytest.raises(EdgekitError, match=r"only convolutions, such as 0\.weight.*example_inputs"):
         edgekit.prepare(convolution, recipe)
     with pytest.raises(EdgekitError, match="float: leaves every tensor float"):
@@ -330,7 +330,7 @@ def test_a_module_without_a_vocabulary_takes_every_recipe(
     assert (weight.bits, weight.group_size) == (bits, group)
 
 
-@pytest.mark.parametrize("recipe", ["cb3", "cb4nl", Recipe((Rule(".*", Scheme.parse("cb2")),))])
+@pytest.mark.parametrize("recipe", ["cb3", "cb4nl", Recipe((Rule(".*", parse_scheme("cb2")),))])
 def test_codebooks_are_refused_in_one_line(recipe: str | Recipe) -> None:
     net = nn.Sequential(nn.Linear(64, 64))
     with pytest.raises(EdgekitError, match=r"0\.weight: cb\w+ is a codebook.* it takes float") as e:
@@ -364,7 +364,7 @@ def test_rounding_may_begin_after_the_end() -> None:
 
 def test_a_weight_that_another_module_reads_is_found() -> None:
     model = nn.MultiheadAttention(32, 4)
-    qat = edgekit.prepare(model, Recipe((Rule(r"out_proj\.weight", Scheme.parse("w8")),)))
+    qat = edgekit.prepare(model, Recipe((Rule(r"out_proj\.weight", parse_scheme("w8")),)))
     x = torch.randn(5, 2, 32)
     model.train()(x, x, x)[0].sum().backward()
     with pytest.raises(EdgekitError, match=r"out_proj\.weight: training never ran the module"):

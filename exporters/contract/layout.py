@@ -1,19 +1,15 @@
-"""What every target offers, what it is given, and how one is found by name."""
+"""What a target can hold, told before any work and without torch."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from torch import Tensor
-
 from edgekit.errors import EdgekitError
-from edgekit.exporters.contract.weights import Weights
 from edgekit.exporters.registry import TARGETS
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.recipe import Resolved
-from edgekit.quantize.scheme import FORMS
-from edgekit.quantize.tensor import QuantizedTensor
+from edgekit.quantize.schemes.names import FORMS
 
 
 @dataclass(frozen=True)
@@ -39,41 +35,20 @@ class Options:
             )
 
 
-@dataclass(frozen=True)
-class Job:
-    """One model to write.
-
-    `rows` is the table as the file holds it (`stored_rows`) and `tied` the tensors that have
-    another's values; `weights` gives each row's tensor; `context` the positions to make room for;
-    `folder` holds the tokenizer's files, or is None for random weights.
-    """
-
-    id: str
-    config: ModelConfig
-    rows: Sequence[Resolved]
-    tied: Mapping[str, str]
-    weights: Weights
-    context: int
-    folder: Path | None
-    options: Options = field(default_factory=Options)
-
-
-class Target(Protocol):
-    """A module of this package that writes one kind of file.
+class Layout(Protocol):
+    """A target's `layout.py`: what its file can hold, and in how many bytes.
 
     `NAME` is the target's and its engine's, `ENGINE` what people call the engine, `OPTIONS` the
     fields of `Options` that the target understands, `BLOCK_KINDS` the blocks that it can write,
-    `HELD_AS_SUCH` the schemes of codebooks, and of 5 and 6 bits, that the file holds as such, where
-    others become int8 codes, `LONGEST_CHECK` the positions up to which verification runs prompts:
-    fewer where the file holds no program whose lengths could be wrong.
+    `NATIVE_SCHEMES` those of codebooks, and of 5 and 6 bits, that the file holds natively, where
+    others become int8 codes.
     """
 
     NAME: str
     ENGINE: str
     OPTIONS: frozenset[str]
     BLOCK_KINDS: tuple[type, ...]
-    HELD_AS_SUCH: frozenset[str]
-    LONGEST_CHECK: int
+    NATIVE_SCHEMES: frozenset[str]
 
     def check_config(self, config: ModelConfig, options: Options) -> None:
         """Refuse, before any work, forms of blocks and shapes that the engine does not run.
@@ -94,10 +69,6 @@ class Target(Protocol):
         """Return the bytes that a tensor takes in the file, padding and names left out."""
         ...
 
-    def fake_quantize(self, x: Tensor, weight: QuantizedTensor) -> Tensor:
-        """Round the inputs `[n, columns]` of a linear as the engine does at run time."""
-        ...
-
     def model_file(self, rows: Sequence[Resolved], options: Options) -> str:
         """Return the file that the engine opens, in the artifact's folder or one below it."""
         ...
@@ -106,46 +77,26 @@ class Target(Protocol):
         """Return what must be there to run the file: versions of formats and of run times."""
         ...
 
-    def write(self, job: Job, folder: Path, progress: Callable[[str], None]) -> None:
-        """Write `model_file`, and what belongs to it, into the folder; weights verbatim.
 
-        `config.json` is there already. `job.weights` may be cleared on the way.
-        """
-        ...
-
-    def check_tokenizer(self, path: Path, folder: Path) -> dict[str, int]:
-        """Compare the tokenizer inside a written file with that of the model's folder.
-
-        Returns how many texts were compared, and how many tokens they have; nothing where the
-        file holds no tokenizer. VerificationError names the first text whose ids differ. Called
-        where the target's engine is installed.
-        """
-        ...
-
-    def versions(self) -> dict[str, str]:
-        """Return the versions that decided the file's bytes."""
-        ...
-
-
-def find_target(name: str, options: Options) -> Target:
+def find_layout(name: str, options: Options) -> Layout:
     """Return the target of that name; EdgekitError for another, and for options it has not."""
-    target = cast(Target, TARGETS.load(name, "decoder"))
+    layout = cast(Layout, TARGETS.load(name, "layout"))
     for option, value in _given(options).items():
-        if option not in target.OPTIONS:
+        if option not in layout.OPTIONS:
             raise EdgekitError(_refusal(option, value, name))
-    return target
+    return layout
 
 
-def check_model(target: Target, config: ModelConfig, options: Options) -> None:
+def check_model(layout: Layout, config: ModelConfig, options: Options) -> None:
     """Refuse, before any work, a model with a block or a shape that a target cannot write."""
     for layer in config.architecture.layers:
         for _, block in layer.halves:
-            if not isinstance(block, target.BLOCK_KINDS):
+            if not isinstance(block, layout.BLOCK_KINDS):
                 raise EdgekitError(
-                    f"{block.name}: target {target.NAME} cannot hold a block of the kind "
+                    f"{block.name}: target {layout.NAME} cannot hold a block of the kind "
                     f"{type(block).__name__}"
                 )
-    target.check_config(config, options)
+    layout.check_config(config, options)
 
 
 def _refusal(option: str, value: object, target: str) -> str:
