@@ -22,6 +22,7 @@ from benchmarks.cifar.train import load_net
 from benchmarks.jlcm import CODEBOOKS, METHODS, run, wanted
 from benchmarks.machine import facts
 from benchmarks.report import table
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.gptq import Inputs
 from edgekit.quantize.schemes.names import parse_scheme
 
@@ -73,7 +74,7 @@ def quantize(net: nn.Module, row: str, images: Tensor) -> tuple[nn.Module, float
             continue
         choose = METHODS[method]
         if choose is None or small:
-            codes = kind.quantize(weight, "minmax" if method == "rtn" else None)
+            codes = quantize_weight(kind, weight, "minmax" if method == "rtn" else None)
         else:
             inputs = Inputs(weight.shape[1])
             inputs.add_inputs(inputs_of(made, place, images), inputs_of(net, place, images))

@@ -27,6 +27,7 @@ from edgekit.models.architecture import GatedMlp, Linear, Parameter, ShortConv
 from edgekit.models.catalogue import find_model
 from edgekit.models.decoder import MlpModule
 from edgekit.models.weights import ReadWeight, floats, row_block
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 from edgekit.quantize.traced.schemes import LayerScheme
@@ -90,7 +91,7 @@ def codes_of(weights: dict[str, Tensor]) -> dict[str, Weight]:
     """Return int8 codes of the matrices; short convolutions as they are."""
     eight = parse_scheme("w8")
     return {
-        name: eight.quantize(weight, None) if weight.ndim == 2 else weight
+        name: quantize_weight(eight, weight) if weight.ndim == 2 else weight
         for name, weight in weights.items()
     }
 

@@ -31,6 +31,7 @@ from benchmarks.measure import run
 from benchmarks.report import table
 from edgekit.exporters.onnx.contrib import INT8_ACTIVATIONS
 from edgekit.exporters.onnx.packing import pack_matrix
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.packing import pack
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor, as_rows
@@ -188,7 +189,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the record of all rounds."""
     shape = arguments.rows, arguments.columns
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    tensor = parse_scheme(arguments.scheme).quantize(weight)
+    tensor = quantize_weight(parse_scheme(arguments.scheme), weight)
     models = {"gather": gather_model(tensor), "int8": int8_model(tensor)}
     check_exact(tensor, models)
     record: dict[str, Any] = {

@@ -14,6 +14,7 @@ from torch import Tensor
 from edgekit.errors import EdgekitError
 from edgekit.exporters.readback import read_weights
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.by_scheme import grid_of
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scales import SMALLEST_SCALE
@@ -49,7 +50,7 @@ def read_codes(
 def codes_of(values: Tensor, scheme: Scheme) -> QuantizedTensor:
     """Return codes of a scheme that dequantize to a matrix exactly; ValueError where none do."""
     rows, columns = values.shape
-    grid, size = scheme.grid, scheme.group_size or columns
+    grid, size = grid_of(scheme), scheme.group_size or columns
     groups = values.reshape(-1, size)
     codes = torch.zeros(groups.shape, dtype=torch.int16)
     scales = torch.full((len(groups),), SMALLEST_SCALE)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from edgekit.errors import EdgekitError
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.recipe import Resolved, shared_rows
 from edgekit.quantize.tensor import QuantizedTensor, Weight, as_rows
 
@@ -94,7 +95,7 @@ def _quantize(row: Resolved, weight: Tensor) -> Weight:
     if row.scheme.is_float:
         return weight
     try:
-        return row.scheme.quantize(weight, row.range)
+        return quantize_weight(row.scheme, weight, row.range)
     except ValueError as error:
         raise EdgekitError(
             f"{row.tensor}: cannot be quantized to {row.scheme.name}: {error}"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from edgekit.quantize import super_blocks
+from edgekit.quantize.by_scheme import grid_of
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.ranges import Parameters, from_range
 from edgekit.quantize.schemes.names import Scheme
@@ -127,14 +128,14 @@ def gptq(weight: Tensor, inputs: Inputs, scheme: Scheme) -> QuantizedTensor:
     lacking[:, order] = torch.cholesky_solve(lacking[:, order].t(), factor).t()
     target = exact + lacking
     size = scheme.group_size or columns
-    scales, zeros = _ranges(target, importance, size, scheme.grid)
-    codes = _round(target, (scales, zeros), factor, order, scheme.grid)
+    scales, zeros = _ranges(target, importance, size, grid_of(scheme))
+    codes = _round(target, (scales, zeros), factor, order, grid_of(scheme))
     per_channel = scheme.granularity == "channel"
     return QuantizedTensor(
         codes,
         scales.flatten() if per_channel else scales,
         zeros,
-        bits=scheme.grid.bits,
+        bits=grid_of(scheme).bits,
         group_size=scheme.group_size,
         axis=0 if per_channel else None,
     )

@@ -156,16 +156,11 @@ NAMES_TARGETS = {
     "edgekit.formats.artifact.read": "whose a file is by the end of its name",
     # The target or the engine that is meant where nobody names one.
     "edgekit.workflows.fit": "the default target",
-    "edgekit.workflows.api": "the default target; formats of llama.cpp's own",
+    "edgekit.workflows.api": "the default target",
     "edgekit.workflows.export_network": "the default target",
     "edgekit.runtime.open_model": "the reference is computed in torch",
-    # A format of llama.cpp's own is no scheme of ours, and only that target has such.
-    "edgekit.commands._recipe_options": "formats of llama.cpp's own",
-    "edgekit.commands.export": "formats of llama.cpp's own",
     "edgekit.commands.imatrix": "llama.cpp's importance matrix",
-    "edgekit.workflows.export": "formats of llama.cpp's own",
     "edgekit.workflows.importance": "llama.cpp's importance matrix",
-    "edgekit.workflows.verify": "formats of llama.cpp's own",
 }
 TARGET = re.compile(
     r"(executorch|gguf|onnx)"

@@ -22,6 +22,7 @@ from edgekit.models.checkpoint import (
     shape_problems,
 )
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.by_scheme import grid_of
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import Resolved
 from edgekit.quantize.scales import SCALES, ScaleGrid
@@ -209,7 +210,7 @@ def _check_storable(tensor: QuantizedTensor, scheme: Scheme) -> None:
         return
     if scheme.two_levels:
         return  # what QuantizedTensor holds is what the one target does
-    grid = scheme.grid
+    grid = grid_of(scheme)
     least, most = (int(end) for end in tensor.codes.aminmax())
     if least < grid.low or most > grid.high:
         raise ValueError(

@@ -33,6 +33,7 @@ from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import ReadWeight
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.schemes.floats import FLOAT
 from edgekit.quantize.schemes.names import Scheme
@@ -244,7 +245,7 @@ class _FloatRun:
     def cost(self, name: str, scheme: Scheme) -> tuple[float, float | None]:
         """Return mean and error of the divergence with only that tensor quantized."""
         try:
-            self.override[name] = scheme.quantize(self.read(name).float()).dequantize()
+            self.override[name] = quantize_weight(scheme, self.read(name).float()).dequantize()
             logits = self._logits(self._last_state(name))
         finally:
             self.override.clear()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
-from edgekit.exporters.gguf.readback import size_of
+from edgekit.exporters.gguf.sizes import size_of
 from edgekit.exporters.inspect.tables import (
     Component,
     WeightRows,

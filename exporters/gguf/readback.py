@@ -1,7 +1,6 @@
 """The weights of a GGUF by their checkpoint names, as its engine multiplies them."""
 
 from collections.abc import Iterator, Mapping
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.stored_size import StoredSize
 from edgekit.exporters.gguf.names import ROPE_DIVISORS, gguf_names
 from edgekit.exporters.gguf.row_orders import row_orders
+from edgekit.exporters.gguf.sizes import size_of
 from edgekit.formats.gguf.file import GgufFile, GgufTensor
 from edgekit.models.config import ModelConfig
 
@@ -48,14 +48,6 @@ def _restored(values: Tensor, order: Tensor | None) -> Tensor:
 def stored_size(path: Path, config: ModelConfig | None = None) -> StoredSize:
     """Return the bytes of all tensors and the weights in them; `config` is not needed."""
     return size_of(GgufFile.open(path))
-
-
-def size_of(file: GgufFile) -> StoredSize:
-    """Return the same of an open file."""
-    tensors = file.tensors.values()
-    return StoredSize(
-        sum(tensor.nbytes for tensor in tensors), sum(prod(tensor.shape) for tensor in tensors)
-    )
 
 
 def _floats(file: GgufFile, tensor: GgufTensor) -> Tensor:

@@ -7,6 +7,7 @@ coordinate descent from there (`settle`).
 
 from torch import Tensor
 
+from edgekit.quantize.by_scheme import fit_codebooks
 from edgekit.quantize.codebook.learn import Learning, learn
 from edgekit.quantize.codebook.output import OutputError
 from edgekit.quantize.codebook.settle import settle
@@ -24,7 +25,7 @@ def weighted_kmeans(weight: Tensor, inputs: Inputs, scheme: Codebook) -> Quantiz
     ValueError for shapes that do not fit, values that are not finite.
     """
     importance = inputs.hessian_of(weight).diagonal()
-    return scheme.fit_codebook(weight.detach().float(), importance)
+    return fit_codebooks(scheme, weight.detach().float(), importance)
 
 
 def jlcm(
@@ -42,7 +43,7 @@ def jlcm(
     learning = learning or Learning()
     exact = weight.detach().float()
     error = OutputError.of(exact, inputs)
-    start = scheme.fit_codebook(exact, error.importance)
+    start = fit_codebooks(scheme, exact, error.importance)
     fixed = scheme.is_table
     learned = learn(exact, start, error, learning, fixed=fixed)
     return settle(learned, error, rounds, fixed=fixed) if rounds else learned

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from edgekit.errors import EdgekitError
+from edgekit.quantize.by_scheme import grid_of
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.straight_through import rounded
 from edgekit.quantize.qat.training import Prepared, Training
@@ -133,7 +134,7 @@ class WeightTraining(Training):
         if source not in self._quantizers:
             assert row.range is not None
             quantizer = WeightQuantizer(
-                name, scheme.grid, scheme.axis, scheme.group_size, row.range
+                name, grid_of(scheme), scheme.axis, scheme.group_size, row.range
             )
             if learn and scheme.two_levels:
                 raise EdgekitError(

@@ -2,6 +2,5 @@
 
 Three kinds, `Float` (`floats.py`), `Affine` (`affine.py`), `Codebook` (`codebook.py`), behind one
 grammar of names (`names.py`, `parse_scheme`); `sizes.py` and `super_blocks.py` count the bytes of
-what they make. Quantizing by a scheme is the work of the rooms above: a scheme's `quantize` imports
-them, and torch, when it is called.
+what they make. `edgekit.quantize.by_scheme` quantizes by a scheme.
 """

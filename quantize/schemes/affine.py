@@ -2,17 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from edgekit.quantize.methods import RangeMethod
 from edgekit.quantize.schemes import super_blocks
 from edgekit.quantize.schemes.sizes import scales_shape, stored_bytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from edgekit.quantize.grid import Grid
-    from edgekit.quantize.methods import RangeMethod
-    from edgekit.quantize.tensor import QuantizedTensor
 
 _ONLY_GROUPS = {5: 32, 6: super_blocks.GROUP}
 
@@ -75,7 +69,7 @@ class Affine:
         return Affine(8, self.group_size) if self.bits in _ONLY_GROUPS else self
 
     @property
-    def default_range(self) -> "RangeMethod":
+    def default_range(self) -> RangeMethod:
         """The range method used when a recipe names none.
 
         Least squares gains several per cent of error at 4 bits, less at 5 and 6, and next to
@@ -83,40 +77,11 @@ class Affine:
         """
         return "minmax" if self.bits == 8 else "mse"
 
-    @property
-    def grid(self) -> "Grid":
-        """The codes of the scheme: [-127, 127] at 8 bits, [-8, 7] or [0, 15] at 4 bits.
-
-        [-16, 15] at 5 bits, [-32, 31] at 6. XNNPACK, GGUF and ONNX all take -8; at 8 bits the code
-        -128 gains nothing and the whitepaper's restricted range (section 2.2) keeps products in 16
-        bits.
-        """
-        from edgekit.quantize.grid import Grid
-
-        return Grid(self.bits, symmetric=self.symmetric, restricted=self.bits == 8)
-
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError where a weight of this shape cannot be stored like this."""
         scales_shape(shape, self.axis, self.group_size)
         if self.two_levels:
             super_blocks.check_columns(shape[-1])
-
-    def quantize(
-        self, weight: "Tensor", range_method: "RangeMethod | None" = None
-    ) -> "QuantizedTensor":
-        """Quantize a float weight (channels are axis 0, groups run along the last axis).
-
-        Raises ValueError for a shape that cannot be grouped, infinities, NaN.
-        """
-        from edgekit.quantize.affine import quantize
-
-        return quantize(
-            weight,
-            self.grid,
-            axis=self.axis,
-            group_size=self.group_size,
-            method=range_method or self.default_range,
-        )
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the exact bytes of a weight of this shape: packed codes, scales, zero points.

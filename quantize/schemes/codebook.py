@@ -2,16 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal
 
 from edgekit.quantize.schemes.affine import Affine, check_group_size
 from edgekit.quantize.schemes.sizes import scales_shape, stored_bytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from edgekit.quantize.methods import RangeMethod
-    from edgekit.quantize.tensor import QuantizedTensor
 
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The table of ggml's IQ4_NL (`kvalues_iq4nl` in ggml/src/ggml-common.h)."""
@@ -70,41 +64,11 @@ class Codebook:
         """What holds the weights where there are no codebooks: entries as int8, the same scales."""
         return Affine(8, self.group_size)
 
-    @property
-    def grid(self) -> NoReturn:
-        """Raise ValueError."""
-        raise ValueError(f"the codes of {self.name} are indices, on no grid")
-
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError where a weight of this shape cannot be stored like this."""
         scales_shape(shape, self.axis, self.group_size)
         if shape[0] % self.books:
             raise ValueError(f"{self.books} codebooks do not divide {shape[0]} rows")
-
-    def quantize(
-        self, weight: "Tensor", range_method: "RangeMethod | None" = None
-    ) -> "QuantizedTensor":
-        """Do what `fit_codebook` does; codebooks have no ranges."""
-        return self.fit_codebook(weight)
-
-    def fit_codebook(
-        self, weight: "Tensor", importance: "Tensor | None" = None
-    ) -> "QuantizedTensor":
-        """Fit codebooks to a float weight by k-means (`edgekit.quantize.codebook.fit`).
-
-        `importance`, `[columns]` or the weight's shape, weighs squared errors. Raises ValueError
-        for a shape that does not fit, infinities, NaN.
-        """
-        from edgekit.quantize.codebook.fit import fit_codebook
-
-        return fit_codebook(
-            weight,
-            self.bits,
-            self.books,
-            group_size=self.group_size,
-            importance=importance,
-            table=IQ4_NL if self.is_table else None,
-        )
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the exact bytes of a weight of this shape: packed indices, scales, entries.

@@ -2,14 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NoReturn
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from edgekit.quantize.methods import RangeMethod
-
-_NO_CODES = "the float scheme has no codes"
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -31,17 +24,8 @@ class Float:
         """The scheme itself: it has no codes to widen."""
         return self
 
-    @property
-    def grid(self) -> NoReturn:
-        """Raise ValueError."""
-        raise ValueError(_NO_CODES)
-
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Do nothing: a weight of any shape may stay as it is."""
-
-    def quantize(self, weight: "Tensor", range_method: "RangeMethod | None" = None) -> NoReturn:
-        """Raise ValueError."""
-        raise ValueError(_NO_CODES)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return 4 bytes (float32) for each element."""

@@ -17,10 +17,12 @@ import torch
 from click.testing import CliRunner
 
 import edgekit
+import edgekit.runtime.engines
 from edgekit.cli import COMMANDS, DEFECT, INTERRUPTED, MISTAKE, READER_GONE, describe, main
 from edgekit.commands._progress import progress_line
 from edgekit.common import progress
 from edgekit.errors import EdgekitError, Interrupted, VerificationError
+from edgekit.exporters.registry import TARGETS
 
 # Besides the standard library. `_distutils_hack` and the finders of editable installations are
 # imported by Python's start-up from .pth files, before any line of edgekit runs.
@@ -54,6 +56,33 @@ def test_help_imports_click_only(arguments: tuple[str, ...]) -> None:
     assert [name for name in sorted(packages) if not LEAN.fullmatch(name)] == []
     own = [name for name in modules if name.partition(".")[0] == "edgekit"]
     assert [name for name in own if not LEAN_EDGEKIT.fullmatch(name)] == []
+
+
+TRIALS = Path(edgekit.runtime.engines.__file__).parent / "trial_models"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("fit", "lfm2-1.2b", "--target", target, "--no-measure") for target in TARGETS.packages),
+        *(("export", "lfm2-tiny", "--target", name, "--dry-run") for name in TARGETS.packages),
+        ("export", "lfm2-tiny", "--target", "gguf", "--scheme", "w6g16", "--dry-run"),
+        ("export", "lfm2-tiny", "--target", "gguf", "--scheme", "Q4_K_M", "--dry-run"),
+        *(("inspect", str(TRIALS / f"model.{suffix}")) for suffix in ("pte", "gguf", "onnx")),
+        ("models",),
+        ("devices",),
+    ],
+)
+def test_what_answers_at_once_needs_no_torch(arguments: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _SHOW_MODULES, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout
+    heavy = {"torch", "executorch", "safetensors", "transformers"}
+    assert heavy & set(json.loads(done.stderr.splitlines()[-1])) == set()
 
 
 def test_help_lists_every_command_file_with_a_summary() -> None:

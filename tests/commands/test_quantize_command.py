@@ -13,6 +13,7 @@ from support.gguf_models import small_model
 
 from edgekit.models.checkpoint import Checkpoint
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.storage import load_quantized
@@ -58,7 +59,7 @@ def test_the_codes_are_those_of_the_weights(model: Path, tmp_path: Path) -> None
     assert run(model, "--int4", "-o", tmp_path / "q").exit_code == 0
     linear = load_quantized(tmp_path / "q")[LINEAR]
     assert isinstance(linear, QuantizedTensor)
-    expected = parse_scheme("w4g32").quantize(Checkpoint.open(model).tensor(LINEAR))
+    expected = quantize_weight(parse_scheme("w4g32"), Checkpoint.open(model).tensor(LINEAR))
     assert torch.equal(linear.codes, expected.codes)
     assert torch.equal(linear.scales, expected.scales)
 

@@ -23,6 +23,7 @@ from edgekit.exporters.verify.reference_text import TEXT
 from edgekit.formats.artifact.read import Artifact
 from edgekit.models.codes import CodesFile
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.recipe import Recipe
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.storage import load_quantized
@@ -110,7 +111,7 @@ def test_kmeans_needs_no_text_and_verifies_anew(model: Path, tmp_path: Path) -> 
 
 def test_iq4_nl_is_ggmls_own(model: Path, tmp_path: Path) -> None:
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    tensor = parse_scheme("cb4nl").quantize(weight)
+    tensor = quantize_weight(parse_scheme("cb4nl"), weight)
     assert block_type(parse_scheme("cb4nl")) == "IQ4_NL"
     data = np.concatenate(list(block_pieces("w", tensor)))
     assert data.nbytes == 6 * 64 // 32 * 18
@@ -129,7 +130,7 @@ def test_iq4_nl_is_ggmls_own(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_learned_table_is_not_ggmls(model: Path) -> None:
-    tensor = parse_scheme("cb4g32").quantize(torch.randn(4, 32))
+    tensor = quantize_weight(parse_scheme("cb4g32"), torch.randn(4, 32))
     with pytest.raises(ValueError, match="no blocks for the codebooks of cb4g32"):
         block_type(parse_scheme("cb4g32"))
     with pytest.raises(Exception, match="ggml has no blocks for codebooks but its own"):
@@ -149,7 +150,7 @@ def test_xnnpack_refuses_groups_and_says_why(model: Path, tmp_path: Path) -> Non
 def test_onnx_holds_codebooks_exactly_by_gather(scheme: str) -> None:
     """The reference form: no target writes it, for ONNX Runtime folds it to floats."""
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-    tensor = parse_scheme(scheme).quantize(weight)
+    tensor = quantize_weight(parse_scheme(scheme), weight)
     wanted = tensor.dequantize().numpy()
     whole = onnx_gather.gather_model(tensor)
     model = onnx_gather.looked_up(whole)

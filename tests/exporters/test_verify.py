@@ -24,6 +24,7 @@ from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.quantize.apply import quantize_tensors
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.recipe import preset, resolve
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.runtime.engines.executorch.decoder import ExecutorchEngine
@@ -233,7 +234,7 @@ def test_a_defect_is_found_in_such_a_model_too(
 
 def test_deciding_ties_otherwise_moves_a_model_little_and_the_same_way_each_time() -> None:
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
-    weight = parse_scheme("w8").quantize(torch.randn(4, 512))
+    weight = quantize_weight(parse_scheme("w8"), torch.randn(4, 512))
     usual, one, same, other = (
         rounding(x, weight)
         for rounding in (

@@ -20,6 +20,7 @@ from edgekit.models.config import ModelConfig
 from edgekit.models.source import resolve_model
 from edgekit.models.weights import floats
 from edgekit.quantize.apply import quantize_tensors
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import Recipe, Rule, resolve
 from edgekit.quantize.schemes.names import parse_scheme
@@ -35,7 +36,7 @@ def test_a_file_gives_back_what_torch_saw(tiny_artifact: Path) -> None:
     for name, tensor in read_weights(artifact.target, artifact.model_path, config):
         exact = checkpoint.tensor(name).float()
         if schemes[name] != "float":
-            exact = parse_scheme(schemes[name]).quantize(exact).dequantize()
+            exact = quantize_weight(parse_scheme(schemes[name]), exact).dequantize()
         assert torch.equal(tensor, exact), name
         names.append(name)
     assert names == list(config.tensor_shapes())
@@ -94,7 +95,7 @@ def test_comparison_tells_equal_from_different_and_absent() -> None:
 
 def test_noise_is_measured_against_the_reference() -> None:
     exact = drawn(0, 64, 4096)
-    codes = parse_scheme("w4g32").quantize(exact).dequantize()
+    codes = quantize_weight(parse_scheme("w4g32"), exact).dequantize()
     files = [iter([("a", exact)]), iter([("a", codes)])]
     (row,) = compare_weights(files, lambda name: exact.bfloat16() if name == "none" else exact)
     expected = 10 * math.log10(float(exact.square().sum() / (exact - codes).square().sum()))

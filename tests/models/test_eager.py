@@ -10,9 +10,10 @@ from edgekit.models.activations import FakeQuantize
 from edgekit.models.eager import build_eager
 from edgekit.models.random_weights import RandomCheckpoint
 from edgekit.models.source import resolve_model
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.schemes.names import parse_scheme
 
-WEIGHT = parse_scheme("w8").quantize(torch.ones(1, 32))  # neither of these two looks at it
+WEIGHT = quantize_weight(parse_scheme("w8"), torch.ones(1, 32))  # neither of these two looks at it
 
 
 def test_blocks_are_rounded_as_gguf_py_rounds_them() -> None:
@@ -41,7 +42,7 @@ def test_a_model_rounds_as_it_is_told() -> None:
     config = resolve_model("lfm2-tiny").config
     source = RandomCheckpoint(config)
     weights = {
-        name: parse_scheme("w8").quantize(source.tensor(name))
+        name: quantize_weight(parse_scheme("w8"), source.tensor(name))
         if len(shape) == 2
         else source.tensor(name)
         for name, shape in config.tensor_shapes().items()

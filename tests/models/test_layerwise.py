@@ -6,6 +6,7 @@ from support.small_families import SMALL, random_weights, small_config
 from torch import Tensor
 
 from edgekit.models.layerwise import layer_codes
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import preset, resolve, uniform
@@ -28,7 +29,7 @@ def test_a_linear_lacks_nothing_where_nothing_was_rounded_before_it(name: str) -
         hessian = inputs.hessian_of(weight)
         share = inputs.lacking(weight, hessian).norm() / (weight @ hessian).norm()
         lacking[len(lacking)] = float(share)
-        return scheme.quantize(weight)
+        return quantize_weight(scheme, weight)
 
     found = layer_codes(
         config.architecture,
@@ -53,7 +54,10 @@ def test_gptq_beats_rounding_on_what_it_was_calibrated_with(name: str) -> None:
     shapes, _ = config.tied_shapes()
     rows = resolve(uniform(parse_scheme("w4g32")), shapes)
     ends = {}
-    for method, choose in (("gptq", gptq), ("rtn", lambda w, inputs, scheme: scheme.quantize(w))):
+    for method, choose in (
+        ("gptq", gptq),
+        ("rtn", lambda w, inputs, scheme: quantize_weight(scheme, w)),
+    ):
         kept = _Last()
         layer_codes(
             config.architecture,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.jlcm import wanted
 from edgekit.quantize.apply import sqnr_db
+from edgekit.quantize.by_scheme import fit_codebooks, quantize_weight
 from edgekit.quantize.codebook.fit import fit_codebook, nearest
 from edgekit.quantize.codebook.grouping import balanced_clusters, group_order
 from edgekit.quantize.codebook.jlcm import ROUNDS, jlcm, weighted_kmeans
@@ -95,7 +96,7 @@ def test_what_a_scheme_stores(name: str, tmp_path: Path) -> None:
     scheme = books(name)
     assert scheme.name == name
     weight = draw(1, 24, 128) * torch.linspace(0.5, 3, 24)[:, None]
-    tensor = scheme.quantize(weight)
+    tensor = quantize_weight(scheme, weight)
     assert tensor.codebook is not None
     assert tensor.codebook_is_int8
     tables = tensor.codebook.reshape(scheme.books, -1)
@@ -137,7 +138,7 @@ def test_entries_that_are_no_integers_are_stored_as_floats(tmp_path: Path) -> No
 def test_codebooks_beat_uniform_grids_and_more_of_what_costs_bits_helps() -> None:
     weight = draw(2, 64, 256)
     found = {
-        name: sqnr_db(weight, parse_scheme(name).quantize(weight))
+        name: sqnr_db(weight, quantize_weight(parse_scheme(name), weight))
         for name in ("w4", "cb4", "cb4g32", "cb3", "cb3g32", "cb2")
     }
     assert found["cb4"] > found["w4"] + 0.5
@@ -146,12 +147,12 @@ def test_codebooks_beat_uniform_grids_and_more_of_what_costs_bits_helps() -> Non
 
 def test_the_table_of_ggml_is_kept_and_weights_follow_their_importance() -> None:
     weight, importance = draw(3, 8, 64), torch.ones(64)
-    fitted = parse_scheme("cb4nl").quantize(weight)
+    fitted = quantize_weight(parse_scheme("cb4nl"), weight)
     assert fitted.codebook is not None
     assert fitted.codebook.tolist() == list(IQ4_NL)
     importance[:4] = 1000.0
-    plain = books("cb2").fit_codebook(weight)
-    weighted = books("cb2").fit_codebook(weight, importance)
+    plain = fit_codebooks(books("cb2"), weight)
+    weighted = fit_codebooks(books("cb2"), weight, importance)
     errors = [(each.dequantize() - weight)[:, :4].square().mean() for each in (plain, weighted)]
     assert errors[1] < 0.5 * errors[0]
 
@@ -159,7 +160,7 @@ def test_the_table_of_ggml_is_kept_and_weights_follow_their_importance() -> None
 @pytest.mark.parametrize("weight", [torch.zeros(4, 32), torch.full((4, 32), 1e-9)])
 def test_weights_that_are_nothing(weight: Tensor) -> None:
     for name in ("cb3", "cb3g32", "cb4nl"):
-        assert float(parse_scheme(name).quantize(weight).dequantize().abs().max()) <= 2**-13
+        assert float(quantize_weight(parse_scheme(name), weight).dequantize().abs().max()) <= 2**-13
 
 
 def test_what_codebooks_refuse() -> None:
@@ -181,7 +182,7 @@ def test_snapping_keeps_the_largest_entry() -> None:
 def test_small_weights_keep_their_precision() -> None:
     """Scales end at 2**-14: the codebook is made of smaller integers instead."""
     weight = 1e-3 * draw(14, 16, 256)
-    large, small = (parse_scheme("cb3").quantize(each) for each in (1e3 * weight, weight))
+    large, small = (quantize_weight(parse_scheme("cb3"), each) for each in (1e3 * weight, weight))
     assert float(small.scales.min()) < 2**-13
     assert sqnr_db(weight, small) > sqnr_db(1e3 * weight, large) - 0.5
 
@@ -225,7 +226,7 @@ def test_weighted_kmeans_weighs_by_the_mean_square_of_each_columns_inputs() -> N
     inputs, scheme = Inputs(64), books("cb3g32")
     inputs.add_inputs(x, x)
     found = weighted_kmeans(weight, inputs, scheme)
-    alone = scheme.fit_codebook(weight[:, :32], x[:, :32].square().mean(0))
+    alone = fit_codebooks(scheme, weight[:, :32], x[:, :32].square().mean(0))
     assert found.codebook is not None
     assert alone.codebook is not None
     torch.testing.assert_close(found.codebook, alone.codebook, atol=1, rtol=0)
@@ -286,8 +287,8 @@ def test_what_is_owed_is_made_up_for() -> None:
 @pytest.mark.parametrize("name", ["cb3", "cb2g32x2"])
 def test_each_step_lowers_the_error(gradient: Gradient, name: str) -> None:
     layer, scheme = Layer(), books(name)
-    plain = scheme.fit_codebook(layer.weight)
-    start = scheme.fit_codebook(layer.weight, layer.error.importance)
+    plain = fit_codebooks(scheme, layer.weight)
+    start = fit_codebooks(scheme, layer.weight, layer.error.importance)
     learned = learn(layer.weight, start, layer.error, Learning(gradient))
     settled = settle(learned, layer.error, ROUNDS)
     losses = [layer.loss(each) for each in (plain, start, learned, settled)]
@@ -304,7 +305,7 @@ def test_each_step_lowers_the_error(gradient: Gradient, name: str) -> None:
 
 def test_descent_of_indices_never_raises_the_error_and_ends_where_no_neighbour_is_better() -> None:
     layer = Layer(rows=6, columns=16)
-    tensor = books("cb4nl").fit_codebook(layer.weight.repeat(1, 2))
+    tensor = fit_codebooks(books("cb4nl"), layer.weight.repeat(1, 2))
     inputs = Inputs(32)
     inputs.add_inputs(layer.x.repeat(1, 2) + draw(1, 600, 32), layer.x.repeat(1, 2))
     error = OutputError.of(layer.weight.repeat(1, 2), inputs)
@@ -333,7 +334,7 @@ def test_a_sweep_over_columns_takes_for_each_the_best_neighbour_given_all_others
     the same, either may be taken, and others may follow.
     """
     layer, scheme = Layer(rows=12, columns=320), books("cb3")
-    start = scheme.fit_codebook(layer.weight)
+    start = fit_codebooks(scheme, layer.weight)
     assert start.codebook is not None
     book, scales = start.codebook.double(), start.scales.double()
     hessian, wanted = layer.error.hessian.double(), layer.error.wanted.double()

@@ -5,6 +5,7 @@ import torch
 from support.brain_surgeon import NEAREST, steps_from_elimination
 from torch import Tensor
 
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.schemes.floats import FLOAT
 from edgekit.quantize.schemes.names import parse_scheme
@@ -41,7 +42,7 @@ def test_it_is_optimal_brain_surgeon(weight: Tensor, samples: Tensor, name: str)
     scheme = parse_scheme(name)
     found, wanted = gptq(weight, seen(samples), scheme), samples @ weight.t()
     assert steps_from_elimination(found, weight, samples, wanted, scheme) < NEAREST
-    rounded = scheme.quantize(weight)
+    rounded = quantize_weight(scheme, weight)
     assert steps_from_elimination(rounded, weight, samples, wanted, scheme) > 2 * NEAREST
 
 
@@ -54,7 +55,7 @@ def test_the_outputs_are_closer_than_those_of_rounding_to_nearest(
     def error(restored: Tensor) -> float:
         return float(((weight - restored) @ samples.t()).square().mean())
 
-    rounded = error(scheme.quantize(weight).dequantize())
+    rounded = error(quantize_weight(scheme, weight).dequantize())
     assert error(gptq(weight, seen(samples), scheme).dequantize()) < 0.5 * rounded
 
 
@@ -70,7 +71,7 @@ def test_scales_of_two_levels_are_chosen_before_the_codes(weight: Tensor, sample
     def error(restored: Tensor) -> float:
         return float(((weight - restored) @ samples.t()).square().mean())
 
-    assert error(found.dequantize()) < 0.5 * error(scheme.quantize(weight).dequantize())
+    assert error(found.dequantize()) < 0.5 * error(quantize_weight(scheme, weight).dequantize())
 
 
 def test_it_makes_up_for_inputs_that_strayed(weight: Tensor, samples: Tensor) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from edgekit.quantize.affine import quantize
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor
@@ -75,7 +76,7 @@ def fp16_per_block(tensor: QuantizedTensor) -> np.ndarray[Any, np.dtype[np.uint8
 @pytest.mark.parametrize("name", ["w8", "w8g32", "w8g64"])
 def test_gguf_reads_eight_bit_codes_as_q8_0(name: str) -> None:
     gguf = pytest.importorskip("gguf")
-    tensor = parse_scheme(name).quantize(weight_of(6, 128))
+    tensor = quantize_weight(parse_scheme(name), weight_of(6, 128))
     codes = tensor.codes.numpy().view(np.uint8).reshape(6, -1, 32)
     blocks = np.concatenate([fp16_per_block(tensor), codes], axis=-1).reshape(6, -1)
     theirs = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
@@ -85,7 +86,7 @@ def test_gguf_reads_eight_bit_codes_as_q8_0(name: str) -> None:
 @pytest.mark.parametrize("name", ["w4", "w4g32", "w4g128"])
 def test_gguf_reads_four_bit_codes_as_q4_0(name: str) -> None:
     gguf = pytest.importorskip("gguf")
-    tensor = parse_scheme(name).quantize(weight_of(6, 128))
+    tensor = quantize_weight(parse_scheme(name), weight_of(6, 128))
     # Q4_0 stores code + 8, the first half of a block in the low nibbles.
     codes = (tensor.codes.numpy() + 8).view(np.uint8).reshape(6, -1, 32)
     nibbles = codes[..., :16] | codes[..., 16:] << 4

@@ -8,6 +8,7 @@ import torch
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.apply import sqnr_db
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.schemes.affine import Affine
 from edgekit.quantize.schemes.codebook import Codebook
 from edgekit.quantize.schemes.floats import FLOAT
@@ -68,7 +69,7 @@ def test_static_activations_are_for_modules(name: str) -> None:
 def test_nbytes_is_that_of_the_quantized_tensor(name: str) -> None:
     scheme = parse_scheme(name)
     for shape in ((3, 768), (1, 1536)):
-        assert scheme.quantize(weight_of(*shape)).nbytes == scheme.nbytes(shape)
+        assert quantize_weight(scheme, weight_of(*shape)).nbytes == scheme.nbytes(shape)
 
 
 def test_nbytes_by_hand() -> None:
@@ -84,7 +85,10 @@ def test_nbytes_by_hand() -> None:
 
 def test_quantized_layout() -> None:
     weight = weight_of(4, 64)
-    channel, group = parse_scheme("w8").quantize(weight), parse_scheme("w4g32").quantize(weight)
+    channel, group = (
+        quantize_weight(parse_scheme("w8"), weight),
+        quantize_weight(parse_scheme("w4g32"), weight),
+    )
     assert (channel.axis, channel.group_size, channel.scales.shape) == (0, None, (4,))
     assert (group.axis, group.group_size, group.scales.shape) == (None, 32, (4, 2))
     assert int(channel.codes.min()) == -127 or int(channel.codes.max()) == 127
@@ -97,13 +101,13 @@ def test_quantized_layout() -> None:
 
 def test_asymmetric_groups_use_all_codes_of_a_shifted_weight() -> None:
     weight = weight_of(16, 256) + 3
-    result = parse_scheme("w4g32a").quantize(weight)
+    result = quantize_weight(parse_scheme("w4g32a"), weight)
     assert result.codes.dtype == torch.uint8
     assert result.zero_points is not None
     assert result.zero_points.shape == result.scales.shape == (16, 8)
     products = result.zero_points * result.scales  # GGUF stores them, as float16
     assert torch.equal(products.half().float(), products)
-    symmetric = parse_scheme("w4g32").quantize(weight)
+    symmetric = quantize_weight(parse_scheme("w4g32"), weight)
     assert sqnr_db(weight, result) > sqnr_db(weight, symmetric) + 3
 
 
@@ -114,40 +118,41 @@ def test_below_eight_bits_search_and_eight_bits_cover_by_default() -> None:
         scheme = parse_scheme(name)
         assert scheme.default_range == method
         assert torch.equal(
-            scheme.quantize(weight).codes, scheme.quantize(weight, scheme.default_range).codes
+            quantize_weight(scheme, weight).codes,
+            quantize_weight(scheme, weight, scheme.default_range).codes,
         )
 
 
 def test_more_bits_and_smaller_groups_lose_less() -> None:
     weight = weight_of(64, 512)
     names = ["w4", "w4g128", "w4g64", "w4g32", "w5g32", "w6g16", "w8", "w8g32"]
-    ratios = [sqnr_db(weight, parse_scheme(name).quantize(weight)) for name in names]
+    ratios = [sqnr_db(weight, quantize_weight(parse_scheme(name), weight)) for name in names]
     assert ratios == sorted(ratios)
     assert ratios[3] > 21  # a Gaussian in groups of 32: 21.3 dB
     assert ratios[-2] > 40
 
 
 def test_sqnr_of_the_ends() -> None:
-    exact = parse_scheme("w8").quantize(torch.tensor([[127.0, 1.0]]))
+    exact = quantize_weight(parse_scheme("w8"), torch.tensor([[127.0, 1.0]]))
     assert sqnr_db(torch.tensor([[127.0, 1.0]]), exact) == math.inf
     assert sqnr_db(torch.zeros(1, 2), exact) == -math.inf
 
 
 def test_weights_that_require_gradients_give_plain_codes() -> None:
     weight = weight_of(2, 64).requires_grad_()
-    assert not parse_scheme("w4g32").quantize(weight).scales.requires_grad
+    assert not quantize_weight(parse_scheme("w4g32"), weight).scales.requires_grad
 
 
 @pytest.mark.parametrize("name", ["w4g32", "w4g128"])
 def test_groups_must_divide_the_rows(name: str) -> None:
     with pytest.raises(ValueError, match="does not divide"):
-        parse_scheme(name).quantize(weight_of(4, 48))
+        quantize_weight(parse_scheme(name), weight_of(4, 48))
 
 
 def test_float_has_no_codes() -> None:
     assert FLOAT.is_float
     with pytest.raises(ValueError, match="no codes"):
-        FLOAT.quantize(weight_of(2, 2))
+        quantize_weight(FLOAT, weight_of(2, 2))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.affine import quantize
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.grid import Grid
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.storage import Contents, load_quantized, save_quantized
@@ -19,10 +20,10 @@ from edgekit.quantize.tensor import QuantizedTensor
 def contents() -> Contents:
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
     tensors: Contents = {
-        name: parse_scheme(name).quantize(weight) for name in ("w8", "w4", "w4g32", "w8g32")
+        name: quantize_weight(parse_scheme(name), weight) for name in ("w8", "w4", "w4g32", "w8g32")
     }
-    tensors["w5g32"] = parse_scheme("w5g32").quantize(weight)
-    tensors["w6g16"] = parse_scheme("w6g16").quantize(weight.reshape(-1)[:512].view(2, 256))
+    tensors["w5g32"] = quantize_weight(parse_scheme("w5g32"), weight)
+    tensors["w6g16"] = quantize_weight(parse_scheme("w6g16"), weight.reshape(-1)[:512].view(2, 256))
     tensors["affine"] = quantize(weight, Grid(4, symmetric=False), axis=1)
     tensors["three"] = quantize(weight[:, :13], Grid(3), axis=0)
     tensors["scalar"] = quantize(torch.tensor(0.3), Grid(4))

@@ -10,6 +10,7 @@ import torch
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.apply import quantize_tensors
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.recipe import (
     PRESETS,
     Recipe,
@@ -243,7 +244,7 @@ def test_quantize_tensors_follows_the_table() -> None:
     assert result[HEAD] is result[EMBEDDING]
     linear = result[LINEAR]
     assert isinstance(linear, QuantizedTensor)
-    expected = parse_scheme("w4g32").quantize(Weights()(LINEAR), "mse")
+    expected = quantize_weight(parse_scheme("w4g32"), Weights()(LINEAR), "mse")
     assert torch.equal(linear.codes, expected.codes)
     norm = result[NORM]
     assert isinstance(norm, torch.Tensor)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from edgekit.quantize import super_blocks
 from edgekit.quantize.apply import sqnr_db
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.methods import RangeMethod
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor
@@ -22,7 +23,7 @@ def weight_of(rows: int = 32, columns: int = 512, degrees: float = 1e6) -> Tenso
 
 
 def test_scales_are_products_that_come_apart_again() -> None:
-    scales = SIX.quantize(weight_of()).scales
+    scales = quantize_weight(SIX, weight_of()).scales
     steps, multiples = super_blocks.split(scales)
     assert (steps.dtype, steps.shape) == (torch.float16, (32, 2))
     assert (multiples.dtype, multiples.shape) == (torch.uint8, scales.shape)
@@ -52,7 +53,7 @@ def test_other_scales_are_refused(damage: str) -> None:
 
 def test_minimum_and_maximum_clip_by_no_more_than_rounding_costs() -> None:
     weight = weight_of(degrees=3)
-    tensor = SIX.quantize(weight, "minmax")
+    tensor = quantize_weight(SIX, weight, "minmax")
     steps = (weight - tensor.dequantize()).abs() / tensor.scales.repeat_interleave(16, 1)
     # A step is rounded by 2**-11 of it or, where it is subnormal, by half of 2**-24.
     assert float(steps.max()) < 0.6
@@ -67,7 +68,7 @@ def test_they_lose_what_ggmls_own_quantizer_loses(name: str, kind: str, degrees:
     theirs = torch.from_numpy(ggml.dequantize(ggml.quantize(weight.numpy(), of_kind), of_kind))
     noise = (weight - theirs.view(weight.shape)).square().sum()
     found = {
-        method: sqnr_db(weight, parse_scheme(name).quantize(weight, method))
+        method: sqnr_db(weight, quantize_weight(parse_scheme(name), weight, method))
         for method in ("minmax", "mse")
     }
     assert found["mse"] > float(10 * torch.log10(weight.square().sum() / noise)) - 0.1
@@ -82,18 +83,18 @@ def test_odd_inputs(method: RangeMethod) -> None:
     weight[2] *= 1e-9
     weight[3, 16:] *= 1e-6
     weight[4] *= 1e6
-    tensor = SIX.quantize(weight, method)
+    tensor = quantize_weight(SIX, weight, method)
     restored = tensor.dequantize()
     assert not restored[0].any()
     assert not restored[1, :16].any()
     assert not restored[2].any()
     assert float((restored[4] - weight[4]).abs().max() / weight[4].abs().max()) < 0.05
     with pytest.raises(ValueError, match="largest that can be stored"):
-        SIX.quantize(torch.full((1, 256), 1e38), method)
+        quantize_weight(SIX, torch.full((1, 256), 1e38), method)
 
 
 def test_rows_of_parts_of_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="its blocks are of 256 columns, which do not divide 128"):
         SIX.check_shape((4, 128))
     with pytest.raises(ValueError, match="come in runs of 16"):
-        SIX.quantize(weight_of(1, 128))
+        quantize_weight(SIX, weight_of(1, 128))

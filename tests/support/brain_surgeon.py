@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from edgekit.quantize.by_scheme import grid_of
 from edgekit.quantize.schemes.names import Scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
@@ -35,7 +36,7 @@ def steps_from_elimination(
         column, *rest = order
         group = column * scales.shape[1] // columns
         value = left[:, column] / scales[:, group] + zeros[:, group]
-        value = value.clamp(scheme.grid.low, scheme.grid.high)
+        value = value.clamp(grid_of(scheme).low, grid_of(scheme).high)
         farthest = max(farthest, float((value - found.codes[:, column]).abs().max()))
         error = (left[:, column] - restored[:, column]) / inverse[0, 0]
         left[:, rest] -= error[:, None] * inverse[0, 1:]

@@ -21,6 +21,7 @@ from edgekit.models.activations import unrounded
 from edgekit.models.codes import CodesFile
 from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import resolve_model
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.gptq import Inputs, gptq
 from edgekit.quantize.names import EMBEDDING
 from edgekit.quantize.schemes.names import Scheme, parse_scheme
@@ -98,7 +99,8 @@ def test_the_first_linear_sees_the_quantized_embedding(
     embedding = contents[EMBEDDING]
     assert isinstance(embedding, QuantizedTensor)
     assert torch.equal(
-        embedding.codes, parse_scheme("w8").quantize(source.checkpoint.tensor(EMBEDDING)).codes
+        embedding.codes,
+        quantize_weight(parse_scheme("w8"), source.checkpoint.tensor(EMBEDDING)).codes,
     )
     norm = source.checkpoint.tensor("model.layers.0.operator_norm.weight").float()
 

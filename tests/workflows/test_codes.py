@@ -20,6 +20,7 @@ from edgekit.formats.artifact.read import Artifact
 from edgekit.models.checkpoint import Checkpoint
 from edgekit.models.codes import CodesFile
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.storage import About, Contents, load_quantized, save_quantized
@@ -120,7 +121,7 @@ def test_codes_are_found_in_what_they_dequantize_to(scheme: str) -> None:
     weight[3] = 0
     weight[5] = 0.25
     wanted = parse_scheme(scheme)
-    values = wanted.quantize(weight).dequantize()
+    values = quantize_weight(wanted, weight).dequantize()
     found = codes_of(values, wanted)
     assert torch.equal(found.dequantize(), values)
     assert (found.bits, found.group_size, found.signed) == (
@@ -183,7 +184,7 @@ def _add(contents: Contents) -> None:
 
 
 def _turn(contents: Contents) -> None:
-    contents[LINEAR] = parse_scheme("w4g32").quantize(torch.randn(96, 64))
+    contents[LINEAR] = quantize_weight(parse_scheme("w4g32"), torch.randn(96, 64))
 
 
 def _codebook(contents: Contents) -> None:
@@ -220,7 +221,7 @@ def _nan(contents: Contents) -> None:
 
 
 def _zero_points(contents: Contents) -> None:
-    contents[LINEAR] = parse_scheme("w4g32a").quantize(torch.randn(contents[LINEAR].shape))
+    contents[LINEAR] = quantize_weight(parse_scheme("w4g32a"), torch.randn(contents[LINEAR].shape))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.random_weights import RandomCheckpoint
 from edgekit.models.source import resolve_model
 from edgekit.models.tokenizer import Tokenizer
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.schemes.names import Scheme, parse_scheme
 from edgekit.workflows import sensitivity as module
@@ -59,7 +60,7 @@ def test_a_tensors_cost_is_that_of_a_whole_run(measured: Sensitivity, name: str)
 
     def quantized(wanted: str) -> Tensor:
         weight = read(wanted)
-        return W4.quantize(weight.float()).dequantize() if wanted == name else weight
+        return quantize_weight(W4, weight.float()).dequantize() if wanted == name else weight
 
     batch, start = torch.tensor([tokens]), torch.zeros(1, dtype=torch.long)
     with torch.inference_mode():

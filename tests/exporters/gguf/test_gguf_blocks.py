@@ -12,6 +12,7 @@ from edgekit.exporters.gguf import blocks as gguf_blocks
 from edgekit.exporters.gguf.block_types import block_type
 from edgekit.exporters.gguf.blocks import block_pieces, float_pieces
 from edgekit.exporters.gguf.decoder import fake_quantize
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.schemes.floats import FLOAT
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor
@@ -44,7 +45,7 @@ def test_what_gguf_py_dequantizes_is_the_tensor(
     weight = torch.randn(37, 256, generator=torch.Generator().manual_seed(0))
     weight[3], weight[4], weight[5] = 0, weight[4].abs(), -weight[5].abs() * 1e-3
     weight[6] *= 1e3
-    tensor = parse_scheme(scheme).quantize(weight)
+    tensor = quantize_weight(parse_scheme(scheme), weight)
     kind = block_type(parse_scheme(scheme))
     assert torch.equal(bits(read_back(tensor, kind)), bits(tensor.dequantize()))
 
@@ -89,8 +90,8 @@ def test_every_code_and_multiple_of_six_bits_comes_back(step: float) -> None:
 
 @pytest.mark.parametrize(("scheme", "kind"), [("w5g32", "Q5_0"), ("w6g16", "Q6_K")])
 def test_the_engine_reads_what_gguf_py_reads(scheme: str, kind: str) -> None:
-    tensor = parse_scheme(scheme).quantize(
-        torch.randn(9, 512, generator=torch.Generator().manual_seed(3)) / 50
+    tensor = quantize_weight(
+        parse_scheme(scheme), torch.randn(9, 512, generator=torch.Generator().manual_seed(3)) / 50
     )
     blocks = blocks_of(tensor)
     assert blocks.nbytes == tensor.nbytes
@@ -102,11 +103,13 @@ def test_six_bits_round_their_inputs_as_ggml_does() -> None:
     """Q6_K is multiplied by `block_q8_K`, a scale of float32 for 256 inputs."""
     x = torch.randn(5, 512, generator=torch.Generator().manual_seed(4))
     x[2, 256:] = 0
-    weight = parse_scheme("w6g16").quantize(torch.ones(1, 512))
+    weight = quantize_weight(parse_scheme("w6g16"), torch.ones(1, 512))
     expected = torch.from_numpy(ggml.round_to_q8_k(x.numpy()))
     found = fake_quantize(x, weight)
     assert torch.allclose(found, expected, rtol=1e-6, atol=0)
-    assert not torch.allclose(found, fake_quantize(x, parse_scheme("w5g32").quantize(x)), rtol=1e-6)
+    assert not torch.allclose(
+        found, fake_quantize(x, quantize_weight(parse_scheme("w5g32"), x)), rtol=1e-6
+    )
 
 
 def test_blocks_are_those_of_gguf_py_for_its_own_scales() -> None:

@@ -14,6 +14,7 @@ from edgekit.exporters.onnx.packing import (
     stack,
     unpack_matrix,
 )
+from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import QuantizedTensor
 
@@ -23,7 +24,7 @@ SCHEMES = ("w8", "w4", "w8g16", "w8g32", "w8g96", "w4g32", "w4g64", "w4g192", "w
 
 def quantized(scheme: str, rows: int = ROWS, columns: int = COLUMNS) -> QuantizedTensor:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    return parse_scheme(scheme).quantize(weight)
+    return quantize_weight(parse_scheme(scheme), weight)
 
 
 def nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:

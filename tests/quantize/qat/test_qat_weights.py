@@ -23,6 +23,7 @@ from edgekit.exporters.readback import read_weights
 from edgekit.models.activations import per_token
 from edgekit.models.checkpoint import Checkpoint
 from edgekit.models.config import ModelConfig
+from edgekit.quantize.by_scheme import grid_of, quantize_weight
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.weight_only import WeightTraining
@@ -104,10 +105,10 @@ def test_what_was_trained_is_what_comes_out(recipe: str | Recipe, learn: bool) -
             assert value.data_ptr() != weight.data_ptr()
             continue
         assert isinstance(value, QuantizedTensor)
-        expected = rule.scheme.quantize(weight, rule.range)
+        expected = quantize_weight(rule.scheme, weight, rule.range)
         assert (value.bits, value.group_size) == (expected.bits, expected.group_size)
         assert torch.equal(value.codes, expected.codes) or learn
-        assert torch.equal(rule.scheme.grid.scales.round(value.scales), value.scales)
+        assert torch.equal(grid_of(rule.scheme).scales.round(value.scales), value.scales)
 
 
 def test_tied_stays_tied() -> None:
@@ -228,7 +229,7 @@ def test_inputs_are_rounded_as_the_engine_does() -> None:
     x = torch.randn(3, 32)
     expected = nn.functional.linear(
         rounding(x),
-        parse_scheme("w8").quantize(layer.weight).dequantize(),
+        quantize_weight(parse_scheme("w8"), layer.weight).dequantize(),
         layer.bias,
     )
     assert torch.equal(linear(x), expected)
