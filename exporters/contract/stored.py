@@ -16,7 +16,7 @@ from edgekit.quantize.table import table_json
 
 
 def stored_rows(rows: Sequence[Resolved], held: Collection[str]) -> list[Resolved]:
-    """Return rows as the file holds them; `held` are the schemes that it holds as such."""
+    """Return rows as the file holds them; `held` are the schemes that it holds natively."""
     return [_stored(row, held) for row in rows]
 
 
