@@ -6,8 +6,8 @@ Command files import click alone, so `edgekit --help` answers at once; each impo
 No traceback reaches a user: every error is one printable line on stderr, whatever stands in the
 names that it repeats. Exit status: 0 success, 1 a failed verification or a crash of a native
 library, 2 a mistake or a machine that cannot do it (full disk, no memory), 70 a defect of edgekit,
-130 Ctrl-C, 141 a reader that closed the pipe, 143 SIGTERM. EDGEKIT_TRACEBACK=1 gives the
-tracebacks.
+130 Ctrl-C, 141 a reader that closed the pipe, 143 SIGTERM. With --json the last line of stdout is a
+JSON object that says the same. EDGEKIT_TRACEBACK=1 gives the tracebacks.
 """
 
 import importlib
@@ -20,7 +20,14 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from edgekit.devices.cpus import share_cpus_well
-from edgekit.errors import EdgekitError, Terminated, line_for_user, text_of
+from edgekit.errors import (
+    EdgekitError,
+    Terminated,
+    json_for_program,
+    line_for_user,
+    text_of,
+    wants_json,
+)
 from edgekit.version import __version__
 
 COMMANDS = (
@@ -70,20 +77,26 @@ class Commands(click.Group):
                 error.command_name, possibilities=COMMANDS, ctx=ctx
             ) from None
 
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:  # noqa: ANN401
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,  # noqa: ANN401
+    ) -> click.Context:
         """Read edgekit's own arguments, of which --help and --version already write."""
-        with _errors_in_one_line():
-            return super().make_context(*args, **kwargs)
+        with _errors_in_one_line(wants_json(args)):
+            return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - what click's own returns
         """Run the command; an error ends it with one line and an exit status."""
         share_cpus_well()  # before any command loads torch or an engine
-        with _errors_in_one_line():
+        with _errors_in_one_line(wants_json(ctx.args)):
             return super().invoke(ctx)
 
 
 @contextmanager
-def _errors_in_one_line() -> Iterator[None]:
+def _errors_in_one_line(as_json: bool) -> Iterator[None]:
     try:
         yield
     except (click.Abort, click.exceptions.Exit, click.exceptions.NoArgsIsHelpError):
@@ -91,20 +104,20 @@ def _errors_in_one_line() -> Iterator[None]:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
-        _end(f"{error.format_message()}{hint}", error.exit_code)
+        _end(f"{error.format_message()}{hint}", error.exit_code, as_json)
     except EdgekitError as error:
-        _end(str(error), error.exit_status)
+        _end(str(error), error.exit_status, as_json)
     except KeyboardInterrupt:
-        _end("interrupted", INTERRUPTED)
+        _end("interrupted", INTERRUPTED, as_json)
     except Terminated as error:
-        _end("terminated", error.exit_status)
+        _end("terminated", error.exit_status, as_json)
     except BrokenPipeError:
         _discard(sys.stdout)
         sys.exit(READER_GONE)
     except Exception as error:
         if os.environ.get("EDGEKIT_TRACEBACK"):
             raise
-        _end(*describe(error))
+        _end(*describe(error), as_json)
 
 
 def describe(error: Exception) -> tuple[str, int]:
@@ -120,8 +133,11 @@ def describe(error: Exception) -> tuple[str, int]:
     return f"internal error: {kind}: {text[:300]} (EDGEKIT_TRACEBACK=1 shows where)", DEFECT
 
 
-def _end(message: str, status: int) -> NoReturn:
+def _end(message: str, status: int, as_json: bool) -> NoReturn:
     """Print the one line; what cannot be written is let go, for there is no other place for it."""
+    if as_json:
+        with suppress(OSError):
+            click.echo(json_for_program(message, status))
     with suppress(OSError):
         click.echo(line_for_user(message), err=True)
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,10 @@
-"""The ways an edgekit command can fail; all reach the user as one line on stderr."""
+"""The ways an edgekit command can fail; all reach the user as one line on stderr.
+
+With `--json` a line of JSON on stdout says the same to the program that asked for it.
+"""
+
+import json
+from collections.abc import Sequence
 
 _LONGEST_LINE = 1000
 
@@ -62,6 +68,17 @@ def line_for_user(message: str) -> str:
     if len(message) > _LONGEST_LINE:  # a name of a hundred thousand letters hides what is wrong
         message = f"{message[: _LONGEST_LINE // 2]} ... {message[-_LONGEST_LINE // 2 :]}"
     return f"edgekit: {''.join(map(_printable, message))}"
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for JSON; behind `--` there are no options."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return "--json" in arguments[:end]
+
+
+def json_for_program(message: str, status: int) -> str:
+    """Return the last line of stdout of a command that was to print JSON and fails."""
+    return json.dumps({"error": {"message": message, "status": status}})
 
 
 def _printable(char: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from edgekit.common.last_words import SharedWords, Words, leave_words_in
+from edgekit.errors import json_for_program, wants_json
 
 _PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 _WAITED_FOR = _PASSED_ON | {signal.SIGCHLD}
@@ -99,6 +100,10 @@ def _end_as(code: int, words: SharedWords, chatter: int) -> NoReturn:
 
         line = crash_line(-code, last, f"{_end_of(chatter)}\n{_end_of(words.hidden)}")
         start = "\n" if os.isatty(2) else ""  # whatever stands on the terminal's line
+        if wants_json(sys.argv[1:]):
+            said = json_for_program(line.removeprefix("edgekit: "), 1)
+            with suppress(OSError):
+                os.write(1, f"{said}\n".encode())
         with suppress(OSError):
             os.write(2, f"{start}{line}\n".encode(errors="backslashreplace"))
         os._exit(1)
