@@ -106,7 +106,9 @@ def _errors_in_one_line(as_json: bool) -> Iterator[None]:
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
         _end(f"{error.format_message()}{hint}", error.exit_code, as_json)
     except EdgekitError as error:
-        _end(str(error), error.exit_status, as_json)
+        from edgekit.commands._flags import with_flags
+
+        _end(with_flags(str(error)), error.exit_status, as_json)
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED, as_json)
     except Terminated as error:

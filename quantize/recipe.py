@@ -36,7 +36,7 @@ from edgekit.quantize.schemes.names import Scheme, parse_scheme
 PRESETS = ("int8", "int4", "float")
 _W4_WARNING = (
     "w4 (int4, one scale per channel) ruins models of about 1B parameters: OPT-1.3B goes from "
-    "perplexity 16.1 to 31.5 on C4, with groups of 32 to 17.0; --int4 (w4g32) is the safe one"
+    "perplexity 16.1 to 31.5 on C4, with groups of 32 to 17.0; int4 (w4g32) is the safe one"
 )
 _LONGEST_PATTERN = 1000
 _SHORT_CONVOLUTION = ".conv.conv.weight"

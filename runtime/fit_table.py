@@ -21,7 +21,7 @@ def fit_text(
         share = f"{USABLE_RAM:.0%} of it may be used"
         parts += [markdown_table([f"RAM ({share})", "verdict"], verdicts, "ll"), ""]
     else:
-        parts += ["The device's RAM is unknown: give --ram GB for a verdict.", ""]
+        parts += ["The device's RAM is unknown: give `ram_bytes` for a verdict.", ""]
     return "\n".join([*parts, _decode_line(fit, bandwidth)])
 
 
@@ -43,7 +43,7 @@ def _decode_line(fit: Fit, bandwidth: tuple[float, str] | None) -> str:
     depth = counted(fit.depth, "position")
     reads = f"{fit.bytes_per_token / 1e6:,.1f} MB per token after {depth}"
     if bandwidth is None:
-        return f"Decoding reads {reads}; its ceiling is unknown without a bandwidth (--bandwidth)."
+        return f"Decoding reads {reads}; its ceiling is unknown without a bandwidth (`bandwidth`)."
     speed, kind = bandwidth
     ceiling = fit.decode_ceiling(speed)
     return f"Decode ceiling: {ceiling:.1f} tok/s ({reads} at {speed:.1f} GB/s, {kind})."

@@ -99,7 +99,7 @@ class ModelFile:
                 return Tokenizer.load(folder)
         raise EdgekitError(
             f"{self.place}: has no {TOKENIZER_FILE} beside it; name its tokenizer.json, or the "
-            "folder that holds it: --tokenizer PATH"
+            "folder that holds it: `tokenizer`"
         )
 
     def sampling(self, **given: float | None) -> SamplingParams:
@@ -160,7 +160,7 @@ def _tokenizer_file(given: Path) -> Path:
     file = given / TOKENIZER_FILE if given.is_dir() else given
     if not file.is_file() or file.suffix != ".json":
         raise EdgekitError(
-            f"--tokenizer takes a {TOKENIZER_FILE}, or the folder that holds one, not {given}"
+            f"`tokenizer` takes a {TOKENIZER_FILE}, or the folder that holds one, not {given}"
         )
     return file
 

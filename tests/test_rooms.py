@@ -197,6 +197,47 @@ def test_what_names_a_target(line: str, found: bool) -> None:
     assert any(TARGET.fullmatch(name) for name in _spelled(ast.parse(line))) is found
 
 
+# Flags of other programs, and lines of text that only look like some.
+NAMES_FLAGS = {
+    "edgekit.exporters.gguf.corpus": "texts to tokenize",
+    "edgekit.runtime.engines.gguf.build": "pip's",
+    "edgekit.runtime.engines.gguf.checks": "llama-gguf-split's",
+    "edgekit.runtime.engines.library": "pip's",
+    "edgekit.workflows.compare_page": "variables of CSS",
+    "edgekit.errors": "asks whether there is a --json",
+}
+FLAG = re.compile(r"(?<![\w-])--[a-z]")
+COMMAND_LINE = re.compile(r"`[^`]* [^`]*`")
+
+
+def test_no_message_of_the_library_names_a_flag() -> None:
+    """It names the field, in backticks; `commands/_flags.py` makes a flag of it for the shell.
+
+    A whole command to give, in backticks too, has flags.
+    """
+    found = {
+        module
+        for path, module in _modules()
+        if _room(module) in FLOOR and _room(module) != "commands"
+        for text in _texts(ast.parse(path.read_text()))
+        if FLAG.search(COMMAND_LINE.sub("", text))
+    }
+    assert found == set(NAMES_FLAGS)
+
+
+def _texts(tree: ast.Module) -> Iterator[str]:
+    """Yield what the code says, but no docstring, an f-string as a whole."""
+    nodes = [*ast.walk(tree)]
+    left_out = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            left_out |= {id(part) for part in node.values}
+            parts = [it.value if isinstance(it, ast.Constant) else "X" for it in node.values]
+            yield "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and id(node) not in left_out:
+            yield str(node.value)
+
+
 @pytest.mark.parametrize(
     ("room", "imported", "allowed"),
     [

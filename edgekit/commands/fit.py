@@ -5,6 +5,7 @@ from dataclasses import replace
 import click
 
 from edgekit.commands._completion import devices, models, targets
+from edgekit.commands._flags import with_flags
 from edgekit.commands._json import print_json
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options
 
@@ -115,4 +116,4 @@ def command(
     if as_json:
         print_json(found.to_dict())
     else:
-        click.echo(found.text())
+        click.echo(with_flags(found.text()))

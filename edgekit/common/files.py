@@ -152,9 +152,9 @@ def check_output_file(path: Path, force: bool) -> None:
         raise EdgekitError(f"{path}: is a folder; give the name of a file")
     there = os.path.lexists(path)  # a dangling link is something, too
     if there and not force:
-        raise EdgekitError(f"{path}: exists; give --force to replace it or another -o")
+        raise EdgekitError(f"{path}: exists; give `force` to replace it or another `output`")
     if there and (path.is_symlink() or not path.is_file()):
-        raise EdgekitError(f"{path}: is no regular file, so --force does not replace it")
+        raise EdgekitError(f"{path}: is no regular file, so `force` does not replace it")
     check_parent(path)
 
 

@@ -71,7 +71,7 @@ class Adapter:
         """
         if not (folder / ADAPTER_CONFIG).is_file():
             raise EdgekitError(
-                f"{folder}: holds no {ADAPTER_CONFIG}: --adapter takes the folder of a PEFT adapter"
+                f"{folder}: holds no {ADAPTER_CONFIG}: `adapter` takes the folder of a PEFT adapter"
             )
         settings = _Settings(folder / ADAPTER_CONFIG)
         if not (folder / WEIGHTS).is_file():

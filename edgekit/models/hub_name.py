@@ -50,7 +50,7 @@ def one_revision(text: str, named: str | None, option: str | None) -> str | None
     """Return the revision that was named with a model or by --revision; EdgekitError for two."""
     if None not in (named, option) and named != option:
         raise EdgekitError(
-            f"{text:.200}: names revision {named!r}, --revision {option!r}: give one of them"
+            f"{text:.200}: names revision {named!r}, `revision` {option!r}: give one of them"
         )
     return option if named is None else named
 

@@ -76,7 +76,7 @@ def _named(names: list[str], folder: Path | None) -> str | None:
             given = f"{shlex.quote(str(folder))}{_base(folder)}"
         return (
             "is an adapter, not a model: give the model that it was trained on, with "
-            f"--adapter {given}"
+            f"`adapter` {given}"
         )
     if "model_index.json" in names:
         return (

@@ -202,5 +202,5 @@ def _from_hub(
 def _refuse_revision(name: str, revision: str | None) -> str:
     """Return the name that goes into manifests: no path of the user's machine."""
     if revision is not None:
-        raise EdgekitError(f"{name}: is a local folder; --revision is for models on the hub")
+        raise EdgekitError(f"{name}: is a local folder; `revision` is for models on the hub")
     return Path(name).resolve().name or name

@@ -180,7 +180,7 @@ def render_chat(
 ) -> str:
     """Return the prompt for a conversation; EdgekitError for a model without a template."""
     if template is None:
-        raise EdgekitError("the model has no chat template; give the text as it is (--raw)")
+        raise EdgekitError("the model has no chat template; give the text as it is (`raw`)")
     return template.render(messages, special_text)
 
 

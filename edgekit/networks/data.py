@@ -113,7 +113,7 @@ def _from_file(path: Path, traced: TracedModule) -> Iterator[Batch]:
     if 0 < count < fewest:
         raise EdgekitError(
             f"{path}: holds {count} inputs, the module takes batches of {fewest}: give "
-            "--max-batch, or more inputs"
+            "`max_batch`, or more inputs"
         )
     for start in range(0, count, max(fewest, MINI_BATCH)):
         rows = slice(min(start, count - fewest), start + max(fewest, MINI_BATCH))

@@ -48,11 +48,11 @@ def example_inputs(
     """
     if not shapes:
         raise EdgekitError(
-            "a module needs --example-shape, such as 1x3x32x32: batch first, one for each input"
+            "a module needs `example_shape`, such as 1x3x32x32: batch first, one for each input"
         )
     if dtypes and len(dtypes) != len(shapes):
         raise EdgekitError(
-            f"--example-dtype is given {len(dtypes)} times, --example-shape {len(shapes)} times: "
+            f"`example_dtype` is given {len(dtypes)} times, `example_shape` {len(shapes)} times: "
             "give one for each input, or none for float32"
         )
     generator = torch.Generator().manual_seed(_SEED)
@@ -63,7 +63,7 @@ def example_inputs(
         return tuple(tensor for _, tensor in found)
     if len(named) != len(found):
         raise EdgekitError(
-            "--example-shape: give each input a name of its own, as in mask=1x16:bool, or none one"
+            "`example_shape`: give each input a name of its own, as in mask=1x16:bool, or none one"
         )
     return named
 
@@ -73,11 +73,11 @@ def _example(text: str, dtype: str | None, generator: torch.Generator) -> tuple[
     match = _EXAMPLE.fullmatch(text)
     if match is None:
         raise EdgekitError(
-            f"--example-shape {text!r:.60} is no shape such as 1x3x32x32 or mask=1x16:bool"
+            f"`example_shape` {text!r:.60} is no shape such as 1x3x32x32 or mask=1x16:bool"
         )
     if match["dtype"] is not None and dtype not in (None, match["dtype"]):
-        raise EdgekitError(f"--example-shape {text}: --example-dtype says {dtype!r:.60}")
-    option = "--example-dtype" if match["dtype"] is None else f"--example-shape {text}:"
+        raise EdgekitError(f"`example_shape` {text}: `example_dtype` says {dtype!r:.60}")
+    option = "`example_dtype`" if match["dtype"] is None else f"`example_shape` {text}:"
     dtype = match["dtype"] or dtype or "float32"
     if dtype not in MODULE_DTYPES:
         raise EdgekitError(f"{option} {dtype!r:.60}: allowed are {', '.join(MODULE_DTYPES)}")
@@ -85,7 +85,7 @@ def _example(text: str, dtype: str | None, generator: torch.Generator) -> tuple[
     for size in shape:
         elements *= size
     if elements > _MOST_ELEMENTS:
-        raise EdgekitError(f"--example-shape {text}: has more than {_MOST_ELEMENTS:,} elements")
+        raise EdgekitError(f"`example_shape` {text}: has more than {_MOST_ELEMENTS:,} elements")
     return match["name"], _values(shape, dtype, generator)
 
 

@@ -24,7 +24,7 @@ def model_of(
     if made_of.adapter is not None and adapter is None:
         raise EdgekitError(
             f"{artifact.folder}: the adapter {made_of.adapter.name!r:.80} is merged into it: "
-            "`edgekit verify` takes its folder with --adapter"
+            "`edgekit verify` takes its folder with `adapter`"
         )
     source = _resolve(artifact, model, instead, adapter)
     if source.checkpoint.sha256() != made_of.sha256:

@@ -145,6 +145,6 @@ def _measure() -> tuple[float, str]:
     try:
         result = measure_read_bandwidth()
     except EdgekitError as error:
-        raise EdgekitError(f"{error}, or leave it unknown (--no-measure)") from error
+        raise EdgekitError(f"{error}, or leave it unknown (`measure`)") from error
     busy = "" if load is None else f" at load {load[0]:.1f}"
     return result.gb_per_s, f"measured with {counted(result.threads, 'thread')}{busy}"

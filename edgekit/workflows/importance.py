@@ -71,7 +71,7 @@ def _pieces(
 ) -> list[list[int]]:
     if not LEAST_CONTEXT <= context <= config.max_context:
         raise EdgekitError(
-            f"--context {context}: the model takes {LEAST_CONTEXT} to {config.max_context} tokens"
+            f"`context` {context}: the model takes {LEAST_CONTEXT} to {config.max_context} tokens"
         )
     tokens = tokenize(tokenizer, text)
     if max(tokens, default=0) >= config.vocab_size:

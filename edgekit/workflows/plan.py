@@ -96,7 +96,7 @@ def plan_export(
     context = source.config.default_context if context is None else context
     least = min(MIN_CONTEXT, limit)
     if not least <= context <= limit:
-        raise EdgekitError(f"--context {context}: {source.id} takes {least} to {limit} tokens")
+        raise EdgekitError(f"`context` {context}: {source.id} takes {least} to {limit} tokens")
     mixed = None
     if codes is None and quality != Quality():
         from edgekit.workflows.target_schemes import choose_for_target  # measures with torch

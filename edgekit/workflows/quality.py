@@ -30,18 +30,18 @@ class Budget:
     def __post_init__(self) -> None:
         """Refuse what is no budget."""
         if self.bytes is not None and self.bits is not None:
-            raise EdgekitError("--bits and --target-size exclude each other: give one of them")
+            raise EdgekitError("`bits` and `target_size` exclude each other: give one of them")
         if self.bytes is None and not (
             isinstance(self.bits, int | float) and 0 < self.bits <= _MOST_BITS
         ):
             raise EdgekitError(
-                f"--bits {self.bits!s:.40}: must be a number of bits per weight, such as 5.5"
+                f"`bits` {self.bits!s:.40}: must be a number of bits per weight, such as 5.5"
             )
         if self.bits is None and not (
             isinstance(self.bytes, int) and 1 <= self.bytes < _TOO_MANY_BYTES
         ):
             raise EdgekitError(
-                f"--target-size {self.bytes!r:.40}: must be a number of bytes, such as 500000000"
+                f"`target_size` {self.bytes!r:.40}: must be a number of bytes, such as 500000000"
             )
 
     def of(self, parameters: int) -> int:
@@ -58,7 +58,7 @@ class Budget:
     @property
     def option(self) -> str:
         """The option and its value."""
-        return f"--bits {self.bits:g}" if self.bytes is None else f"--target-size {self.label}"
+        return f"`bits` {self.bits:g}" if self.bytes is None else f"`target_size` {self.label}"
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class Quality:
         """Refuse a method that is none, and one that learns from a text without one."""
         if self.method is not None and self.method not in METHODS:
             raise EdgekitError(
-                f"--method {self.method!r:.40}: for language models there are {', '.join(METHODS)}"
+                f"`method` {self.method!r:.40}: for language models there are {', '.join(METHODS)}"
             )
         if self.method in WITH_TEXT and self.calibrate is None:
-            raise EdgekitError(f"--method {self.method} needs a text: give one with --calibrate")
+            raise EdgekitError(f"`method` {self.method} needs a text: give one with `calibrate`")
 
     @property
     def given(self) -> bool:
@@ -100,18 +100,18 @@ def check_exclusions(
     """
     if codes and recipe is not None:
         raise EdgekitError(
-            f"--codes and {recipe} exclude each other: the file's tensors are what they are"
+            f"`codes` and {recipe} exclude each other: the file's tensors are what they are"
         )
     if codes and quality != Quality():
-        raise EdgekitError("--codes are chosen already: leave out how to choose them")
+        raise EdgekitError("`codes` are chosen already: leave out how to choose them")
     if quality.budget is not None and recipe is not None:
         raise EdgekitError(
             f"{quality.budget.option} and {recipe} exclude each other: a budget chooses the schemes"
         )
     if llama_format is not None and quality != Quality():
         raise EdgekitError(
-            f"--scheme {llama_format} is llama.cpp's own format, which llama.cpp quantizes: it "
-            "takes an --imatrix only"
+            f"`scheme` {llama_format} is llama.cpp's own format, which llama.cpp quantizes: it "
+            "takes an `imatrix` only"
         )
 
 
@@ -126,12 +126,12 @@ def check_method(method: Method | None, recipe: "Recipe") -> None:
         return
     if method in CODEBOOK_METHODS and not _has_codebooks(recipe):
         raise EdgekitError(
-            f"--method {method} is for codebooks, of which {recipe.name} has none: give a scheme "
+            f"`method` {method} is for codebooks, of which {recipe.name} has none: give a scheme "
             "such as cb3"
         )
     if method not in CODEBOOK_METHODS and _has_codebooks(recipe):
         raise EdgekitError(
-            f"--method {method} is not for codebooks, which {recipe.name} has: give "
+            f"`method` {method} is not for codebooks, which {recipe.name} has: give "
             f"{', '.join(CODEBOOK_METHODS)}"
         )
 

@@ -80,7 +80,7 @@ def smaller_schemes(config: ModelConfig) -> dict[str, int]:
     """Return the schemes below 4 bits as a user gives them, with a model's bytes in a file."""
     shapes, tied = config.tied_shapes()
     return {
-        f"--scheme {name}": total_bytes(resolve(Recipe.named(name), shapes), tied)
+        f"`scheme` {name}": total_bytes(resolve(Recipe.named(name), shapes), tied)
         for name in ("cb3", "cb2")
     }
 

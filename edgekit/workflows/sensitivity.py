@@ -117,7 +117,7 @@ def sensitivity(
     be written.
     """
     if scheme.is_float:
-        raise EdgekitError("--scheme float costs nothing: give one that quantizes, such as w4g32")
+        raise EdgekitError("`scheme` float costs nothing: give one that quantizes, such as w4g32")
     return next(sensitivities(_source(name), [scheme], text, lambda scheme: progress or no_steps))
 
 

@@ -68,5 +68,5 @@ def _other_targets(target: str, config: ModelConfig) -> dict[str, int]:
         if name != target:
             other = find_layout(name, Options())
             schemes = target_schemes(other, config.tied_shapes()[0])
-            found[f"--target {name}"] = least_bytes(config, schemes, _counter(other))
+            found[f"`target` {name}"] = least_bytes(config, schemes, _counter(other))
     return found

@@ -62,7 +62,7 @@ def verify_artifact(
     writer = load_writer(target)
     import_engine(target)
     progress("reading the model")
-    source = model_of(artifact, model, "say with --model where the weights are", adapter)
+    source = model_of(artifact, model, "say with `model` where the weights are", adapter)
     tokens = verification_tokens(source, artifact.context)
     progress("computing the reference")
     weights = _weights(artifact, source)

@@ -31,7 +31,7 @@ class Options:
         """Refuse choices that only others give a meaning."""
         if self.imatrix is not None and self.llama_format is None:
             raise EdgekitError(
-                "--imatrix is for llama.cpp's own formats: give one with --scheme, such as Q4_K_M"
+                "`imatrix` is for llama.cpp's own formats: give one with `scheme`, such as Q4_K_M"
             )
 
 
@@ -102,7 +102,7 @@ def check_model(layout: Layout, config: ModelConfig, options: Options) -> None:
 def _refusal(option: str, value: object, target: str) -> str:
     if option == "llama_format":
         return (
-            f"--scheme {value} is one of llama.cpp's own formats, which target {target} cannot "
+            f"`scheme` {value} is one of llama.cpp's own formats, which target {target} cannot "
             f"hold, only gguf; schemes are {FORMS}"
         )
     return f"--{option} has no meaning for target {target}: leave it out"

@@ -44,7 +44,7 @@ def inspect(path: Path, check: bool = False) -> Report:
     if path.is_file():
         if check:
             raise EdgekitError(
-                f"{path}: --check needs the artifact folder, whose manifest holds the sha256"
+                f"{path}: `check` needs the artifact folder, whose manifest holds the sha256"
             )
         return _bare_file(path)
     if is_genai_folder(path) and not (path / MANIFEST).exists() and not check:

@@ -37,7 +37,7 @@ def check_config(config: ModelConfig, options: Options) -> None:
     if config.head_dim % ROTATED:
         raise EdgekitError(
             f"config: head_dim is {config.head_dim}; ONNX Runtime's GroupQueryAttention rotates "
-            f"heads of multiples of {ROTATED}: give --portable, or another target"
+            f"heads of multiples of {ROTATED}: give `portable`, or another target"
         )
 
 

@@ -81,7 +81,7 @@ def place(traced: TracedModule, recipe: LayerRecipe) -> Placement:
         if name in rules and not rules[name].scheme.is_float:
             raise EdgekitError(
                 f"{name}: {rules[name].scheme.name} cannot hold it: {operator_name(node)}"
-                f"{at(node)} runs on floats only; give it the scheme float in a --recipe"
+                f"{at(node)} runs on floats only; give it the scheme float in a recipe"
             )
     chosen: dict[str, tuple[Layer, LayerRule]] = {}
     for layer in layers:

@@ -120,7 +120,7 @@ class TracedModule:
             same = given.dtype == like.dtype and given.shape[1:] == like.shape[1:]
             if not same or not fits or batch < 1:
                 largest = like.shape[0] if self.max_batch is None else f"1 to {self.max_batch}"
-                hint = "; --max-batch (max_batch=) lets the batch vary" if same and batch else ""
+                hint = "; `max_batch` lets the batch vary" if same and batch else ""
                 raise EdgekitError(
                     f"input {node.name!r} must be {like.dtype} of shape "
                     f"[{', '.join(map(str, [largest, *like.shape[1:]]))}], got {given.dtype} of "
@@ -363,7 +363,7 @@ def _why(module: nn.Module, error: Exception) -> str:
         parts.append(f"{frames[-1].filename}:{frames[-1].lineno}: {line.strip()}")
     if named and named[0] not in said[:200]:
         parts.append(named[0])
-    hint = "; inputs of whole numbers want --example-dtype int64" if "'indices'" in said else ""
+    hint = "; inputs of whole numbers want `example_dtype` int64" if "'indices'" in said else ""
     return ": ".join([*parts, f"{said}{hint}"])
 
 

@@ -322,7 +322,7 @@ def _check_context(name: str, file: ModelFile, shapes: Sequence[Shape], longest:
         if shape.positions > longest:
             option = "-p" if shape.kind == "pp" else "-n"
             at = f" at -d {shape.depth}" if shape.depth else ""
-            again = "" if file.manifest is None else ", or export with a larger --context"
+            again = "" if file.manifest is None else ", or export with a larger `context`"
             raise EdgekitError(
                 f"{name}: {option} {shape.tokens}{at} needs {shape.positions} positions "
                 f"but the artifact's context is {longest}: ask for less{again}"

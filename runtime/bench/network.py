@@ -176,13 +176,13 @@ class _Network:
         if largest is None:
             if self.asked not in (None, only):
                 raise EdgekitError(
-                    f"{self.name}: takes batches of {only} only, not of --batch {self.asked}: "
-                    "export it with --max-batch"
+                    f"{self.name}: takes batches of {only} only, not of `batch` {self.asked}: "
+                    "export it with `max_batch`"
                 )
             return only
         if self.asked is not None and self.asked > largest:
             raise EdgekitError(
-                f"{self.name}: takes batches of up to {largest}, not of --batch {self.asked}"
+                f"{self.name}: takes batches of up to {largest}, not of `batch` {self.asked}"
             )
         return self.asked or 1
 

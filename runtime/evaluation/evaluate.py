@@ -168,7 +168,7 @@ def cut(tokens: Sequence[int], context: int, limit: int | None, bos: int | None)
     if count == 0:
         raise EdgekitError(
             f"the text has {counted(len(tokens), 'token')}, but a chunk is {context}: give a "
-            "longer text or a smaller --context"
+            "longer text or a smaller `context`"
         )
     chunks = [
         list(tokens[start : start + context])
@@ -200,7 +200,7 @@ def _scored(context: int) -> int:
 def check_chunk_length(context: int) -> None:
     """Raise `EdgekitError` for chunks of so few tokens that none is left to score."""
     if context < LEAST_CHUNK:
-        raise EdgekitError(f"--context must be at least {LEAST_CHUNK}, not {context}")
+        raise EdgekitError(f"`context` must be at least {LEAST_CHUNK}, not {context}")
 
 
 def _enter(
@@ -211,7 +211,7 @@ def _enter(
     if subject.engine.context < context:
         raise EdgekitError(
             f"{name}: holds {subject.engine.context} positions, fewer than the chunks' {context}: "
-            "give a smaller --context"
+            "give a smaller `context`"
         )
     return subject
 

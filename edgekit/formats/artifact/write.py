@@ -70,9 +70,9 @@ def check_output(output: Path, force: bool) -> None:
         raise EdgekitError(f"{output}: exists and is no folder; give another name with -o")
     if output.is_dir():
         if not force:
-            raise EdgekitError(f"{output}: exists; give --force to replace it or another -o")
+            raise EdgekitError(f"{output}: exists; give `force` to replace it or another `output`")
         if any(output.iterdir()) and not (output / MANIFEST).is_file():
-            raise EdgekitError(f"{output}: is no edgekit artifact, so --force does not replace it")
+            raise EdgekitError(f"{output}: is no edgekit artifact, so `force` does not replace it")
     check_parent(output)
 
 

@@ -42,9 +42,7 @@ class GgufTokenizer:
         self._release = weakref.finalize(self, llama.llama_model_free, model)
         self._vocab = llama.llama_model_get_vocab(model)
         if llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_NONE:
-            raise EdgekitError(
-                f"{path}: holds no tokenizer; name a tokenizer.json: --tokenizer PATH"
-            )
+            raise EdgekitError(f"{path}: holds no tokenizer; name a tokenizer.json: `tokenizer`")
         self._size = llama.llama_vocab_n_tokens(self._vocab)
         self.bos_id = _known(llama.llama_vocab_bos(self._vocab))
         self.eos_ids = end_ids(self._vocab)
