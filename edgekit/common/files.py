@@ -159,10 +159,10 @@ def check_output_file(path: Path, force: bool) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Raise EdgekitError where nothing can be made at `path`."""
-    parent = path.absolute().parent
+    """Raise EdgekitError where nothing can be made at `path`; folders above it may be missing."""
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not parent.is_dir():
-        raise EdgekitError(f"{parent}: does not exist, so {path.name} cannot be made in it")
+        raise EdgekitError(f"{parent}: is no folder, so {path.name} cannot be made in it")
     try:  # of some file systems only the attempt says it: root may write to /proc, by its modes
         with tempfile.TemporaryFile(dir=parent):
             pass
@@ -258,9 +258,12 @@ _unfinished: set[Path] = set()
 def unfinished(path: Path) -> Iterator[Path]:
     """Give a hidden name beside `path` for a file or a folder; what has it at the end is removed.
 
-    So it is where a library ends the process, by the supervisor or by `remove_unfinished`.
+    So it is where a library ends the process, by the supervisor or by `remove_unfinished`. Folders
+    above `path` that are missing are made, and removed again where nothing comes to be in them.
     """
     scratch = partial_name(path.absolute())
+    missing = [folder for folder in scratch.parents if not os.path.lexists(folder)]
+    make_folder(scratch.parent)
     _unfinished.add(scratch)
     try:
         with half_written(scratch):
@@ -268,6 +271,9 @@ def unfinished(path: Path) -> Iterator[Path]:
     finally:
         _remove(scratch)
         _unfinished.discard(scratch)
+        for folder in missing:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
 
 
 def remove_unfinished() -> None:

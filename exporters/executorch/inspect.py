@@ -9,24 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import EdgekitError
+from edgekit.exporters.inspect.file_report import FileReport, is_module, weight_rows
 from edgekit.exporters.inspect.layers import Arithmetic
 from edgekit.exporters.inspect.tables import (
     TABLES,
     Component,
     Piece,
-    WeightRows,
-    checks,
-    component_table,
     components,
     count_table,
-    introduction,
-    is_module,
-    joined,
     name_shared,
-    report_json,
-    value_table,
-    weight_rows,
-    weight_table,
 )
 from edgekit.formats.artifact.manifest import Manifest
 from edgekit.formats.pte.program import FORWARD, Method, Program, Span
@@ -52,47 +43,33 @@ _INTEGER_FILTERS, _BIASES = ("qcint8", "qint8"), ("qcint32", "qint32")
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `edgekit inspect` shows.
+class Report(FileReport):
+    """A program's.
 
     `operators` are calls outside the delegates in one run of `forward`, `nodes` the delegates'
     own; `arithmetic` is that of a module, None for a language model, whose layers take floats;
-    `planned_bytes` is the memory for activations and state; `manifest` is None for a bare file;
-    `weights` rows are (kind, scheme, tensors, bytes) of the manifest's table.
+    `planned_bytes` is the memory for activations and state.
     """
 
-    path: Path
-    file_bytes: int
-    components: list[Component]
     delegates: dict[str, int]
     nodes: dict[str, int]
     operators: dict[str, int]
     arithmetic: Arithmetic | None
     planned_bytes: int
-    metadata: dict[str, Any]
-    weights: WeightRows
-    manifest: Manifest | None
-    checked_files: int | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report for `--json`."""
-        return report_json(self)
+    def facts(self) -> list[str]:
+        """What memory the program asks for."""
+        return [f"memory for activations and state: {self.planned_bytes / 1e6:,.1f} MB"]
 
-    def text(self) -> str:
-        """Return Markdown tables; what a file calls itself cannot steer a terminal."""
-        parts = [
-            *introduction(self.path, self.file_bytes, self.manifest),
-            f"memory for activations and state: {self.planned_bytes / 1e6:,.1f} MB",
-            component_table(self.components, self.file_bytes),
-            *weight_table(self.weights),
+    def tables(self) -> list[str]:
+        """Delegates, and operators inside and outside of them."""
+        inside = [count_table("operators inside", "nodes", self.nodes)] if self.nodes else []
+        return [
             count_table("delegates", "parts", self.delegates),
+            *inside,
+            count_table("operators outside the delegates", "calls", self.operators),
+            *(self.arithmetic.text() if self.arithmetic else []),
         ]
-        if self.nodes:
-            parts.append(count_table("operators inside", "nodes", self.nodes))
-        parts.append(count_table("operators outside the delegates", "calls", self.operators))
-        parts += self.arithmetic.text() if self.arithmetic else []
-        parts.append(value_table("metadata", self.metadata))
-        return joined([*parts, *checks(self.manifest, self.checked_files)])
 
 
 def report(path: Path, manifest: Manifest | None, checked: int | None) -> Report:

@@ -9,18 +9,10 @@ from typing import Any
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf.sizes import size_of
+from edgekit.exporters.inspect.file_report import FileReport, weight_rows
 from edgekit.exporters.inspect.tables import (
     Component,
-    WeightRows,
-    checks,
-    component_table,
     count_table,
-    introduction,
-    joined,
-    report_json,
-    value_table,
-    weight_rows,
-    weight_table,
 )
 from edgekit.formats.artifact.manifest import Manifest
 from edgekit.formats.gguf.file import STRING, GgufArray, GgufFile, GgufTensor
@@ -31,43 +23,28 @@ _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `edgekit inspect` shows.
+class Report(FileReport):
+    """A GGUF's.
 
     `types` counts tensors by ggml's types, `bits_per_weight` are those of all tensors together;
-    `metadata` holds short arrays whole and of others what they are of; `weights` and `manifest`
-    as for every target, empty and None for a bare file.
+    `metadata` holds short arrays whole and of others what they are of.
     """
 
-    path: Path
-    file_bytes: int
-    components: list[Component]
     types: dict[str, int]
     parameters: int
     bits_per_weight: float
-    metadata: dict[str, Any]
-    weights: WeightRows
-    manifest: Manifest | None
-    checked_files: int | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report for `--json`."""
-        return report_json(self)
+    def facts(self) -> list[str]:
+        """How many weights there are, and of how many bits."""
+        return [f"{self.parameters:,} weights, {self.bits_per_weight:.2f} bits each"]
 
-    def text(self) -> str:
-        """Return Markdown tables; what a file calls itself cannot steer a terminal."""
-        shown = {key: _shown(value) for key, value in self.metadata.items()}
-        return joined(
-            [
-                *introduction(self.path, self.file_bytes, self.manifest),
-                f"{self.parameters:,} weights, {self.bits_per_weight:.2f} bits each",
-                component_table(self.components, self.file_bytes),
-                *weight_table(self.weights),
-                count_table("type", "tensors", self.types),
-                value_table("metadata", shown),
-                *checks(self.manifest, self.checked_files),
-            ]
-        )
+    def tables(self) -> list[str]:
+        """The types of the tensors."""
+        return [count_table("type", "tensors", self.types)]
+
+    def shown_metadata(self) -> dict[str, Any]:
+        """Lists in a line each, long texts cut."""
+        return {key: _shown(value) for key, value in self.metadata.items()}
 
 
 def report(path: Path, manifest: Manifest | None, checked: int | None) -> Report:

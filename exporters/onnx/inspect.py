@@ -4,27 +4,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgekit.errors import EdgekitError
+from edgekit.exporters.inspect.file_report import FileReport, is_module, weight_rows
 from edgekit.exporters.inspect.layers import Arithmetic
 from edgekit.exporters.inspect.tables import (
     TABLES,
-    Component,
     Piece,
-    WeightRows,
-    checks,
-    component_table,
     components,
     count_table,
-    introduction,
-    is_module,
-    joined,
     name_shared,
-    report_json,
     value_table,
-    weight_rows,
-    weight_table,
 )
 from edgekit.exporters.onnx.names import SCALES, ZERO_POINTS
 from edgekit.formats.artifact.manifest import Manifest
@@ -43,45 +33,29 @@ _MOVES = frozenset({"DequantizeLinear", "Transpose", "Reshape"})
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `edgekit inspect` shows.
+class Report(FileReport):
+    """An ONNX model's.
 
     `operators` are the nodes of the file, `run` those that ONNX Runtime runs for one token after
-    its rewriting, empty where it runs none, and then `not_run` says why. `file_bytes` counts the
-    files of the weights, too.
+    its rewriting, empty where it runs none, and then `not_run` says why.
     """
 
-    path: Path
-    file_bytes: int
-    components: list[Component]
     operators: dict[str, int]
     run: dict[str, int]
     not_run: str | None
     arithmetic: Arithmetic | None
     opsets: dict[str, int]
-    metadata: dict[str, Any]
-    weights: WeightRows
-    manifest: Manifest | None
-    checked_files: int | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report for `--json`."""
-        return report_json(self)
-
-    def text(self) -> str:
-        """Return Markdown tables; what a file calls itself cannot steer a terminal."""
-        parts = [
-            *introduction(self.path, self.file_bytes, self.manifest),
-            component_table(self.components, self.file_bytes),
-            *weight_table(self.weights),
+    def tables(self) -> list[str]:
+        """Operators, as they are in the file and as they run."""
+        sets = {name or "ai.onnx": version for name, version in self.opsets.items()}
+        return [
             count_table("operators in the file", "nodes", self.operators),
             count_table("operators as ONNX Runtime runs them", "nodes", self.run),
             *([self.not_run] if self.not_run else []),
             *(self.arithmetic.text() if self.arithmetic else []),
-            value_table("operator sets", {name or "ai.onnx": v for name, v in self.opsets.items()}),
-            value_table("metadata", self.metadata),
+            value_table("operator sets", sets),
         ]
-        return joined([*parts, *checks(self.manifest, self.checked_files)])
 
 
 def report(path: Path, manifest: Manifest | None, checked: int | None) -> Report:

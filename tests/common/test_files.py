@@ -54,13 +54,26 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, error: type[BaseExcepti
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder" / "inside").mkdir(parents=True)
-    for place in ("file/f", "absent/f", "folder"):
+    for place, words in (("file/f", "file: cannot be made: "), ("folder", "cannot be written: ")):
         with (
-            pytest.raises(EdgekitError, match=f"{place}: cannot be written: "),
+            pytest.raises(EdgekitError, match=words),
             new_file(tmp_path / place) as scratch,
         ):
             scratch.write_text("x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_folders_above_a_file_are_made_and_stay_only_with_it(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    wanted = tmp_path / "there" / "a" / "b" / "file"
+    with pytest.raises(ValueError), new_file(wanted) as scratch:
+        scratch.write_text("half")
+        raise ValueError
+    assert [*tmp_path.rglob("*")] == [tmp_path / "there"]
+    with new_file(wanted) as scratch:
+        scratch.write_text("whole")
+    assert wanted.read_text() == "whole"
+    assert [path.name for path in wanted.parent.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
@@ -75,15 +88,16 @@ def test_an_output_is_refused_before_any_work(tmp_path: Path) -> None:
     link.symlink_to(file)
     dangling.symlink_to(tmp_path / "nothing")
     check_output_file(tmp_path / "new", force=False)
+    check_output_file(tmp_path / "absent" / "below" / "f", force=False)
     check_output_file(file, force=True)
     for path, force, words in (
-        (file, False, "exists; give --force"),
+        (file, False, "exists; give `force`"),
         (tmp_path, True, "is a folder"),
-        (link, True, "is no regular file, so --force does not replace it"),
-        (dangling, False, "exists; give --force"),
-        (dangling, True, "is no regular file, so --force does not replace it"),
-        (tmp_path / "absent" / "f", False, "does not exist, so f cannot be made in it"),
-        (file / "f", False, "does not exist, so f cannot be made in it"),
+        (link, True, "is no regular file, so `force` does not replace it"),
+        (dangling, False, "exists; give `force`"),
+        (dangling, True, "is no regular file, so `force` does not replace it"),
+        (file / "f", False, "file: is no folder, so f cannot be made in it"),
+        (file / "below" / "f", False, "file: is no folder, so f cannot be made in it"),
     ):
         with pytest.raises(EdgekitError, match=words):
             check_output_file(path, force)

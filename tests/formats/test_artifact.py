@@ -367,8 +367,9 @@ def test_a_file_or_a_link_in_the_way(folder: Path, force: bool) -> None:
 
 
 def test_a_parent_that_is_not_there_or_a_file(folder: Path) -> None:
-    for parent in (folder / "none", folder / "model.pte"):
-        with pytest.raises(EdgekitError, match="does not exist, so out cannot be made in it"):
+    check_output(folder / "none" / "out", force=False)
+    for parent in (folder / "model.pte", folder / "model.pte" / "below"):
+        with pytest.raises(EdgekitError, match="model.pte: is no folder, so out cannot be made"):
             check_output(parent / "out", force=False)
 
 

@@ -45,9 +45,13 @@ def assert_one_line(status: int, errors: str, *words: str) -> None:
 
 
 def assert_only_one_line(done: Result, *words: str, status: int = 2) -> None:
-    """The same of a command run in this process, with nothing on stdout."""
-    assert (done.exit_code, done.stdout) == (status, "")
+    """The same of a command run in this process; on stdout is nothing, or with --json the error."""
+    assert done.exit_code == status
     _assert_says(done.stderr, words)
+    if done.stdout:
+        error = json.loads(done.stdout)["error"]
+        assert error["status"] == status
+        assert all(word in error["message"] for word in words)
 
 
 def assert_codes_refused(model: Path, codes: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_budget_above_the_most_measures_no_tensor(
         (("--calibrate", "short.txt"), "tokens; calibration needs at least 1024"),
         (("--calibrate", "tiny.txt"), "tokens; at least 32 are needed"),
         (("--imatrix", "none.gguf"), "--imatrix is for llama.cpp's own formats"),
-        (("-o", "no/where/out"), "does not exist, so out cannot be made in it"),
+        (("-o", "tiny.txt/out"), "is no folder, so out cannot be made in it"),
     ],
 )
 def test_what_is_known_to_fail_does_so_before_anything_is_measured(
