@@ -21,6 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def quantized(source: ModelSource, row: str, texts: list[list[int]]) -> dict[str
     """Return the weights of a row."""
     method, scheme, *unordered = row.split(":")
     shapes, tied = source.config.tied_shapes()
-    rows = resolve(recipe_of(method, parse_scheme(scheme)), shapes)
+    rows = resolve(recipe_of(method, parse_scheme(scheme)), shapes, tied)
     read: Callable[[str], Tensor] = float_reader(source.config, source.checkpoint)
     if not unordered:
         architecture = source.config.architecture
@@ -98,7 +99,7 @@ def quantized(source: ModelSource, row: str, texts: list[list[int]]) -> dict[str
     choose = METHODS[method]
     # A text decides the codes of the layers' linears, so those are not rounded first.
     simple = [row for row in rows if choose is None or not is_linear(row)]
-    weights: dict[str, Weight] = dict(quantize_tensors(simple, read, tied))
+    weights: dict[str, Weight] = dict(quantize_tensors(replace(rows, rows=simple), read))
     if choose is not None:
         weights |= layer_codes(
             source.config.architecture, rows, read, weights.__getitem__, texts, choose

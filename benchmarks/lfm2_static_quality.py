@@ -147,10 +147,9 @@ def _logits(model: Decoder, chunks: Sequence[Sequence[int]]) -> list[np.ndarray]
 def _int8_weights(source: ModelSource) -> dict[str, Tensor]:
     """Return what the codes of `--int8` stand for."""
     table, tied = source.config.tied_shapes()
-    rows = resolve(Recipe.named("int8"), table)
+    rows = resolve(Recipe.named("int8"), table, tied)
     return {
-        name: floats(weight)
-        for name, weight in quantize_tensors(rows, source.checkpoint.tensor, tied)
+        name: floats(weight) for name, weight in quantize_tensors(rows, source.checkpoint.tensor)
     }
 
 

@@ -1,7 +1,7 @@
 """Quantizing a model by its resolved table, one tensor in memory at a time."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.by_scheme import quantize_weight
-from edgekit.quantize.recipe import Resolved, shared_rows
+from edgekit.quantize.recipe import Resolved, Table
 from edgekit.quantize.tensor import QuantizedTensor, Weight, as_rows
 
 
@@ -29,32 +29,25 @@ class Applied:
 
 
 def quantize_tensors(
-    rows: Sequence[Resolved],
-    get_tensor: Callable[[str], Tensor],
-    tied: Mapping[str, str] | None = None,
+    table: Table, get_tensor: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Weight]]:
     """Yield each tensor's name with its codes, or with the tensor as stored where it is float.
 
-    `get_tensor` is called once per row with the tensor's name, or, for a name in `tied`, with
+    `get_tensor` is called once per row with the tensor's name, or, for one that is tied, with
     that of the tensor whose values it has; where both rows have the same scheme and range the
     same object is yielded for both and quantized once. Raises EdgekitError naming the tensor.
     """
-    for applied in apply(rows, get_tensor, tied):
+    for applied in apply(table, get_tensor):
         yield applied.row.tensor, applied.value
 
 
-def apply(
-    rows: Sequence[Resolved],
-    get_tensor: Callable[[str], Tensor],
-    tied: Mapping[str, str] | None = None,
-) -> Iterator[Applied]:
+def apply(table: Table, get_tensor: Callable[[str], Tensor]) -> Iterator[Applied]:
     """Yield what `quantize_tensors` does, together with each row and float weight."""
-    sources = dict(tied or {})
-    shared = shared_rows(rows, sources)
+    shared = table.shared
     # Only codes that a later name will ask for outlive their turn; their weight does not.
     kept: dict[str, tuple[str, Weight]] = {}
-    for row in rows:
-        source = sources.get(row.tensor, row.tensor)
+    for row in table:
+        source = table.tied.get(row.tensor, row.tensor)
         is_shared = row.tensor in shared or row.tensor in shared.values()
         if is_shared and source in kept:
             first, value = kept[source]

@@ -18,10 +18,11 @@ import json
 import re
 import tomllib
 import warnings as python_warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 from edgekit.common.files import decode_text, refuse_irregular
 from edgekit.common.limits import TooCostly, bounded
@@ -89,6 +90,51 @@ class Resolved:
             "shape": list(self.shape),
             "bytes": self.nbytes,
         }
+
+
+@dataclass(frozen=True)
+class Table(Sequence[Resolved]):
+    """What each tensor of a model is stored as: a row each, in the model's order.
+
+    tied    by a tensor's name, the one whose values it has, as a tied head has the embedding's
+    native  the schemes of codebooks, and of 5 and 6 bits, that the file holds natively, where
+            others become int8 codes (`edgekit.exporters.contract.stored`); none without a file
+    """
+
+    rows: Sequence[Resolved]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    native: frozenset[str] = frozenset()
+
+    @overload
+    def __getitem__(self, index: int) -> Resolved: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Resolved]: ...
+    def __getitem__(self, index: int | slice) -> Resolved | Sequence[Resolved]:
+        """Return a row, or some."""
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    @cached_property
+    def shared(self) -> Mapping[str, str]:
+        """The tied tensors whose codes are those of the tensor that they are tied to.
+
+        Codes are shared where both rows have the same scheme and range; only one of the two then
+        costs bytes.
+        """
+        table = {row.tensor: (row.scheme, row.range) for row in self.rows}
+        return {
+            tensor: source
+            for tensor, source in self.tied.items()
+            if tensor in table and source in table and table[tensor] == table[source]
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all rows; codes that two names share count once."""
+        return sum(row.nbytes for row in self.rows if row.tensor not in self.shared)
 
 
 @dataclass(frozen=True)
@@ -169,15 +215,19 @@ def uniform(scheme: Scheme) -> Recipe:
     return Recipe(tuple(rules), name=scheme.name)
 
 
-def resolve(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> list[Resolved]:
-    """Return one row per tensor, in the order of `shapes`.
+def resolve(
+    recipe: Recipe,
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: Mapping[str, str] | None = None,
+) -> Table:
+    """Return the table of tensors of these shapes, in their order; `tied` as in `Table`.
 
     Raises EdgekitError for a rule that takes no tensor, for a group size that does not divide
     a tensor's last axis, and where the patterns take seconds to match.
     """
     try:
         with bounded():
-            return _resolve(recipe, shapes)
+            return Table(_resolve(recipe, shapes), tied or {})
     except TooCostly as error:
         raise EdgekitError(
             f"{recipe.name}: matching its patterns {error}: simplify those with repeats in "
@@ -200,24 +250,6 @@ def _resolve(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> list[Reso
         if number not in used:
             raise EdgekitError(f"{recipe.name}: {_why_unused(rule, number, shapes)}")
     return rows
-
-
-def shared_rows(rows: Iterable[Resolved], tied: Mapping[str, str]) -> dict[str, str]:
-    """Return the tied tensors whose codes are those of the tensor they are tied to.
-
-    `tied` maps a tensor to the one whose values it has. Codes are shared where both rows have
-    the same scheme and range; only one of the two then costs bytes.
-    """
-    table = {row.tensor: row for row in rows}
-    pairs = {
-        tensor: source for tensor, source in tied.items() if tensor in table and source in table
-    }
-    return {
-        tensor: source
-        for tensor, source in pairs.items()
-        if (table[tensor].scheme, table[tensor].range)
-        == (table[source].scheme, table[source].range)
-    }
 
 
 def in_layers(tensor: str) -> bool:
@@ -247,15 +279,14 @@ def with_ranges(recipe: Recipe, method: Literal["rtn", "mse"]) -> Recipe:
     return replace(recipe, rules=tuple(map(changed, recipe.rules)))
 
 
-def warnings(rows: Iterable[Resolved], tied: Mapping[str, str]) -> list[str]:
+def warnings(table: Table) -> list[str]:
     """Return what a user should know about a table before waiting for it."""
-    table = {row.tensor: row for row in rows}
+    rows = {row.tensor: row for row in table}
     w4 = parse_scheme("w4")
-    found = [_W4_WARNING] if any(row.scheme == w4 for row in table.values()) else []
-    shared = shared_rows(table.values(), tied)
-    for name, source in tied.items():
-        if name in table and source in table and name not in shared:
-            head, other = table[name], table[source]
+    found = [_W4_WARNING] if any(row.scheme == w4 for row in table) else []
+    for name, source in table.tied.items():
+        if name in rows and source in rows and name not in table.shared:
+            head, other = rows[name], rows[source]
             found.append(
                 f"{name} ({_form(head)}) is tied to {source} ({_form(other)}) but stored on its "
                 f"own, which takes {head.nbytes:,} bytes more: with one scheme and range for both "

@@ -5,41 +5,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgekit.common.tables import plain_table
-from edgekit.quantize.recipe import Resolved, shared_rows
+from edgekit.quantize.recipe import Table
 
 
-def total_bytes(rows: Sequence[Resolved], tied: Mapping[str, str]) -> int:
-    """Return the bytes of all rows; codes that two names share count once."""
-    shared = shared_rows(rows, tied)
-    return sum(row.nbytes for row in rows if row.tensor not in shared)
-
-
-def table_json(
-    rows: Sequence[Resolved], tied: Mapping[str, str], sqnr: Mapping[str, float] | None = None
-) -> list[dict[str, Any]]:
+def table_json(table: Table, sqnr: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """Return one object per row.
 
     `same_as` names the tensor whose codes a row shares; `sqnr_db` is there when `sqnr` is given,
     null for tensors without quantization noise.
     """
-    shared = shared_rows(rows, tied)
-    table = []
-    for row in rows:
+    found = []
+    for row in table:
         entry = {**row.to_dict(), "range": row.range}
-        if row.tensor in shared:
-            entry["same_as"] = shared[row.tensor]
+        if row.tensor in table.shared:
+            entry["same_as"] = table.shared[row.tensor]
         if sqnr is not None:
             ratio = sqnr.get(row.tensor, math.inf)
             entry["sqnr_db"] = round(ratio, 2) if math.isfinite(ratio) else None
-        table.append(entry)
-    return table
+        found.append(entry)
+    return found
 
 
-def format_table(
-    rows: Sequence[Resolved], tied: Mapping[str, str], sqnr: Mapping[str, float] | None = None
-) -> str:
+def format_table(table: Table, sqnr: Mapping[str, float] | None = None) -> str:
     """Return the table as aligned text with a last line of totals (no newline at the end)."""
-    return format_json(table_json(rows, tied, sqnr))
+    return format_json(table_json(table, sqnr))
 
 
 def format_json(table: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """Quantizing a model into one safetensors file."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,23 +8,22 @@ from torch import Tensor
 
 from edgekit.errors import EdgekitError
 from edgekit.quantize.apply import Applied, apply, sqnr_db
-from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.recipe import Table
 from edgekit.quantize.storage import About, save_quantized
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 
 def quantize_to_file(
-    rows: Sequence[Resolved],
+    table: Table,
     get_tensor: Callable[[str], Tensor],
     path: Path,
-    tied: Mapping[str, str] | None = None,
     on_tensor: Callable[[str], None] | None = None,
     about: About | None = None,
 ) -> dict[str, float]:
-    """Write the codes and scales of `rows` to `path` and return each tensor's SQNR in dB.
+    """Write the codes and scales of a table to `path` and return each tensor's SQNR in dB.
 
     Float tensors are written as float32, what the table counts, and are not in the result.
-    `get_tensor` and `tied` are those of `quantize_tensors`; `on_tensor` hears each name when it
+    `get_tensor` is that of `quantize_tensors`; `on_tensor` hears each name when it
     is done, `about` is what the file says of itself. Raises EdgekitError naming the tensor, or the
     file where it cannot be written.
     """
@@ -34,7 +33,7 @@ def quantize_to_file(
         raise EdgekitError(f"{path}: its name is not UTF-8; give another name") from error
     contents: dict[str, Weight] = {}
     sqnr: dict[str, float] = {}
-    for applied in apply(rows, get_tensor, tied):
+    for applied in apply(table, get_tensor):
         _add(applied, contents, sqnr)
         if on_tensor is not None:
             on_tensor(applied.row.tensor)

@@ -182,7 +182,7 @@ def command(
     folder = output or Path(f"{plan.source.short_name}-{target}-{label}")
     if not dry_run:
         check_output(folder, force)
-    for warning in [*plan.source.notes(), *warnings(plan.rows, plan.tied)]:
+    for warning in [*plan.source.notes(), *warnings(plan.table)]:
         click.echo(f"edgekit: warning: {warning}", err=True)
     if dry_run or not as_json:
         _show_plan(plan, every_tensor=dry_run or verbose, as_json=as_json)
@@ -223,10 +223,10 @@ def _show_plan(plan: "Plan", every_tensor: bool, as_json: bool) -> None:
     from edgekit.quantize.table import format_json, json_bytes, summary
 
     if as_json:
-        tensors, total = plan.table, json_bytes(plan.table)
+        tensors, total = plan.listing, json_bytes(plan.listing)
         print_json({"model": plan.source.id, "tensors": tensors, "bytes": total})
     else:
-        click.echo(format_json(plan.table) if every_tensor else summary(plan.table))
+        click.echo(format_json(plan.listing) if every_tensor else summary(plan.listing))
 
 
 def _show_result(folder: Path, manifest: "Manifest") -> None:

@@ -116,7 +116,7 @@ def command(
     with resumable(quality):
         recipe, mixed = _choose(source, recipe, quality)
         report = _Report(source, recipe, mixed)
-        for warning in [*source.notes(), *warnings(report.rows, report.tied)]:
+        for warning in [*source.notes(), *warnings(report.table)]:
             click.echo(f"edgekit: warning: {warning}", err=True)
         made = None if path is None else _write(source, recipe, quality, path)
     if as_json:
@@ -157,28 +157,28 @@ class _Report:
     def __init__(self, source: "ModelSource", recipe: "Recipe", mixed: "Mixed | None") -> None:
         from edgekit.quantize.recipe import resolve
 
-        shapes, self.tied = source.config.tied_shapes()
+        shapes, tied = source.config.tied_shapes()
         self.source, self.mixed = source, mixed
-        self.rows = resolve(recipe, shapes)
+        self.table = resolve(recipe, shapes, tied)
 
     def text(self, path: Path | None, made: "Made | None") -> str:
         from edgekit.commands._quality_options import quality_text
         from edgekit.quantize.table import format_table
 
         sqnr = None if made is None else made.sqnr
-        table = format_table(self.rows, self.tied, sqnr)
+        table = format_table(self.table, sqnr)
         last = [] if path is None else [f"wrote {path}"]
         return "\n".join([table, *quality_text(self.mixed, made), *last])
 
     def to_dict(self, path: Path | None, made: "Made | None") -> dict[str, Any]:
         from edgekit.commands._quality_options import quality_dict
-        from edgekit.quantize.table import table_json, total_bytes
+        from edgekit.quantize.table import table_json
 
         sqnr = None if made is None else made.sqnr
         return {
             "model": {"id": self.source.id, "revision": self.source.revision, **self._adapter()},
-            "tensors": table_json(self.rows, self.tied, sqnr),
-            "bytes": total_bytes(self.rows, self.tied),
+            "tensors": table_json(self.table, sqnr),
+            "bytes": self.table.nbytes,
             "file": None if path is None else str(path),
             **quality_dict(self.mixed, made),
         }

@@ -24,7 +24,7 @@ from edgekit.models.checkpoint import (
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.by_scheme import grid_of
 from edgekit.quantize.names import EMBEDDING, HEAD
-from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.recipe import Resolved, Table
 from edgekit.quantize.scales import SCALES, ScaleGrid
 from edgekit.quantize.schemes.codebook import Codebook
 from edgekit.quantize.schemes.floats import FLOAT
@@ -42,15 +42,14 @@ _Shape = tuple[int, ...]
 class CodesFile(Mapping[str, Weight]):
     """The tensors of one model, codes or floats, read when they are asked for.
 
-    rows   one per tensor of the model, in its order; no range is known
-    tied   the head of a tied model, where it has the embedding's codes
+    table  of the model's tensors; no range is known, and a head is tied where it has the
+           embedding's codes
     about  where the codes come from
     """
 
     path: Path
     about: About
-    rows: tuple[Resolved, ...]
-    tied: Mapping[str, str]
+    table: Table
     _entries: Mapping[str, Mapping[str, Any]]
     _places: Mapping[str, str]
     _arrays: Mapping[str, TensorEntry]
@@ -84,7 +83,7 @@ class CodesFile(Mapping[str, Weight]):
         )
         shared = places.get(HEAD, HEAD) == places.get(EMBEDDING, EMBEDDING)
         tied = {HEAD: EMBEDDING} if shared else {}
-        return cls(path, document.about, rows, tied, entries, places, arrays)
+        return cls(path, document.about, Table(rows, tied), entries, places, arrays)
 
     def __getitem__(self, name: str) -> Weight:
         """Read one tensor; EdgekitError where its codes or scales are none of its scheme's."""
@@ -104,7 +103,7 @@ class CodesFile(Mapping[str, Weight]):
 
     def __contains__(self, name: object) -> bool:
         """Return whether the model has such a tensor, reading nothing."""
-        return any(row.tensor == name for row in self.rows)
+        return any(row.tensor == name for row in self.table)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a float tensor."""
@@ -112,11 +111,11 @@ class CodesFile(Mapping[str, Weight]):
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names in model order."""
-        return (row.tensor for row in self.rows)
+        return (row.tensor for row in self.table)
 
     def __len__(self) -> int:
         """Return the number of tensors."""
-        return len(self.rows)
+        return len(self.table)
 
     def _part(self, key: str) -> Tensor | None:
         entry = self._arrays.get(key)

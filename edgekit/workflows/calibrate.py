@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -116,7 +116,7 @@ def quantize_calibrated(
     and `layer_codes` do.
     """
     shapes, tied = source.config.tied_shapes()
-    rows = resolve(with_ranges(recipe, "rtn" if method == "rtn" else "mse"), shapes)
+    rows = resolve(with_ranges(recipe, "rtn" if method == "rtn" else "mse"), shapes, tied)
     if method not in WITH_TEXT:
         method = method_of(rows)  # at 8 bits `mse` changes nothing
     checkpoint = source.checkpoint
@@ -126,14 +126,14 @@ def quantize_calibrated(
     digest = checkpoint.sha256()
 
     def rounded(ranges: Literal["rtn", "mse"]) -> dict[str, Weight]:
-        found = resolve(with_ranges(recipe, ranges), shapes)
-        return dict(quantize_tensors(found, read, tied))
+        found = resolve(with_ranges(recipe, ranges), shapes, tied)
+        return dict(quantize_tensors(found, read))
 
     # A text decides the codes of the layers' linears, so those are not rounded first.
     simple = [row for row in rows if not (method in WITH_TEXT and is_linear(row))]
     contents: dict[str, Weight] = {
         name: value.float() if isinstance(value, Tensor) else value
-        for name, value in quantize_tensors(simple, read, tied)
+        for name, value in quantize_tensors(replace(rows, rows=simple), read)
     }
     if method in WITH_TEXT:
         kept = _Layers(workspace / _key(digest, rows, texts, method))

@@ -12,7 +12,7 @@ from edgekit.common.last_words import half_written
 from edgekit.common.progress import Progress, Steps
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.own_formats import OwnFormats, own_formats
-from edgekit.exporters.contract.stored import stored_rows
+from edgekit.exporters.contract.stored import stored
 from edgekit.exporters.contract.weights import Weights
 from edgekit.exporters.contract.writer import Job, load_writer
 from edgekit.exporters.verify.decoder import check_format_cost
@@ -50,7 +50,8 @@ def with_codes(
             made = write_codes(plan.source, plan.recipe, plan.quality, path, workspace, steps)
             codes = CodesFile.open(path, plan.source.config)
             with half_written(path):
-                yield replace(plan, codes=codes, rows=codes.rows, tied=codes.tied), made
+                table = replace(codes.table, native=plan.table.native)
+                yield replace(plan, codes=codes, table=table), made
         finally:
             path.unlink(missing_ok=True)
 
@@ -74,15 +75,14 @@ def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> Ma
     with new_artifact(output, force) as folder:
         progress("quantizing" if plan.codes is None else "reading the codes")
         origin = checkpoint if plan.codes is None else plan.codes
-        weights = Weights(plan.rows, plan.tied, origin, plan.native)
+        weights = Weights(plan.table, origin)
         if missing is None and formats is None:
             progress("computing the reference")
             expected = expected_logits(source, weights, tokens, writer.fake_quantize)
         job = Job(
             source.id,
             source.config,
-            stored_rows(plan.rows, plan.native),
-            plan.tied,
+            stored(plan.table),
             weights,
             plan.context,
             source.folder,
@@ -96,10 +96,10 @@ def export_plan(plan: Plan, output: Path, force: bool, progress: Progress) -> Ma
         def written() -> Mapping[str, Weight]:
             if formats is not None:
                 return formats.stored_weights(path, source.config)
-            return Weights(plan.rows, plan.tied, origin, plan.native)
+            return Weights(plan.table, origin)
 
         if formats is not None:
-            formats.check_table(path, source.config, plan.table)
+            formats.check_table(path, source.config, plan.listing)
         if missing is None and formats is not None:
             progress("computing the reference")
             expected = expected_logits(source, written(), tokens, writer.fake_quantize)
@@ -156,7 +156,7 @@ def _manifest(plan: Plan, verification: dict[str, Any]) -> DecoderManifest:
         codes_sha256=None if codes is None else sha256_of(codes.path),
         facts={} if codes is None else dict(codes.about.facts),
         llama_format=plan.options.llama_format,
-        tensors=tuple(map(TensorRow.from_json, plan.table)),
+        tensors=tuple(map(TensorRow.from_json, plan.listing)),
         versions={"edgekit": __version__, **_versions(plan)},
         requires=plan.layout.requires(plan.options),
         context=plan.context,
@@ -170,7 +170,7 @@ def _method(plan: Plan) -> str | None:
     """Return how the codes were chosen; of a format of llama.cpp's nobody says it."""
     if plan.codes is not None:
         return plan.codes.about.method
-    return None if plan.options.llama_format is not None else method_of(plan.rows)
+    return None if plan.options.llama_format is not None else method_of(plan.table)
 
 
 def _versions(plan: Plan) -> dict[str, str]:

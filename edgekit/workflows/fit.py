@@ -1,6 +1,6 @@
 """Will a model fit a device, and how fast can it decode at best: `edgekit fit`, `edgekit.fit`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from edgekit.devices.profile import LOCAL, find_profile
 from edgekit.devices.report import GIB
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.layout import Options, find_layout
-from edgekit.exporters.contract.stored import stored_rows
+from edgekit.exporters.contract.stored import stored
 from edgekit.formats.artifact.read import MANIFEST
 from edgekit.models.source import resolve_model
 from edgekit.quantize.recipe import Recipe, resolve
@@ -121,12 +121,12 @@ def _predict(
     source = resolve_model(model, random_weights=True)
     layout.check_config(source.config, options)
     shapes, tied = source.config.tied_shapes()
-    rows = stored_rows(resolve(recipe, shapes), layout.NATIVE_SCHEMES)
-    layout.check_rows(rows)
-    held = [Row(row.tensor, row.shape, layout.stored_bytes(row)) for row in rows]
+    table = stored(replace(resolve(recipe, shapes, tied), native=layout.NATIVE_SCHEMES))
+    layout.check_rows(table)
+    held = [Row(row.tensor, row.shape, layout.stored_bytes(row)) for row in table]
     habits = ENGINES.load(target, "memory").HABITS
     positions = context or source.config.default_context
-    shared = layout.stored_once(rows, tied)
+    shared = layout.stored_once(table)
     return predict(source.config, held, positions, depth, habits, shared), source.id
 
 

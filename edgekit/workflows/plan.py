@@ -1,7 +1,6 @@
 """What an export will write, planned before any weight is read, and without torch."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +8,10 @@ from edgekit.common.progress import Steps
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.layout import Layout, Options, check_model, find_layout
 from edgekit.exporters.contract.own_formats import own_formats
-from edgekit.exporters.contract.stored import refusal, stored_rows, stored_table
+from edgekit.exporters.contract.stored import refusal, stored, stored_json
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import ModelSource, resolve_model
-from edgekit.quantize.recipe import Recipe, Resolved, resolve
+from edgekit.quantize.recipe import Recipe, Table, resolve
 from edgekit.workflows.quality import Quality
 
 if TYPE_CHECKING:
@@ -30,16 +29,15 @@ One has no length to trace, and at two ExecuTorch decodes the second wrong (caus
 class Plan:
     """What an export will write, known before any weight is read.
 
-    `rows` say what edgekit quantizes, `table` what the file will hold (`table_json`): one of
-    llama.cpp's formats is made of float rows. With `codes` nothing is quantized. `mixed` is what
+    `table` says what edgekit quantizes, `listing` what the file will hold (`table_json`): one of
+    llama.cpp's formats is made of floats. With `codes` nothing is quantized. `mixed` is what
     the budget of `quality` chose.
     """
 
     source: ModelSource
     recipe: Recipe
-    rows: Sequence[Resolved]
-    tied: Mapping[str, str]
-    table: list[dict[str, Any]]
+    table: Table
+    listing: list[dict[str, Any]]
     context: int
     target: str
     options: Options
@@ -53,14 +51,9 @@ class Plan:
         return find_layout(self.target, self.options)
 
     @property
-    def native(self) -> frozenset[str]:
-        """The schemes that the file holds natively."""
-        return self.layout.NATIVE_SCHEMES
-
-    @property
     def model_file(self) -> str:
         """The engine's file in the artifact."""
-        return self.layout.model_file(stored_rows(self.rows, self.native), self.options)
+        return self.layout.model_file(stored(self.table), self.options)
 
 
 def plan_export(
@@ -90,7 +83,7 @@ def plan_export(
         check_model(layout, source.config, options)
     except EdgekitError as error:
         raise EdgekitError(f"{source.id}: {str(error).removeprefix('config: ')}") from error
-    stored = None if codes is None else _open_codes(codes, source.config)
+    given = None if codes is None else _open_codes(codes, source.config)
     shapes, tied = source.config.tied_shapes()
     limit = source.config.max_context
     context = source.config.default_context if context is None else context
@@ -102,28 +95,25 @@ def plan_export(
         from edgekit.workflows.target_schemes import choose_for_target  # measures with torch
 
         recipe, mixed = choose_for_target(source, target, layout, recipe, quality, steps)
-    rows: Sequence[Resolved] = resolve(recipe, shapes) if stored is None else stored.rows
-    if stored is not None:
-        recipe, tied = Recipe((), stored.about.recipe), dict(stored.tied)
+    table = resolve(recipe, shapes, tied) if given is None else given.table
+    if given is not None:
+        recipe = Recipe((), given.about.recipe)
+    table = replace(table, native=layout.NATIVE_SCHEMES)
     try:
-        layout.check_rows(stored_rows(rows, layout.NATIVE_SCHEMES))
+        layout.check_rows(stored(table))
     except EdgekitError as error:
-        raise refusal(error, rows, layout.NATIVE_SCHEMES) from error
-    table = _table(source, rows, tied, options, layout)
-    return Plan(source, recipe, rows, tied, table, context, target, options, stored, quality, mixed)
+        raise refusal(error, table) from error
+    listing = _listing(source, table, options, layout)
+    return Plan(source, recipe, table, listing, context, target, options, given, quality, mixed)
 
 
-def _table(
-    source: ModelSource,
-    rows: Sequence[Resolved],
-    tied: Mapping[str, str],
-    options: Options,
-    layout: Layout,
+def _listing(
+    source: ModelSource, table: Table, options: Options, layout: Layout
 ) -> list[dict[str, Any]]:
     if options.llama_format is None:
-        return stored_table(rows, tied, layout.NATIVE_SCHEMES)
+        return stored_json(table)
     formats = own_formats(layout.NAME)
-    return formats.planned_table(source.config, rows, tied, options.llama_format, options.imatrix)
+    return formats.planned_table(source.config, table, options.llama_format, options.imatrix)
 
 
 def _open_codes(path: Path, config: ModelConfig) -> "CodesFile":

@@ -15,7 +15,6 @@ from edgekit.models.source import ModelSource
 from edgekit.quantize.recipe import Recipe, method_of, resolve, with_ranges
 from edgekit.quantize.schemes.names import Scheme
 from edgekit.quantize.storage import About, short_text
-from edgekit.quantize.table import total_bytes
 from edgekit.quantize.write import quantize_to_file
 from edgekit.workflows.calibrate import (
     quantize_calibrated,
@@ -23,7 +22,7 @@ from edgekit.workflows.calibrate import (
     workspace_of,
 )
 from edgekit.workflows.gains import Gains
-from edgekit.workflows.mixed_precision import CountBytes, Mixed, mixed_recipe
+from edgekit.workflows.mixed_precision import CountBytes, Mixed, mixed_recipe, table_bytes
 from edgekit.workflows.quality import Quality, check_method, default_method
 from edgekit.workflows.sensitivity import check_tokens, divergence_of
 
@@ -48,7 +47,7 @@ def choose_recipe(
     recipe: Recipe,
     quality: Quality,
     schemes: Sequence[Scheme],
-    count: CountBytes = total_bytes,
+    count: CountBytes = table_bytes,
     progress: Steps | None = None,
     others: Callable[[], Mapping[str, int]] = dict,
 ) -> tuple[Recipe, Mixed | None]:
@@ -80,7 +79,7 @@ def smaller_schemes(config: ModelConfig) -> dict[str, int]:
     """Return the schemes below 4 bits as a user gives them, with a model's bytes in a file."""
     shapes, tied = config.tied_shapes()
     return {
-        f"`scheme` {name}": total_bytes(resolve(Recipe.named(name), shapes), tied)
+        f"`scheme` {name}": resolve(Recipe.named(name), shapes, tied).nbytes
         for name in ("cb3", "cb2")
     }
 
@@ -130,7 +129,7 @@ def _write_rounded(
     source: ModelSource, recipe: Recipe, path: Path, progress: Steps
 ) -> dict[str, float]:
     shapes, tied = source.config.tied_shapes()
-    rows = resolve(recipe, shapes)
+    rows = resolve(recipe, shapes, tied)
     checkpoint = source.checkpoint
     about = About(
         short_text(source.id), checkpoint.sha256(), short_text(recipe.name), method_of(rows)
@@ -142,7 +141,7 @@ def _write_rounded(
         done += 1
         progress(done, len(rows), "quantizing")
 
-    return quantize_to_file(rows, checkpoint.tensor, path, tied, count, about)
+    return quantize_to_file(rows, checkpoint.tensor, path, count, about)
 
 
 def _text(quality: Quality) -> str:

@@ -1,15 +1,16 @@
 """The recipe of an export that is asked for by its quality: of schemes that the target holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 from edgekit.common.progress import Steps
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.layout import Layout, Options, find_layout
-from edgekit.exporters.contract.stored import stored_rows
+from edgekit.exporters.contract.stored import stored
 from edgekit.exporters.registry import TARGETS
 from edgekit.models.config import ModelConfig
 from edgekit.models.source import ModelSource
-from edgekit.quantize.recipe import Recipe, Resolved, Rule, resolve
+from edgekit.quantize.recipe import Recipe, Rule, Table, resolve
 from edgekit.quantize.schemes.names import Scheme, parse_scheme
 from edgekit.workflows.mixed_precision import CANDIDATES, CountBytes, Mixed, least_bytes
 from edgekit.workflows.quality import Quality
@@ -41,11 +42,12 @@ def target_schemes(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> lis
     found = []
     for scheme in map(parse_scheme, CANDIDATES):
         try:
-            rows = resolve(Recipe((Rule(".*", scheme),)), shapes)
-            layout.check_rows(rows)
+            table = resolve(Recipe((Rule(".*", scheme),)), shapes)
+            layout.check_rows(table)
         except EdgekitError:
             continue
-        if stored_rows(rows, layout.NATIVE_SCHEMES) == rows:
+        table = replace(table, native=layout.NATIVE_SCHEMES)
+        if stored(table) == table:
             found.append(scheme)
     return found
 
@@ -53,10 +55,10 @@ def target_schemes(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> lis
 def _counter(layout: Layout) -> CountBytes:
     """Return what counts the bytes of a table in the target's file."""
 
-    def count(rows: Sequence[Resolved], tied: Mapping[str, str]) -> int:
-        stored = stored_rows(rows, layout.NATIVE_SCHEMES)
-        once = layout.stored_once(stored, tied)
-        return sum(layout.stored_bytes(row) for row in stored if row.tensor not in once)
+    def count(table: Table) -> int:
+        held = stored(replace(table, native=layout.NATIVE_SCHEMES))
+        once = layout.stored_once(held)
+        return sum(layout.stored_bytes(row) for row in held if row.tensor not in once)
 
     return count
 

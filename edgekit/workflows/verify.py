@@ -9,7 +9,7 @@ from edgekit.common.progress import Progress
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.layout import Options, find_layout
 from edgekit.exporters.contract.own_formats import own_formats
-from edgekit.exporters.contract.stored import stored_rows
+from edgekit.exporters.contract.stored import stored
 from edgekit.exporters.contract.weights import Weights
 from edgekit.exporters.contract.writer import load_writer
 from edgekit.exporters.inspect.report import open_unchanged
@@ -31,7 +31,7 @@ from edgekit.models.eager import build_eager, float_reader
 from edgekit.models.source import ModelSource
 from edgekit.models.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgekit.quantize.methods import RangeMethod
-from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.recipe import Resolved, Table
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.tensor import Weight
 from edgekit.runtime.engines.engine import import_engine, load_engine
@@ -153,10 +153,10 @@ def _weights(artifact: Artifact, source: ModelSource) -> Mapping[str, Weight]:
         return own_formats(artifact.target).stored_weights(artifact.model_path, source.config)
     if manifest.codes_sha256 is not None:
         # What a file holds as such is read back as int8 codes as well: the same numbers.
-        rows = stored_rows(_rows(manifest), ())
+        rows = stored(Table(_rows(manifest)))
         return read_codes(artifact.target, artifact.model_path, source.config, rows)
     _, tied = source.config.tied_shapes()
-    return Weights(_rows(manifest), tied, source.checkpoint)
+    return Weights(Table(_rows(manifest), tied), source.checkpoint)
 
 
 def _rows(manifest: DecoderManifest) -> list[Resolved]:

@@ -1,6 +1,6 @@
 """What a target can hold, told before any work and without torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, cast
 from edgekit.errors import EdgekitError
 from edgekit.exporters.registry import TARGETS
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.recipe import Resolved, Table
 from edgekit.quantize.schemes.names import FORMS
 
 
@@ -61,7 +61,7 @@ class Layout(Protocol):
         """Refuse, before any work, a scheme that the target cannot hold, naming what it can."""
         ...
 
-    def stored_once(self, rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
+    def stored_once(self, table: Table) -> list[str]:
         """Return the tensors whose bytes the file holds under another's name."""
         ...
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from edgekit.errors import EdgekitError
 from edgekit.exporters.registry import TARGETS
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import Recipe, Resolved, uniform
+from edgekit.quantize.recipe import Recipe, Table, uniform
 from edgekit.quantize.schemes.floats import FLOAT
 from edgekit.quantize.schemes.names import FORMS
 
@@ -35,12 +35,11 @@ class OwnFormats(Protocol):
     def planned_table(
         self,
         config: ModelConfig,
-        rows: Sequence[Resolved],
-        tied: Mapping[str, str],
+        table: Table,
         name: str,
         imatrix: Path | None,
     ) -> list[dict[str, Any]]:
-        """Return what a format will store of float rows, as `table_json` does.
+        """Return what a format will store of a table of floats, as `table_json` does.
 
         `instead_of` is in a row whose length does not fit the type that the format wants. Needs no
         weights; EdgekitError where the imatrix is not of this model.

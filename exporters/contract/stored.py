@@ -5,44 +5,42 @@ number and the engine's 8-bit kernels run it; only the bits saved are lost, whic
 it is with codes of 5 and 6 bits, for which only GGUF has a form.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 from edgekit.errors import EdgekitError
-from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.recipe import Resolved, Table
 from edgekit.quantize.schemes.codebook import Codebook
 from edgekit.quantize.table import table_json
 
 
-def stored_rows(rows: Sequence[Resolved], held: Collection[str]) -> list[Resolved]:
-    """Return rows as the file holds them; `held` are the schemes that it holds natively."""
-    return [_stored(row, held) for row in rows]
+def stored(table: Table) -> Table:
+    """Return a table as the file holds it."""
+    return replace(table, rows=[_stored(row, table.native) for row in table])
 
 
-def _stored(row: Resolved, held: Collection[str]) -> Resolved:
+def _stored(row: Resolved, native: Collection[str]) -> Resolved:
     scheme = row.scheme.as_int8
-    if scheme == row.scheme or row.scheme.name in held:
+    if scheme == row.scheme or row.scheme.name in native:
         return row
     return replace(row, scheme=scheme, nbytes=scheme.nbytes(row.shape))
 
 
-def stored_table(
-    rows: Sequence[Resolved], tied: Mapping[str, str], held: Collection[str]
-) -> list[dict[str, Any]]:
+def stored_json(table: Table) -> list[dict[str, Any]]:
     """Return `table_json` with the bytes of the file; `stored_as` is in a row that it changes."""
-    table = table_json(rows, tied)
-    for entry, row, stored in zip(table, rows, stored_rows(rows, held), strict=True):
-        if stored is not row:
-            entry |= {"stored_as": stored.scheme.name, "bytes": stored.nbytes}
-    return table
+    found = table_json(table)
+    for entry, row, held in zip(found, table, stored(table), strict=True):
+        if held is not row:
+            entry |= {"stored_as": held.scheme.name, "bytes": held.nbytes}
+    return found
 
 
-def refusal(error: EdgekitError, rows: Sequence[Resolved], held: Collection[str]) -> EdgekitError:
+def refusal(error: EdgekitError, table: Table) -> EdgekitError:
     """Return a target's refusal of what it was to hold, with the scheme that was asked for."""
-    for row, stored in zip(rows, stored_rows(rows, held), strict=True):
-        if stored is not row and str(error).startswith(f"{row.tensor}:"):
-            name, form = row.scheme.name, stored.scheme.name
+    for row, held in zip(table, stored(table), strict=True):
+        if held is not row and str(error).startswith(f"{row.tensor}:"):
+            name, form = row.scheme.name, held.scheme.name
             has_books = isinstance(row.scheme, Codebook)
             what = "its entries as int8 codes" if has_books else "its codes as int8"
             why = str(error).removeprefix(f"{row.tensor}: ")

@@ -1,6 +1,7 @@
 """The weights that a target writes: quantized by the table, or read from a file of codes."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -10,7 +11,7 @@ from edgekit.exporters.heap import trim_heap
 from edgekit.models.checkpoint import WeightSource
 from edgekit.models.codes import CodesFile
 from edgekit.quantize.apply import quantize_tensors
-from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.recipe import Table
 from edgekit.quantize.tensor import QuantizedTensor, Weight
 
 
@@ -19,27 +20,25 @@ class Weights(Mapping[str, Weight]):
 
     So a model that stays float is never in memory as a whole. Of a file of codes nothing is kept:
     each tensor is read when it is asked for. Codebooks, and codes of 5 and 6 bits, come as int8
-    codes but for the schemes in `held`, which the target holds. `clear` forgets the codes.
+    codes but for those that the file holds natively. `clear` forgets the codes.
     """
 
     def __init__(
         self,
-        rows: Sequence[Resolved],
-        tied: Mapping[str, str],
+        table: Table,
         source: WeightSource | CodesFile,
-        held: Collection[str] = (),
     ) -> None:
-        """Quantize as the rows say, unless `source` has codes; `tied` as in `quantize_tensors`."""
+        """Quantize as the table says, unless `source` has codes."""
         self._source = source
-        self._held = {row.tensor for row in rows if row.scheme.name in held}
-        self._places = {row.tensor: tied.get(row.tensor, row.tensor) for row in rows}
+        self._held = {row.tensor for row in table if row.scheme.name in table.native}
+        self._places = {row.tensor: table.tied.get(row.tensor, row.tensor) for row in table}
         self._codes: dict[str, QuantizedTensor] = {}
         if isinstance(source, CodesFile):
             return
-        quantized = [row for row in rows if not row.scheme.is_float]
+        quantized = replace(table, rows=[row for row in table if not row.scheme.is_float])
         self._codes = {
             name: cast(QuantizedTensor, value)
-            for name, value in quantize_tensors(quantized, source.tensor, tied)
+            for name, value in quantize_tensors(quantized, source.tensor)
         }
 
     def __getitem__(self, name: str) -> QuantizedTensor | Tensor:

@@ -1,6 +1,6 @@
 """What writes a target's file, and what verification must know of its engine."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
@@ -11,7 +11,7 @@ from edgekit.exporters.contract.layout import Options
 from edgekit.exporters.contract.weights import Weights
 from edgekit.exporters.registry import TARGETS
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.recipe import Table
 from edgekit.quantize.tensor import QuantizedTensor
 
 
@@ -19,15 +19,13 @@ from edgekit.quantize.tensor import QuantizedTensor
 class Job:
     """One model to write.
 
-    `rows` is the table as the file holds it (`stored_rows`) and `tied` the tensors that have
-    another's values; `weights` gives each row's tensor; `context` the positions to make room for;
-    `folder` holds the tokenizer's files, or is None for random weights.
+    `table` is as the file holds it (`stored`); `weights` gives each row's tensor; `context` the
+    positions to make room for; `folder` holds the tokenizer's files, or is None for random weights.
     """
 
     id: str
     config: ModelConfig
-    rows: Sequence[Resolved]
-    tied: Mapping[str, str]
+    table: Table
     weights: Weights
     context: int
     folder: Path | None

@@ -1,13 +1,13 @@
 """What a `.pte` whose linears run in XNNPACK can hold, and in how many bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.layout import Options
 from edgekit.models.architecture import Attention, GatedMlp, ShortConv
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.names import EMBEDDING
-from edgekit.quantize.recipe import Resolved, shared_rows
+from edgekit.quantize.recipe import Resolved, Table
 
 NAME = "executorch"
 ENGINE = "ExecuTorch"
@@ -38,13 +38,13 @@ def check_rows(rows: Sequence[Resolved]) -> None:
             )
 
 
-def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
+def stored_once(table: Table) -> list[str]:
     """Return the tensors whose bytes the file holds under another's name (`pte_sharing`).
 
     Codes of 4 bits are not among them: lookup and product pack them differently.
     """
-    twins = shared_rows(rows, tied)
-    return [row.tensor for row in rows if row.tensor in twins and row.scheme.bits != 4]
+    twins = table.shared
+    return [row.tensor for row in table if row.tensor in twins and row.scheme.bits != 4]
 
 
 def stored_bytes(row: Resolved) -> int:

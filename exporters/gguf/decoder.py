@@ -79,11 +79,11 @@ def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
 
 
 def _write_rows(job: Job, path: Path) -> None:
-    once = stored_once(job.rows, job.tied)
+    once = stored_once(job.table)
     stored = gguf_names(job.config)
-    names = {stored[row.tensor]: row.tensor for row in job.rows if row.tensor not in once}
+    names = {stored[row.tensor]: row.tensor for row in job.table if row.tensor not in once}
     orders = row_orders(job.config)
-    rows = {row.tensor: row for row in job.rows}
+    rows = {row.tensor: row for row in job.table}
     kinds = _float_types(job)
     planned = [planned_tensor(rows[source], name, kinds) for name, source in names.items()]
     planned += divisor_tensors(job.config)
@@ -124,7 +124,7 @@ def _float_types(job: Job) -> dict[str, str]:
     """
     return {
         row.tensor: FLOAT_TYPES[job.weights.dtype(row.tensor)] if len(row.shape) == 2 else "F32"
-        for row in job.rows
+        for row in job.table
         if row.scheme.is_float
     }
 

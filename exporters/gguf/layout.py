@@ -1,7 +1,7 @@
 """What a GGUF can hold, and in how many bytes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.layout import Options
@@ -9,7 +9,7 @@ from edgekit.exporters.gguf.architectures import check_blocks
 from edgekit.exporters.gguf.block_types import BLOCK, BLOCKS, block_type
 from edgekit.models.architecture import Attention, GatedMlp, ShortConv
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import Resolved, shared_rows
+from edgekit.quantize.recipe import Resolved, Table
 
 NAME = "gguf"
 ENGINE = "llama.cpp"
@@ -45,9 +45,9 @@ def check_rows(rows: Sequence[Resolved]) -> None:
             )
 
 
-def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
+def stored_once(table: Table) -> list[str]:
     """Return the tensors whose bytes the file holds under another's name: a tied head."""
-    return list(shared_rows(rows, tied))
+    return list(table.shared)
 
 
 def stored_bytes(row: Resolved) -> int:

@@ -15,7 +15,7 @@ from edgekit.exporters.gguf.planned import divisor_tensors, model_metadata, plan
 from edgekit.formats.gguf.file import GgufFile
 from edgekit.formats.gguf.writer import write_hollow_gguf
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import Resolved
+from edgekit.quantize.recipe import Resolved, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,18 +30,18 @@ _FLOAT_FILE = "float.gguf"
 
 def planned_table(
     config: ModelConfig,
-    rows: Sequence[Resolved],
-    tied: Mapping[str, str],
+    table: Table,
     name: str,
     imatrix: Path | None,
 ) -> list[dict[str, Any]]:
     """Ask llama.cpp's quantizer what it would store, of a file without weights."""
     from edgekit.exporters.gguf.llama.imatrix import Imatrix
 
-    once = stored_once(rows, tied)
+    tied = table.tied
+    once = stored_once(table)
     names = gguf_names(config)
-    sources = {names[row.tensor]: row for row in rows if row.tensor not in once}
-    kinds = {row.tensor: "BF16" if len(row.shape) == 2 else "F32" for row in rows}
+    sources = {names[row.tensor]: row for row in table if row.tensor not in once}
+    kinds = {row.tensor: "BF16" if len(row.shape) == 2 else "F32" for row in table}
     floats = [planned_tensor(row, stored, kinds) for stored, row in sources.items()]
     floats += divisor_tensors(config)
     if imatrix is not None:
@@ -52,7 +52,7 @@ def planned_table(
         hollow = Path(folder) / _FLOAT_FILE
         write_hollow_gguf(hollow, metadata, floats)
         made = {each.name: each for each in planned_tensors(hollow, FORMATS_BY_NAME[name], imatrix)}
-    return [_table_row(row, made[names[tied.get(row.tensor, row.tensor)]], tied) for row in rows]
+    return [_table_row(row, made[names[tied.get(row.tensor, row.tensor)]], tied) for row in table]
 
 
 def check_table(path: Path, config: ModelConfig, table: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from edgekit.exporters.contract.writer import Job
 from edgekit.exporters.onnx.layout import OPSET, block_size, dtype_names, model_file
 from edgekit.models.activations import per_block
-from edgekit.quantize.recipe import shared_rows
 from edgekit.quantize.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
 
     progress("writing the weights")
     options = job.options
-    path = folder / model_file(job.rows, options)
+    path = folder / model_file(job.table, options)
     path.parent.mkdir(exist_ok=True)
     # each run time has its own idea of how that file's name ends
     data = path.with_name(path.name + (".data" if options.abi == "genai" else "_data"))
@@ -74,7 +73,7 @@ def _blocks(graph: "OnnxGraph", job: Job) -> "Blocks":
 
     if job.options.portable:
         return PlainBlocks(graph, job.weights, job.config, job.context)
-    twins = shared_rows(job.rows, job.tied)
+    twins = job.table.shared
     fused_conv = job.options.abi == "genai"
     return ContribBlocks(graph, job.weights, twins, job.config, job.context, fused_conv)
 
@@ -93,7 +92,7 @@ def _describe_for_transformers_js(job: Job, folder: Path, name: str, external: b
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config["transformers.js_config"] = {
-        "dtype": dtype_names(job.rows)[0],
+        "dtype": dtype_names(job.table)[0],
         "use_external_data_format": {name: 1} if external else False,
     }
     path.write_text(json.dumps(config, indent=1) + "\n")

@@ -1,13 +1,13 @@
 """What an ONNX model for ONNX Runtime can hold, and in how many bytes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from edgekit.errors import EdgekitError
 from edgekit.exporters.contract.layout import Options
 from edgekit.models.architecture import Attention, GatedMlp, ShortConv
 from edgekit.models.config import ModelConfig
-from edgekit.quantize.recipe import Resolved, shared_rows
+from edgekit.quantize.recipe import Resolved, Table
 from edgekit.quantize.schemes.affine import Affine
 
 NAME = "onnx"
@@ -55,9 +55,9 @@ def check_rows(rows: Sequence[Resolved]) -> None:
             )
 
 
-def stored_once(rows: Sequence[Resolved], tied: Mapping[str, str]) -> list[str]:
+def stored_once(table: Table) -> list[str]:
     """Return the tensors whose bytes the file holds under another's name."""
-    return list(shared_rows(rows, tied))
+    return list(table.shared)
 
 
 def model_file(rows: Sequence[Resolved], options: Options) -> str:

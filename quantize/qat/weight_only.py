@@ -19,7 +19,7 @@ from edgekit.quantize.qat.milestones import Milestones
 from edgekit.quantize.qat.straight_through import rounded
 from edgekit.quantize.qat.training import Prepared, Training
 from edgekit.quantize.qat.weights import WeightQuantizer
-from edgekit.quantize.recipe import Recipe, Resolved, resolve, shared_rows
+from edgekit.quantize.recipe import Recipe, Resolved, resolve
 from edgekit.quantize.schemes.codebook import Codebook
 from edgekit.quantize.storage import About, save_quantized
 from edgekit.quantize.tensor import Weight
@@ -48,11 +48,12 @@ class WeightTraining(Training):
         rules = [[rule.pattern, rule.scheme.name, str(rule.range)] for rule in recipe.rules]
         super().__init__(model, recipe.name, rules, milestones)
         weights = dict(model.named_parameters(remove_duplicate=False))
-        rows = resolve(recipe, {name: tuple(weight.shape) for name, weight in weights.items()})
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        tied = _tied(weights)
+        rows = resolve(recipe, shapes, tied)
         _refuse_codebooks(recipe, rows)
         self._rows = {row.tensor: row for row in rows}
-        tied = _tied(weights)
-        self._shared = shared_rows(rows, tied)
+        self._shared = rows.shared
         self._is_tied = {*tied, *tied.values()}
         self._layers: list[_Layer] = []
         for row in rows:

@@ -74,7 +74,7 @@ def test_learned_codes_reach_the_file_bit_for_bit(
 
 
 def test_the_file_of_codes_has_the_bits_that_are_stated(model: Path, learned: Path) -> None:
-    rows = {row.tensor: row for row in CodesFile.open(learned, ModelConfig.load(model)).rows}
+    rows = {row.tensor: row for row in CodesFile.open(learned, ModelConfig.load(model)).table}
     assert rows[LINEAR].scheme.name == "cb3x2"
     assert rows[LINEAR].nbytes == 96 * 24 + 96 * 4 + 2 * 8
     arrays = load_file(learned)

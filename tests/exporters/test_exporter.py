@@ -276,6 +276,6 @@ def test_grouped_int8_is_refused_before_any_weight_is_read(name: str) -> None:
 def test_the_bundled_model_is_in_its_artifact(tiny_artifact: Path) -> None:
     source = resolve_model("lfm2-tiny")
     shapes, tied = source.config.tied_shapes()
-    rows = resolve(preset("int8"), shapes)
-    weights = dict(quantize_tensors(rows, source.checkpoint.tensor, tied))
+    rows = resolve(preset("int8"), shapes, tied)
+    weights = dict(quantize_tensors(rows, source.checkpoint.tensor))
     assert_holds(Program.open(tiny_artifact / "model.pte"), weights)

@@ -111,8 +111,8 @@ def test_what_is_read_back_is_what_was_quantized(
     assert artifact.manifest.verification["verified"]
     config = small_config(name)
     shapes, tied = config.tied_shapes()
-    rows = resolve(Recipe.named(recipe), shapes)
-    expected = dict(quantize_tensors(rows, random_weights(config).__getitem__, tied))
+    rows = resolve(Recipe.named(recipe), shapes, tied)
+    expected = dict(quantize_tensors(rows, random_weights(config).__getitem__))
     found = dict(read_weights(target, find_model_file(artifact.folder).path, config))
     assert found.keys() | {HEAD} == expected.keys()
     for key, values in found.items():

@@ -129,8 +129,8 @@ def expected() -> Reference:
     assert source.folder is not None
     tokens = Tokenizer.load(source.folder).encode(TEXT)
     shapes, tied = source.config.tied_shapes()
-    rows = resolve(preset("int8"), shapes)
-    weights = dict(quantize_tensors(rows, source.checkpoint.tensor, tied))
+    rows = resolve(preset("int8"), shapes, tied)
+    weights = dict(quantize_tensors(rows, source.checkpoint.tensor))
     read = float_reader(source.config, source.checkpoint)
     return reference(
         tokens,

@@ -149,8 +149,8 @@ def test_a_tied_head_comes_where_the_file_holds_another(tmp_path: Path, head: st
     source = {name: drawn(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     rules = (Rule(HEAD, parse_scheme(head)), Rule(EMBEDDING, parse_scheme("w8")))
     recipe = Recipe((*rules, Rule(".*conv.*|.*w2.*", parse_scheme("w4g32"))))
-    rows = resolve(recipe, shapes)
-    weights = dict(quantize_tensors(rows, source.__getitem__, tied))
+    rows = resolve(recipe, shapes, tied)
+    weights = dict(quantize_tensors(rows, source.__getitem__))
     path = tmp_path / "model.pte"
     export_pte(config, dict(weights), 24, path, lambda stage: None)
     found = dict(pte_weights.weights(path, config))

@@ -71,7 +71,7 @@ def test_the_operators_that_are_exported_compute_the_same(name: str, recipe: str
     shapes, tied = config.tied_shapes()
     source = random_weights(config)
     weights: dict[str, Weight] = dict(
-        quantize_tensors(resolve(preset(recipe), shapes), source.__getitem__, tied)
+        quantize_tensors(resolve(preset(recipe), shapes, tied), source.__getitem__)
     )
     exported = Decoder(XnnpackBlocks(weights.__getitem__), config.architecture, CONTEXT).eval()
     reference = build_eager(config, weights.__getitem__, CONTEXT)

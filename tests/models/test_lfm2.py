@@ -166,7 +166,7 @@ def test_the_bundled_model_is_the_one_transformers_loads() -> None:
 def quantized(config: ModelConfig, recipe: Recipe, seed: int) -> dict[str, Weight]:
     shapes, tied = config.tied_shapes()
     weights = random_weights(config, seed)
-    return dict(quantize_tensors(resolve(recipe, shapes), weights.__getitem__, tied))
+    return dict(quantize_tensors(resolve(recipe, shapes, tied), weights.__getitem__))
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

@@ -15,15 +15,15 @@ from edgekit.quantize.recipe import (
     PRESETS,
     Recipe,
     Rule,
+    Table,
     preset,
     resolve,
-    shared_rows,
     uniform,
     warnings,
 )
 from edgekit.quantize.schemes.floats import FLOAT
 from edgekit.quantize.schemes.names import parse_scheme
-from edgekit.quantize.table import format_table, table_json, total_bytes
+from edgekit.quantize.table import format_table, table_json
 from edgekit.quantize.tensor import QuantizedTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -129,8 +129,8 @@ def test_a_group_that_does_not_divide_names_the_tensor() -> None:
 
 def test_only_per_channel_int4_warns() -> None:
     for recipe in map(preset, PRESETS):
-        assert warnings(resolve(recipe, SHAPES), {}) == []
-    (warning,) = warnings(resolve(uniform(parse_scheme("w4")), SHAPES), {})
+        assert warnings(resolve(recipe, SHAPES)) == []
+    (warning,) = warnings(resolve(uniform(parse_scheme("w4")), SHAPES))
     assert "31.5" in warning
     assert "--int4" in warning
 
@@ -138,16 +138,14 @@ def test_only_per_channel_int4_warns() -> None:
 def test_a_tied_head_of_another_scheme_warns_of_what_it_costs() -> None:
     shapes, tied = TIED_SHAPES, TIED
     for recipe in map(preset, PRESETS):
-        assert warnings(resolve(recipe, shapes), tied) == []
+        assert warnings(resolve(recipe, shapes, tied)) == []
     rules = (Rule(re.escape(HEAD), parse_scheme("w4g32")), Rule(".*", parse_scheme("w8")))
-    rows = resolve(Recipe(rules), shapes)
-    (warning,) = warnings(rows, tied)
+    rows = resolve(Recipe(rules), shapes, tied)
+    (warning,) = warnings(rows)
     (head,) = (row for row in rows if row.tensor == HEAD)
     assert f"{HEAD} (w4g32, mse) is tied to {EMBEDDING} (w8, minmax)" in warning
     assert f"takes {head.nbytes:,} bytes more" in warning
-    assert total_bytes(rows, tied) - total_bytes(resolve(preset("int8"), shapes), tied) == (
-        head.nbytes
-    )
+    assert rows.nbytes - resolve(preset("int8"), shapes, tied).nbytes == head.nbytes
 
 
 def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
@@ -237,8 +235,8 @@ class Weights:
 
 def test_quantize_tensors_follows_the_table() -> None:
     get = Weights()
-    rows = resolve(preset("int4"), TIED_SHAPES)
-    result = dict(quantize_tensors(rows, get, TIED))
+    rows = resolve(preset("int4"), TIED_SHAPES, TIED)
+    result = dict(quantize_tensors(rows, get))
     assert list(result) == list(TIED_SHAPES)
     assert get.asked == list(SHAPES)  # the head's codes are the embedding's: nothing is read twice
     assert result[HEAD] is result[EMBEDDING]
@@ -257,10 +255,10 @@ def test_quantize_tensors_follows_the_table() -> None:
 
 def test_a_tied_head_may_have_its_own_scheme() -> None:
     recipe = Recipe((rule(HEAD.replace(".", r"\."), "w4g32"), rule(".*", "w8")))
-    rows = resolve(recipe, TIED_SHAPES)
-    assert shared_rows(rows, TIED) == {}
+    rows = resolve(recipe, TIED_SHAPES, TIED)
+    assert rows.shared == {}
     get = Weights()
-    result = dict(quantize_tensors(rows, get, TIED))
+    result = dict(quantize_tensors(rows, get))
     head, embedding = result[HEAD], result[EMBEDDING]
     assert isinstance(head, QuantizedTensor)
     assert isinstance(embedding, QuantizedTensor)
@@ -269,9 +267,9 @@ def test_a_tied_head_may_have_its_own_scheme() -> None:
 
 
 def test_a_head_before_its_embedding_is_quantized_once() -> None:
-    rows = resolve(preset("int8"), TIED_SHAPES)[::-1]
+    rows = Table(resolve(preset("int8"), TIED_SHAPES)[::-1], TIED)
     get = Weights()
-    result = dict(quantize_tensors(rows, get, TIED))
+    result = dict(quantize_tensors(rows, get))
     assert result[HEAD] is result[EMBEDDING]
     assert get.asked.count(EMBEDDING) == 1
 
@@ -279,9 +277,9 @@ def test_a_head_before_its_embedding_is_quantized_once() -> None:
 def test_of_two_tied_tensors_only_the_alike_share_codes() -> None:
     shapes = {**TIED_SHAPES, "second.weight": SHAPES[EMBEDDING]}
     tied = {**TIED, "second.weight": EMBEDDING}
-    rows = resolve(Recipe((rule("second.*", "w4g32"), rule(".*", "w8"))), shapes)
-    assert shared_rows(rows, tied) == TIED
-    result = dict(quantize_tensors(rows, Weights(), tied))
+    rows = resolve(Recipe((rule("second.*", "w4g32"), rule(".*", "w8"))), shapes, tied)
+    assert rows.shared == TIED
+    result = dict(quantize_tensors(rows, Weights()))
     second = result["second.weight"]
     assert isinstance(second, QuantizedTensor)
     assert second.bits == 4
@@ -300,14 +298,14 @@ def test_faults_name_the_tensor() -> None:
 
 
 def test_the_table_counts_shared_codes_once() -> None:
-    rows = resolve(preset("int8"), TIED_SHAPES)
-    assert total_bytes(rows, TIED) == sum(row.nbytes for row in rows[:-1])
-    assert total_bytes(rows, {}) == sum(row.nbytes for row in rows)
-    lines = format_table(rows, TIED).splitlines()
+    rows = resolve(preset("int8"), TIED_SHAPES, TIED)
+    assert rows.nbytes == sum(row.nbytes for row in rows[:-1])
+    assert Table(rows.rows).nbytes == sum(row.nbytes for row in rows)
+    lines = format_table(rows).splitlines()
     assert len(lines) == 1 + len(rows) + 1
     assert lines[-2].split() == [HEAD, "w8", "minmax", "100x64", "shared"]
     assert lines[-1].startswith("6 tensors, ")
-    entries = table_json(rows, TIED, {LINEAR: 40.123, OTHER: math.inf})
+    entries = table_json(rows, {LINEAR: 40.123, OTHER: math.inf})
     by_name = {entry["tensor"]: entry for entry in entries}
     assert by_name[HEAD]["same_as"] == EMBEDDING
     assert by_name[LINEAR]["sqnr_db"] == 40.12

@@ -18,10 +18,10 @@ def write_float_gguf(model: str, folder: Path) -> tuple[Path, dict[str, Tensor]]
     """Write a model into a folder; return the file, and float32 values by GGUF name."""
     source = resolve_model(model)
     shapes, tied = source.config.tied_shapes()
-    rows = resolve(preset("float"), shapes)
-    weights = Weights(rows, tied, source.checkpoint)
+    rows = resolve(preset("float"), shapes, tied)
+    weights = Weights(rows, source.checkpoint)
     context = source.config.default_context
-    job = Job(source.id, source.config, rows, tied, weights, context, source.folder)
+    job = Job(source.id, source.config, rows, weights, context, source.folder)
     gguf.write(job, folder, lambda _stage: None)
     names = gguf_names(source.config)
     values = {

@@ -65,11 +65,11 @@ def recipe_of(scheme: str | Recipe) -> Recipe:
 def job_of(source: ModelSource, scheme: str | Recipe) -> Job:
     """Quantize a model for the target, as `edgekit export` does."""
     shapes, tied = source.config.tied_shapes()
-    rows = resolve(recipe_of(scheme), shapes)
+    rows = resolve(recipe_of(scheme), shapes, tied)
     layout.check_config(source.config, Options())
     layout.check_rows(rows)
-    weights = Weights(rows, tied, source.checkpoint)
-    return Job(source.id, source.config, rows, tied, weights, 64, source.folder)
+    weights = Weights(rows, source.checkpoint)
+    return Job(source.id, source.config, rows, weights, 64, source.folder)
 
 
 def write_gguf_of(

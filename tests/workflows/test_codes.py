@@ -138,7 +138,7 @@ def test_a_tied_head_may_be_left_out(model: Path, quantized: Path, tmp_path: Pat
     del contents[HEAD]
     save_quantized(tmp_path / "q", contents, about_of(model))
     codes = CodesFile.open(tmp_path / "q", ModelConfig.load(model))
-    assert codes.tied == {HEAD: EMBEDDING}
+    assert codes.table.tied == {HEAD: EMBEDDING}
     assert torch.equal(floats(codes[HEAD]), floats(contents[EMBEDDING]))
 
 

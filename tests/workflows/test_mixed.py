@@ -21,7 +21,6 @@ from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.recipe import Recipe, Rule, resolve
 from edgekit.quantize.schemes.names import parse_scheme
 from edgekit.quantize.storage import load_quantized
-from edgekit.quantize.table import total_bytes
 from edgekit.workflows import mixed_precision as module
 from edgekit.workflows import sensitivity
 from edgekit.workflows.mixed_precision import mixed_recipe
@@ -45,8 +44,8 @@ def test_the_choice_fits_and_more_bytes_cost_less() -> None:
         mixed_recipe(source, Budget(bits=bits), SCHEMES, TEXT) for bits in (4.7, 5.5, 7.0, 64.0)
     ]
     for bits, mixed in zip((4.7, 5.5, 7.0), found, strict=False):
-        rows = resolve(mixed.recipe, shapes)
-        assert mixed.bytes == total_bytes(rows, tied)
+        rows = resolve(mixed.recipe, shapes, tied)
+        assert mixed.bytes == rows.nbytes
         assert bits - 0.25 < mixed.bits <= bits
         assert {row.scheme.name for row in rows} == {"w4g32", "w8", "float"}
         by_name = {row.tensor: row.scheme for row in rows}
@@ -70,7 +69,7 @@ def test_what_gptq_leaves_is_the_share_that_was_measured() -> None:
     """0.36 of the divergence in docs/quantize.md's table; with one scheme both choose the same."""
     source, both = resolve_model("lfm2-tiny"), [parse_scheme("w4g32"), parse_scheme("w8")]
     shapes, tied = source.config.tied_shapes()
-    least = total_bytes(resolve(Recipe((Rule(".*", both[0]),)), shapes), tied)
+    least = resolve(Recipe((Rule(".*", both[0]),)), shapes, tied).nbytes
     plain, gptq = (
         mixed_recipe(source, Budget(bytes=least), both, TEXT, gptq=each).choices
         for each in (False, True)

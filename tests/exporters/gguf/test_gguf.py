@@ -41,9 +41,9 @@ def test_gguf_py_reads_the_weights_bit_for_bit(
 ) -> None:
     path, job = write_gguf_of(tiny, scheme, tmp_path)
     stored = {tensor.name: tensor for tensor in peer.GGUFReader(path).tensors}
-    once = stored_once(job.rows, job.tied)
-    assert len(stored) == len(job.rows) - len(once)
-    for row in job.rows:
+    once = stored_once(job.table)
+    assert len(stored) == len(job.table) - len(once)
+    for row in job.table:
         if row.tensor in once:
             continue
         tensor = stored[gguf_names(job.config)[row.tensor]]
@@ -58,7 +58,7 @@ def test_weights_are_read_back_by_their_checkpoint_names(
 ) -> None:
     path, job = write_gguf_of(tiny, scheme, tmp_path)
     found = dict(weights(path, tiny.config))
-    assert list(found) == [row.tensor for row in job.rows if row.tensor != HEAD]
+    assert list(found) == [row.tensor for row in job.table if row.tensor != HEAD]
     for name, values in found.items():
         assert values.dtype == torch.float32
         assert torch.equal(values, floats(job.weights[name]))
@@ -199,7 +199,7 @@ def test_a_tied_head_is_stored_once_where_it_is_the_table(
     assert file.tensors["token_embd.weight"].type == table
     stored = file.tensors.get("output.weight")
     assert (stored.type if stored else None) == head
-    assert stored_once(job.rows, job.tied) == ([] if head else [HEAD])
+    assert stored_once(job.table) == ([] if head else [HEAD])
     found = dict(weights(path, tiny.config))
     assert torch.equal(found.get(HEAD, found[EMBEDDING]), floats(job.weights[HEAD]))
 

@@ -211,7 +211,7 @@ def greedy(recipe: str, count: int) -> tuple[list[int], list[int]]:
     source = resolve_model("lfm2-tiny")
     assert source.folder is not None
     shapes, tied = source.config.tied_shapes()
-    codes = dict(quantize_tensors(resolve(preset(recipe), shapes), source.checkpoint.tensor, tied))
+    codes = dict(quantize_tensors(resolve(preset(recipe), shapes, tied), source.checkpoint.tensor))
     model = build_eager(source.config, codes.__getitem__, 64)
     prompt = Tokenizer.load(source.folder).encode("Once upon a time")
     tokens, new = list(prompt), list(prompt)
