@@ -15,15 +15,16 @@ def main() -> None:
 
     Ctrl-C while its modules are still being imported leaves no traceback, either.
     """
-    if os.environ.get("EDGEKIT_TRACEBACK"):  # the crash itself is to be seen
-        if sys.stderr is not None:
-            faulthandler.enable()
-    elif is_work(sys.argv[1:]):
-        supervise()
-    clean_up_on_sigterm()
     with interrupts_end_the_process():
+        if os.environ.get("EDGEKIT_TRACEBACK"):  # the crash itself is to be seen
+            if sys.stderr is not None:
+                faulthandler.enable()
+        elif is_work(sys.argv[1:]):
+            supervise()
         from edgekit.cli import main as command
-    _repair_streams()
+
+        _repair_streams()
+    clean_up_on_sigterm()
     command()
 
 

@@ -140,7 +140,8 @@ def _assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> Non
 def test_of_what_a_library_says_the_last_line_is_quoted(crash: str, place: Path) -> None:
     done = _edgekit(["run", str(place / "model.gguf"), "hello", "--raw", "--json"], crash, place)
     _assert_one_line(done, f"{place}/model.gguf: ", NAMES["gguf"], f"SIGABRT: {LAST}; ")
-    assert done.stdout == ""
+    said = json.loads(done.stdout)["error"]
+    assert said == {"message": done.stderr.removeprefix("edgekit: ").rstrip("\n"), "status": 1}
 
 
 @pytest.mark.slow

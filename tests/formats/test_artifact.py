@@ -318,7 +318,7 @@ def test_force_replaces_an_artifact_whole(folder: Path) -> None:
 
 
 def test_what_exists_is_not_replaced_without_force(folder: Path) -> None:
-    with pytest.raises(EdgekitError, match="exists; give --force to replace it or another -o"):
+    with pytest.raises(EdgekitError, match="give `force` to replace it or another `output`"):
         check_output(folder, force=False)
 
 
@@ -350,7 +350,7 @@ def test_what_a_killed_export_replaced_is_put_back_and_kept(folder: Path) -> Non
     ended.wait()
     folder.rename(folder.with_name(f".artifact.{ended.pid}.partial.old"))
     check_output(folder, force=False)
-    with pytest.raises(EdgekitError, match="exists; give --force"), new_artifact(folder, False):
+    with pytest.raises(EdgekitError, match="exists; give `force`"), new_artifact(folder, False):
         pytest.fail("the work began")
     assert Artifact.open(folder).damaged_files() == []
 

@@ -152,7 +152,7 @@ def _convolution(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda folder: folder.mkdir(), "holds no adapter_config.json: --adapter takes the folder"),
+        (lambda folder: folder.mkdir(), "holds no adapter_config.json: `adapter` takes the folder"),
         (
             lambda folder: (save(folder, {}), (folder / "adapter_model.safetensors").unlink()),
             "holds no adapter_model.safetensors: save the adapter with save_pretrained",

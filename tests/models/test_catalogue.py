@@ -184,7 +184,7 @@ def test_folders_that_are_no_model_are_refused(tmp_path: Path) -> None:
 
 def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "mine")
-    with pytest.raises(EdgekitError, match="is a local folder; --revision is for models on the"):
+    with pytest.raises(EdgekitError, match="is a local folder; `revision` is for models on the"):
         resolve_model(str(folder), revision="main")
 
 
@@ -230,9 +230,9 @@ def test_a_folder_is_found_by_any_spelling(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_revision_behind_a_name_is_one_of_the_hub() -> None:
     for name in ("lfm2-tiny@main", "LFM2-TINY@v1/"):
-        with pytest.raises(EdgekitError, match="lfm2-tiny: is a local folder; --revision is for"):
+        with pytest.raises(EdgekitError, match="lfm2-tiny: is a local folder; `revision` is for"):
             resolve_model(name)
     assert resolve_model("LFM2-1.2B/", random_weights=True).id == "LiquidAI/LFM2-1.2B"
     for name in ("lfm2-350m@v1", "https://huggingface.co/LiquidAI/LFM2-350M/tree/v1"):
-        with pytest.raises(EdgekitError, match="names revision 'v1', --revision 'v2': give one"):
+        with pytest.raises(EdgekitError, match="names revision 'v1', `revision` 'v2': give one"):
             resolve_model(name, "v2")

@@ -384,14 +384,14 @@ def test_a_model_is_found_by_what_people_paste(
     assert json.loads(result(run(hub, tmp_path, code, imports="edgekit.models.source"))) == commit
 
 
-PLAN = "edgekit.workflows.export.plan_export('org/mini', 'executorch', {recipe}, {context})"
+PLAN = "edgekit.workflows.plan.plan_export('org/mini', 'executorch', {recipe}, {context})"
 UNIFORM = "edgekit.quantize.recipe.uniform(edgekit.quantize.scheme.parse_scheme({!r}))"
 
 
 @pytest.mark.parametrize(
     ("scheme", "context", "words"),
     [
-        ("w8", 1 << 20, "--context 1048576: org/mini takes 16 to"),
+        ("w8", 1 << 20, "`context` 1048576: org/mini takes 16 to"),
         ("w8g32", None, "target executorch cannot hold w8g32"),
         ("w4g96", None, "w4g96 cannot hold it"),
     ],
@@ -401,7 +401,7 @@ def test_what_needs_no_weights_is_refused_before_they_are_downloaded(
 ) -> None:
     hub.files[COMMIT]["config.json"] = TINY.read_bytes()
     code = PLAN.format(recipe=UNIFORM.format(scheme), context=context)
-    text = result(run(hub, tmp_path, code, imports="edgekit.workflows.export"))
+    text = result(run(hub, tmp_path, code, imports="edgekit.workflows.plan"))
     assert text.startswith("one line: ")
     assert words in text
     assert any(line.endswith("/config.json") for line in hub.requests)

@@ -80,5 +80,5 @@ def test_one_revision() -> None:
     assert one_revision("x", None, None) is None
     assert one_revision("x", "v1", None) == one_revision("x", None, "v1") == "v1"
     assert one_revision("x", "v1", "v1") == "v1"
-    with pytest.raises(EdgekitError, match="x: names revision 'v1', --revision 'v2': give one"):
+    with pytest.raises(EdgekitError, match="x: names revision 'v1', `revision` 'v2': give one"):
         one_revision("x", "v1", "v2")

@@ -161,7 +161,7 @@ def test_columns_that_are_never_used_are_rounded_to_nearest(
         ("nan", "not finite"),
         ("columns", "expected inputs of 320 columns, got 32"),
         ("weight", "the weight holds infinities or NaN"),
-        ("float", "the float scheme has no codes"),
+        ("float", "the scheme float has no codes"),
     ],
 )
 def test_what_cannot_be_calibrated(

@@ -132,7 +132,7 @@ def test_only_per_channel_int4_warns() -> None:
         assert warnings(resolve(recipe, SHAPES)) == []
     (warning,) = warnings(resolve(uniform(parse_scheme("w4")), SHAPES))
     assert "31.5" in warning
-    assert "--int4" in warning
+    assert "int4 (w4g32) is the safe one" in warning
 
 
 def test_a_tied_head_of_another_scheme_warns_of_what_it_costs() -> None:

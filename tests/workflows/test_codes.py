@@ -324,5 +324,5 @@ def test_what_codes_exclude(model: Path, quantized: Path, tmp_path: Path) -> Non
         _refused(
             model, tmp_path, f"--codes and {name} exclude each other", "--target", "gguf", *given
         )
-    with pytest.raises(EdgekitError, match="--codes and recipe exclude each other"):
+    with pytest.raises(EdgekitError, match="`codes` and recipe exclude each other"):
         export_model(str(model), tmp_path / "out", codes=tmp_path / "q", recipe="int8")

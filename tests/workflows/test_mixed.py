@@ -124,11 +124,11 @@ def test_the_greedy_choice_is_close_to_the_best() -> None:
     [
         (
             Budget(bits=3),
-            r"--bits 3: all tensors together take at least 4\.\d+ bits per weight, and at most 8\.",
+            r"`bits` 3: all tensors together take at least 4\.\d+ bits per weight, and at most 8\.",
         ),
         (
             Budget(bytes=1000),
-            r"--target-size 1000B: .* at least 3,\d+,\d+ bytes, and at most 6,\d+,\d+ bytes",
+            r"`target_size` 1000B: .* at least 3,\d+,\d+ bytes, and at most 6,\d+,\d+ bytes",
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_a_budget_reads_its_text_again_so_it_is_no_pipe(tmp_path: Path) -> None:
 def test_an_output_that_exists_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgekit.workflows.export.plan_export", None)
+    monkeypatch.setattr("edgekit.workflows.plan.plan_export", None)
     (tmp_path / "out").mkdir()
     done = run("export", "lfm2-tiny", "--target", "gguf", "--bits", "5.5", "-o", tmp_path / "out")
     assert done.exit_code == 2
@@ -285,13 +285,13 @@ def test_mistakes_end_in_one_line(tmp_path: Path, given: tuple[str, ...], messag
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"method": "gpqt"}, "--method 'gpqt': for language models there are rtn, mse, gptq"),
-        ({"method": "gptq"}, "--method gptq needs a text"),
-        ({"bits": 5.0, "target_size": 500}, "--bits and --target-size exclude each other"),
-        ({"bits": math.nan}, "--bits nan: must be a number of bits per weight"),
-        ({"bits": "5.5"}, "--bits 5.5: must be a number of bits per weight"),
-        ({"target_size": 0}, "--target-size 0: must be a number of bytes"),
-        ({"target_size": "500MB"}, "--target-size '500MB': must be a number of bytes"),
+        ({"method": "gpqt"}, "`method` 'gpqt': for language models there are rtn, mse, gptq"),
+        ({"method": "gptq"}, "`method` gptq needs a text"),
+        ({"bits": 5.0, "target_size": 500}, "`bits` and `target_size` exclude each other"),
+        ({"bits": math.nan}, "`bits` nan: must be a number of bits per weight"),
+        ({"bits": "5.5"}, "`bits` 5.5: must be a number of bits per weight"),
+        ({"target_size": 0}, "`target_size` 0: must be a number of bytes"),
+        ({"target_size": "500MB"}, "`target_size` '500MB': must be a number of bytes"),
     ],
 )
 def test_python_refuses_what_the_command_refuses(

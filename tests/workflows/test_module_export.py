@@ -155,7 +155,7 @@ def test_a_mistake_leaves_nothing(options: dict[str, object], said: str, tmp_pat
 
 def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     _export(tmp_path / "net")
-    with pytest.raises(EdgekitError, match="exists; give --force"):
+    with pytest.raises(EdgekitError, match="exists; give `force`"):
         _export(tmp_path / "net")
     assert _export(tmp_path / "net", recipe="w4a8", force=True).manifest.recipe == "w4a8"
 

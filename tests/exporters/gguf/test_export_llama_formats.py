@@ -101,7 +101,8 @@ def test_a_file_that_is_not_what_was_planned_leaves_nothing(
 
     monkeypatch.setattr("edgekit.exporters.gguf.decoder.quantize_gguf", other_format)
     done = run("lfm2-tiny", *FORMAT, "-o", tmp_path / "artifact", "--json")
-    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["error"]["status"] == 1
     assert "blk.0.shortconv.in_proj.weight: llama.cpp was to store it as Q4_K, " in done.stderr
     assert "and the file has Q6_K, " in done.stderr
     assert list(tmp_path.iterdir()) == []
