@@ -385,7 +385,7 @@ def test_a_model_is_found_by_what_people_paste(
 
 
 PLAN = "edgekit.workflows.plan.plan_export('org/mini', 'executorch', {recipe}, {context})"
-UNIFORM = "edgekit.quantize.recipe.uniform(edgekit.quantize.scheme.parse_scheme({!r}))"
+UNIFORM = "edgekit.quantize.recipe.uniform(edgekit.quantize.schemes.names.parse_scheme({!r}))"
 
 
 @pytest.mark.parametrize(
