@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command_line import edgekit, run
 
 from edgekit.cli import COMMANDS, DEFECT, INTERRUPTED
 from edgekit.commands._flags import field_in
 from edgekit.errors import EdgekitError, VerificationError
-from tests.support.command_line import edgekit, run
 
 # A mistake that each command's library finds, and the field that it is about.
 MISTAKES = {
