@@ -53,45 +53,22 @@ def command(
     with interrupts_end_the_process():
         from edgekit.exporters.inspect.report import inspect
 
-    path = Path(artifact)
-    if _is_model(path):
-        raise EdgekitError(
-            f"{artifact}: is a model, not an artifact: give --sensitivity to rank its tensors, or "
-            "inspect the folder that `edgekit export` makes of it"
-        )
-    report = inspect(path, check)
+    report = inspect(Path(artifact), check)
     if as_json:
         print_json(report.to_dict())
     else:
         click.echo(report.text())
 
 
-def _is_model(path: Path) -> bool:
-    """Whether a path is a name of the catalogue's, or a model's folder, and no artifact."""
-    from edgekit.formats.artifact.read import MANIFEST
-    from edgekit.formats.onnx.genai_config import is_genai_folder
-    from edgekit.models.catalogue import find_model
-
-    if path.is_dir():
-        has_weights = any(path.glob("*.safetensors")) and (path / "config.json").is_file()
-        return has_weights and not (path / MANIFEST).exists() and not is_genai_folder(path)
-    return not path.exists() and find_model(str(path)) is not None
-
-
 def _sensitivity(name: str, scheme: str, text_file: Path | None, as_json: bool) -> None:
     from edgekit.common.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.common.files import read_text
-        from edgekit.exporters.verify.reference_text import TEXT
-        from edgekit.quantize.schemes.names import parse_scheme
         from edgekit.workflows.sensitivity import sensitivity
 
-    parsed = parse_scheme(scheme)
-    text = TEXT if text_file is None else read_text(text_file)
     try:
         with progress_line() as show:
-            found = sensitivity(name, parsed, text, show)
+            found = sensitivity(name, scheme, text_file, show)
     except KeyboardInterrupt:
         raise Interrupted(
             "interrupted; the figures so far are kept: the same command goes on from there"

@@ -7,13 +7,18 @@ squares are summed over every position.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgekit.common.files import check_output_file, read_text
+from edgekit.common.plural import counted
 from edgekit.common.progress import Steps
 from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf.llama.imatrix import Imatrix, Statistics
@@ -22,13 +27,75 @@ from edgekit.models.architecture import Linear
 from edgekit.models.config import ModelConfig
 from edgekit.models.decoder import Decoder
 from edgekit.models.eager import EagerBlocks, float_reader
-from edgekit.models.source import ModelSource
+from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import ReadWeight
 from edgekit.runtime.evaluation.evaluate import cut, tokenize
 
 LEAST_CONTEXT = 2
 """With one token a chunk is bos alone, and the text has no part in it."""
+
+
+@dataclass(frozen=True)
+class WrittenImatrix:
+    """An importance matrix in the file `path`, measured on the text file named `text`."""
+
+    path: Path
+    model: ModelSource
+    text_name: str
+    imatrix: Imatrix
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts for JSON; `context` is the tokens of a chunk."""
+        return {
+            "file": str(self.path),
+            "model": {"id": self.model.id, "revision": self.model.revision},
+            "text": self.text_name,
+            "matrices": len(self.imatrix.entries),
+            "chunks": self.imatrix.chunk_count,
+            "context": self.imatrix.chunk_size,
+        }
+
+    def text(self) -> str:
+        """Return the same as a sentence."""
+        found = self.imatrix
+        tokens = counted(found.chunk_count * found.chunk_size, "token")
+        return (
+            f"wrote {self.path}: {counted(len(found.entries), 'matrix', 'matrices')} over "
+            f"{tokens} in chunks of {found.chunk_size}"
+        )
+
+
+def write_imatrix(
+    model: str,
+    text: Path,
+    output: Path | None = None,
+    *,
+    context: int = 512,
+    chunks: int | None = None,
+    revision: str | None = None,
+    force: bool = False,
+    progress: Steps | None = None,
+) -> WrittenImatrix:
+    """Measure a model on a UTF-8 file and write what `llama-imatrix` would: `edgekit imatrix`.
+
+    `model` is a name of `edgekit models`, a hub id or a folder, `output` MODEL-imatrix.gguf by
+    default, which only `force` replaces; `context` and `chunks` as for `imatrix_of_text`.
+
+    Raises EdgekitError for what it raises it for, a file that cannot be read and an output that
+    cannot be written, the latter before anything is downloaded.
+    """
+    words = read_text(text)
+    if output is not None:
+        check_output_file(output, force)
+    source = resolve_model(model, revision=revision)
+    path = output or Path(f"{source.short_name}-imatrix.gguf")
+    check_output_file(path, force)
+    found = imatrix_of_text(
+        source, words, text.name, context=context, chunks=chunks, progress=progress
+    )
+    found.save(path)
+    return WrittenImatrix(path, source, text.name, found)
 
 
 def imatrix_of_text(

@@ -167,3 +167,10 @@ def test_weights_that_are_not_finite_write_nothing(model: Path, tmp_path: Path) 
     assert LINEAR in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_folders_above_the_output_are_made(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "folders" / "q.safetensors"
+    result = command_line.run("quantize", "lfm2-tiny", "-o", output)
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in output.parent.iterdir()] == ["q.safetensors"]
