@@ -1,16 +1,11 @@
 """`edgekit imatrix`: which inputs of a model's linears matter, for llama.cpp's formats."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from edgekit.commands._json import print_json
 from edgekit.commands._progress import progress_line
-
-if TYPE_CHECKING:
-    from edgekit.exporters.gguf.llama.imatrix import Imatrix
-    from edgekit.models.source import ModelSource
 
 
 @click.command("imatrix", short_help="Measure on a text what llama.cpp's formats should spare.")
@@ -53,48 +48,23 @@ def command(
     `edgekit export MODEL --target gguf --scheme Q4_K_M --imatrix FILE`, or llama-quantize, gives
     the columns that see large inputs the smaller errors.
     """
-    from edgekit.common.files import check_output_file, read_text
-    from edgekit.common.interrupts import interrupts_end_the_process
-    from edgekit.common.plural import counted
-
-    text = read_text(text_file)
-    if output is not None:
-        check_output_file(output, force)  # before anything is downloaded
-    with interrupts_end_the_process():
-        from edgekit.models.source import resolve_model
-
-    source = resolve_model(model, revision=revision)
-    path = output or Path(f"{source.short_name}-imatrix.gguf")
-    check_output_file(path, force)
-    found = _measure(source, text, text_file.name, context, chunks)
-    found.save(path)
-    if as_json:
-        print_json(
-            {
-                "file": str(path),
-                "model": {"id": source.id, "revision": source.revision},
-                "text": text_file.name,
-                "matrices": len(found.entries),
-                "chunks": found.chunk_count,
-                "context": found.chunk_size,
-            }
-        )
-    else:
-        click.echo(
-            f"wrote {path}: {counted(len(found.entries), 'matrix', 'matrices')} over "
-            f"{counted(found.chunk_count * found.chunk_size, 'token')} in chunks of "
-            f"{found.chunk_size}"
-        )
-
-
-def _measure(
-    source: "ModelSource", text: str, dataset: str, context: int, chunks: int | None
-) -> "Imatrix":
-    """Run the model, and show its progress."""
     from edgekit.common.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.workflows.importance import imatrix_of_text
+        from edgekit.workflows.importance import write_imatrix
 
     with progress_line() as show:
-        return imatrix_of_text(source, text, dataset, context=context, chunks=chunks, progress=show)
+        written = write_imatrix(
+            model,
+            text_file,
+            output,
+            context=context,
+            chunks=chunks,
+            revision=revision,
+            force=force,
+            progress=show,
+        )
+    if as_json:
+        print_json(written.to_dict())
+    else:
+        click.echo(written.sentence())

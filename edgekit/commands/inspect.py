@@ -1,5 +1,7 @@
 """`edgekit inspect`: what an artifact is made of, and which tensors of a model cost the most."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -41,62 +43,31 @@ def command(
     strays when one tensor alone is quantized. Figures are kept in the user's cache, tensor by
     tensor; an interrupted run goes on where it stopped.
     """
-    if sensitivity:
-        if check:
-            raise EdgekitError("--check and --sensitivity exclude each other")
-        _sensitivity(artifact, scheme or "w4g32", text_file, as_json)
-        return
-    if scheme is not None or text_file is not None:
+    if sensitivity and check:
+        raise EdgekitError("--check and --sensitivity exclude each other")
+    if not sensitivity and (scheme is not None or text_file is not None):
         raise EdgekitError("--scheme and --text are for --sensitivity")
     from edgekit.common.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.exporters.inspect.report import inspect
+        from edgekit.workflows.inspect import inspect_file, rank_tensors
 
-    path = Path(artifact)
-    if _is_model(path):
-        raise EdgekitError(
-            f"{artifact}: is a model, not an artifact: give --sensitivity to rank its tensors, or "
-            "inspect the folder that `edgekit export` makes of it"
-        )
-    report = inspect(path, check)
+    if sensitivity:
+        with _resumable(), progress_line() as show:
+            report = rank_tensors(artifact, scheme, text_file, show)
+    else:
+        report = inspect_file(artifact, check)
     if as_json:
         print_json(report.to_dict())
     else:
         click.echo(report.text())
 
 
-def _is_model(path: Path) -> bool:
-    """Whether a path is a name of the catalogue's, or a model's folder, and no artifact."""
-    from edgekit.formats.artifact.read import MANIFEST
-    from edgekit.formats.onnx.genai_config import is_genai_folder
-    from edgekit.models.catalogue import find_model
-
-    if path.is_dir():
-        has_weights = any(path.glob("*.safetensors")) and (path / "config.json").is_file()
-        return has_weights and not (path / MANIFEST).exists() and not is_genai_folder(path)
-    return not path.exists() and find_model(str(path)) is not None
-
-
-def _sensitivity(name: str, scheme: str, text_file: Path | None, as_json: bool) -> None:
-    from edgekit.common.interrupts import interrupts_end_the_process
-
-    with interrupts_end_the_process():
-        from edgekit.common.files import read_text
-        from edgekit.exporters.verify.reference_text import TEXT
-        from edgekit.quantize.schemes.names import parse_scheme
-        from edgekit.workflows.sensitivity import sensitivity
-
-    parsed = parse_scheme(scheme)
-    text = TEXT if text_file is None else read_text(text_file)
+@contextmanager
+def _resumable() -> Iterator[None]:
     try:
-        with progress_line() as show:
-            found = sensitivity(name, parsed, text, show)
+        yield
     except KeyboardInterrupt:
         raise Interrupted(
             "interrupted; the figures so far are kept: the same command goes on from there"
         ) from None
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        click.echo(found.text())

@@ -7,13 +7,18 @@ squares are summed over every position.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgekit.common.files import check_output_file, read_text
+from edgekit.common.plural import counted
 from edgekit.common.progress import Steps
 from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf.llama.imatrix import Imatrix, Statistics
@@ -22,13 +27,73 @@ from edgekit.models.architecture import Linear
 from edgekit.models.config import ModelConfig
 from edgekit.models.decoder import Decoder
 from edgekit.models.eager import EagerBlocks, float_reader
-from edgekit.models.source import ModelSource
+from edgekit.models.source import ModelSource, resolve_model
 from edgekit.models.tokenizer import Tokenizer
 from edgekit.models.weights import ReadWeight
 from edgekit.runtime.evaluation.evaluate import cut, tokenize
 
 LEAST_CONTEXT = 2
 """With one token a chunk is bos alone, and the text has no part in it."""
+
+
+@dataclass(frozen=True)
+class WrittenImatrix:
+    """A file with an importance matrix, and of which model and text it is."""
+
+    path: Path
+    model_id: str
+    revision: str | None
+    text: str
+    imatrix: Imatrix
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON takes."""
+        return {
+            "file": str(self.path),
+            "model": {"id": self.model_id, "revision": self.revision},
+            "text": self.text,
+            "matrices": len(self.imatrix.entries),
+            "chunks": self.imatrix.chunk_count,
+            "context": self.imatrix.chunk_size,
+        }
+
+    def sentence(self) -> str:
+        """Return it as a sentence."""
+        found = self.imatrix
+        return (
+            f"wrote {self.path}: {counted(len(found.entries), 'matrix', 'matrices')} over "
+            f"{counted(found.chunk_count * found.chunk_size, 'token')} in chunks of "
+            f"{found.chunk_size}"
+        )
+
+
+def write_imatrix(
+    model: str,
+    text_file: Path,
+    output: Path | None = None,
+    *,
+    context: int = 512,
+    chunks: int | None = None,
+    revision: str | None = None,
+    force: bool = False,
+    progress: Steps | None = None,
+) -> WrittenImatrix:
+    """Measure a model on a text and write the matrix to `output`, by default MODEL-imatrix.gguf.
+
+    `model` is a name of `edgekit models`, a hub id or a folder, `context` the tokens of a chunk.
+    EdgekitError for what `imatrix_of_text` refuses, and for an output that exists unless `force`.
+    """
+    text = read_text(text_file)
+    if output is not None:
+        check_output_file(output, force)  # before anything is downloaded
+    source = resolve_model(model, revision=revision)
+    path = output or Path(f"{source.short_name}-imatrix.gguf")
+    check_output_file(path, force)
+    found = imatrix_of_text(
+        source, text, text_file.name, context=context, chunks=chunks, progress=progress
+    )
+    found.save(path)
+    return WrittenImatrix(path, source.id, source.revision, text_file.name, found)
 
 
 def imatrix_of_text(

@@ -138,7 +138,7 @@ def test_the_command_names_its_file_after_the_model(
         (["--context", "4096"], "--context 4096: the model takes 2 to 2048 tokens"),
         (["--context", "2048"], "tokens, but a chunk is 2048: give a longer text"),
         (["--chunks", "0"], "--chunks"),
-        (["-o", "no/such/folder/i.gguf"], "does not exist"),
+        (["-o", "story.txt/i.gguf"], "story.txt: is no folder"),
         (["-o", "story.txt"], "story.txt: exists; give --force"),
         (["--text", "none.txt"], "none.txt"),
     ],
