@@ -40,7 +40,7 @@ from edgekit.quantize.schemes.names import Scheme
 from edgekit.workflows.artifact_model import model_of
 
 VERSION = 1
-"""Of the computation: another one does not read these figures from the cache."""
+"""Version of the computation: figures cached by another version are ignored."""
 
 MAX_TOKENS = 256
 """Tokens of the text that are run."""

@@ -124,7 +124,7 @@ _ENGINES = ("llama_cpp", "onnxruntime", "executorch.extension", "executorch.runt
 
 @pytest.mark.slow
 def test_what_files_say_needs_no_engine(tiny_artifact: Path, tmp_path: Path) -> None:
-    """In a process in which no run time can be imported, as where none is installed."""
+    """In a process in which no runtime can be imported, as where none is installed."""
     places = [tiny_artifact]
     for target in ("gguf", "onnx"):
         places.append(
