@@ -190,7 +190,7 @@ def find_profile(name: str) -> DeviceProfile:
     near = difflib.get_close_matches(wanted, [LOCAL, *known], n=3)
     ids = ", ".join([LOCAL, *(p.id for p in bundled_profiles())])
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {ids}"
-    raise EdgekitError(f"unknown device {name!r}: {hint}")
+    raise EdgekitError(f"unknown device {name!r}: {hint}", field="device")
 
 
 def _parse_cluster(raw: object) -> ProfileCluster:

@@ -104,11 +104,13 @@ def _errors_in_one_line(as_json: bool) -> Iterator[None]:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
-        _end(f"{error.format_message()}{hint}", error.exit_code, as_json)
+        message = f"{error.format_message()}{hint}"
+        _end(message, error.exit_code, as_json, _field_of_usage(error) if as_json else None)
     except EdgekitError as error:
-        from edgekit.commands._flags import with_flags
+        from edgekit.commands._flags import field_in, with_flags
 
-        _end(with_flags(str(error)), error.exit_status, as_json)
+        message = with_flags(str(error))
+        _end(message, error.exit_status, as_json, error.field or field_in(message))
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED, as_json)
     except Terminated as error:
@@ -135,11 +137,23 @@ def describe(error: Exception) -> tuple[str, int]:
     return f"internal error: {kind}: {text[:300]} (EDGEKIT_TRACEBACK=1 shows where)", DEFECT
 
 
-def _end(message: str, status: int, as_json: bool) -> NoReturn:
+def _field_of_usage(error: click.ClickException) -> str | None:
+    """Return the argument that click refuses, None where it is about none or about several."""
+    from edgekit.commands._flags import field_in
+
+    parameter = getattr(error, "param", None)
+    if isinstance(parameter, click.Argument):
+        return parameter.name
+    if isinstance(parameter, click.Option):
+        return field_in(max(parameter.opts, key=len)) or parameter.name
+    return field_in(error.format_message())
+
+
+def _end(message: str, status: int, as_json: bool, field: str | None = None) -> NoReturn:
     """Print the one line; what cannot be written is let go, for there is no other place for it."""
     if as_json:
         with suppress(OSError):
-            click.echo(json_for_program(message, status))
+            click.echo(json_for_program(message, status, field))
     with suppress(OSError):
         click.echo(line_for_user(message), err=True)
     for stream in (sys.stdout, sys.stderr):

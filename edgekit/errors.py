@@ -10,9 +10,16 @@ _LONGEST_LINE = 1000
 
 
 class EdgekitError(Exception):
-    """A user's mistake: the message names the thing, what was given and what to do (exit 2)."""
+    """A user's mistake: the message names the thing, what was given and what to do (exit 2).
+
+    `field` is the argument that is wrong, where the message does not begin with it in backticks.
+    """
 
     exit_status = 2
+
+    def __init__(self, *arguments: object, field: str | None = None) -> None:
+        super().__init__(*arguments)
+        self.field = field
 
 
 class VerificationError(EdgekitError):
@@ -76,9 +83,13 @@ def wants_json(arguments: Sequence[str]) -> bool:
     return "--json" in arguments[:end]
 
 
-def json_for_program(message: str, status: int) -> str:
-    """Return the last line of stdout of a command that was to print JSON and fails."""
-    return json.dumps({"error": {"message": message, "status": status}})
+def json_for_program(message: str, status: int, field: str | None = None) -> str:
+    """Return the last line of stdout of a command that was to print JSON and fails.
+
+    `field` is the argument that the message is about, left out where that is not known.
+    """
+    about = {} if field is None else {"field": field}
+    return json.dumps({"error": {"message": message, **about, "status": status}})
 
 
 def _printable(char: str) -> str:

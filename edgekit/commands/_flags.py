@@ -15,12 +15,28 @@ import click
 from edgekit import commands
 
 _FIELD = re.compile(r"`([a-z]+(?:_[a-z]+)*)`")
-_OTHERS = {"measure": "--no-measure", "ram_bytes": "--ram", "output": "-o"}
+_OPTION = re.compile(r"(?<![\w-])(?:--[a-z][a-z-]*|-[a-z]\b)")
+_COMMAND_LINE = re.compile(r"`[^`]* [^`]*`")
+_OTHERS = {"measure": "--no-measure", "ram_bytes": "--ram", "output": "-o"} | {
+    "prompts": "-p",
+    "generates": "-n",
+    "depths": "-d",
+}
 
 
 def with_flags(text: str) -> str:
     """Return the text with flags for fields; other words in backticks stay as they are."""
     return _FIELD.sub(lambda match: _flags().get(match[1], match[0]), text)
+
+
+def field_in(text: str) -> str | None:
+    """Return the field whose flag a message names first, None where it names none.
+
+    A whole command to give, in backticks, is a remedy and says nothing of it.
+    """
+    named = _OPTION.search(_COMMAND_LINE.sub("", text))
+    fields = {flag: field for field, flag in _flags().items()}
+    return None if named is None else fields.get(named[0])
 
 
 @cache

@@ -149,12 +149,16 @@ def _without_waiting(path: str, flags: int) -> int:
 def check_output_file(path: Path, force: bool) -> None:
     """Raise EdgekitError where `path` cannot become a file, before any work is done for it."""
     if path.is_dir():
-        raise EdgekitError(f"{path}: is a folder; give the name of a file")
+        raise EdgekitError(f"{path}: is a folder; give the name of a file", field="output")
     there = os.path.lexists(path)  # a dangling link is something, too
     if there and not force:
-        raise EdgekitError(f"{path}: exists; give `force` to replace it or another `output`")
+        raise EdgekitError(
+            f"{path}: exists; give `force` to replace it or another `output`", field="output"
+        )
     if there and (path.is_symlink() or not path.is_file()):
-        raise EdgekitError(f"{path}: is no regular file, so `force` does not replace it")
+        raise EdgekitError(
+            f"{path}: is no regular file, so `force` does not replace it", field="output"
+        )
     check_parent(path)
 
 

@@ -40,12 +40,15 @@ class Registry:
         """Return the module; EdgekitError for an unknown name and for one that cannot do it."""
         if name not in self.packages:
             allowed = ", ".join(self.names(capability))
-            raise EdgekitError(f"unknown {self.kind} {name!r:.60}: allowed are {allowed}")
+            raise EdgekitError(
+                f"unknown {self.kind} {name!r:.60}: allowed are {allowed}", field=self.kind
+            )
         module = self._module(name, capability)
         if module is None:
             able = ", ".join(self.names(capability))
             raise EdgekitError(
-                f"{self.kind} {name} cannot {self.does[capability]}; those that can: {able}"
+                f"{self.kind} {name} cannot {self.does[capability]}; those that can: {able}",
+                field=self.kind,
             )
         return module
 

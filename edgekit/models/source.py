@@ -141,10 +141,12 @@ def _resolve(name: str, revision: str | None, random_weights: bool, offline: boo
     folder = _local(name)
     if folder is not None:
         if (folder / ARTIFACT_MANIFEST).is_file():
-            raise EdgekitError(f"{name}: is an exported artifact; give the model it was made of")
+            raise EdgekitError(
+                f"{name}: is an exported artifact; give the model it was made of", field="model"
+            )
         if folder.is_dir():
             return _from_folder(_refuse_revision(str(folder), revision), folder, random_weights)
-        raise EdgekitError(f"{name}: {file_kind(folder)}")
+        raise EdgekitError(f"{name}: {file_kind(folder)}", field="model")
     word, _, named = name.rstrip("/").partition("@")
     known = find_model(word)
     if known is not None:

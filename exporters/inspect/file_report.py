@@ -47,11 +47,18 @@ class FileReport:
         return self.metadata
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report for JSON."""
+        """Return the report for JSON.
+
+        It begins with `ok` and `reason` where the content was compared with the manifest; files
+        that differ are no report but a VerificationError.
+        """
         names = ("kind", "scheme", "tensors", "bytes")
         rows = [dict(zip(names, row, strict=True)) for row in self.weights]
         manifest = None if self.manifest is None else self.manifest.to_json()
-        return asdict(self) | {"path": str(self.path), "weights": rows, "manifest": manifest}
+        facts = asdict(self) | {"path": str(self.path), "weights": rows, "manifest": manifest}
+        if self.checked_files is None:
+            return facts
+        return {"ok": True, "reason": self._verdict()[0]} | facts
 
     def text(self) -> str:
         """Return Markdown tables, first and last the verdict where the content was compared.

@@ -37,18 +37,21 @@ def parse_scheme(name: str) -> Scheme:
     if STATIC.fullmatch(name):
         raise EdgekitError(
             f"scheme {name} has static ranges of activations and is for modules: a language "
-            "model's are found at run time, so give it w8 or w4g32"
+            "model's are found at run time, so give it w8 or w4g32",
+            field="scheme",
         )
     affine, codebook = _AFFINE.fullmatch(name), _CODEBOOK.fullmatch(name)
     try:
         if codebook is not None:
             return _codebook(codebook)
         if affine is None:
-            raise EdgekitError(f"unknown scheme {name!r}: allowed are {FORMS}")
+            raise EdgekitError(f"unknown scheme {name!r}: allowed are {FORMS}", field="scheme")
         bits: Literal[4, 8] = 4 if affine[1] == "4" else 8
         return Affine(bits, _number(affine[2]), symmetric=not affine[3])
     except ValueError as error:
-        raise EdgekitError(f"unknown scheme {name!r}: {error}; allowed are {FORMS}") from error
+        raise EdgekitError(
+            f"unknown scheme {name!r}: {error}; allowed are {FORMS}", field="scheme"
+        ) from error
 
 
 def _codebook(match: re.Match[str]) -> Codebook:

@@ -213,7 +213,9 @@ def plan(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]
         if tokens
     ]
     if not shapes:
-        raise EdgekitError("-p 0 and -n 0 leave nothing to measure: give one of them tokens")
+        raise EdgekitError(
+            "`prompts` 0 and `generates` 0 leave nothing to measure: give one of them tokens"
+        )
     return list(dict.fromkeys(shapes))
 
 
@@ -320,10 +322,10 @@ def _open(paths: Sequence[Path], shapes: Sequence[Shape]) -> list[_Decoder]:
 def _check_context(name: str, file: ModelFile, shapes: Sequence[Shape], longest: int) -> None:
     for shape in shapes:
         if shape.positions > longest:
-            option = "-p" if shape.kind == "pp" else "-n"
-            at = f" at -d {shape.depth}" if shape.depth else ""
+            field = "`prompts`" if shape.kind == "pp" else "`generates`"
+            at = f" at `depths` {shape.depth}" if shape.depth else ""
             again = "" if file.manifest is None else ", or export with a larger `context`"
             raise EdgekitError(
-                f"{name}: {option} {shape.tokens}{at} needs {shape.positions} positions "
+                f"{name}: {field} {shape.tokens}{at} needs {shape.positions} positions "
                 f"but the artifact's context is {longest}: ask for less{again}"
             )

@@ -114,9 +114,19 @@ def test_a_bare_file_needs_no_manifest(tiny_artifact: Path, tmp_path: Path) -> N
 def test_check_accepts_what_was_exported(tiny_artifact: Path) -> None:
     done = run(tiny_artifact, "--check")
     assert done.exit_code == 0
-    assert "have the content that was exported" in done.stdout
-    assert run_json(tiny_artifact, "--check")["checked_files"] >= 4
-    assert run_json(tiny_artifact)["checked_files"] is None
+    facts = run_json(tiny_artifact, "--check")
+    verdict = f"All {facts['checked_files']} files have the content that was exported."
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[-1]) == (verdict, verdict)
+    assert (facts["ok"], facts["reason"]) == (True, verdict)
+    assert facts["checked_files"] >= 4
+
+
+def test_without_check_there_is_no_verdict(tiny_artifact: Path) -> None:
+    facts = run_json(tiny_artifact)
+    assert facts["checked_files"] is None
+    assert not {"ok", "reason"} & set(facts)
+    assert "that was exported" not in run(tiny_artifact).stdout
 
 
 def test_check_names_every_damaged_file(copy: Path) -> None:

@@ -67,12 +67,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 def check_output(output: Path, force: bool) -> None:
     """Refuse, before any work, an output folder that must not or cannot be written."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise EdgekitError(f"{output}: exists and is no folder; give another name with -o")
+        raise EdgekitError(f"{output}: exists and is no folder; give another `output`")
     if output.is_dir():
         if not force:
-            raise EdgekitError(f"{output}: exists; give `force` to replace it or another `output`")
+            raise EdgekitError(
+                f"{output}: exists; give `force` to replace it or another `output`", field="output"
+            )
         if any(output.iterdir()) and not (output / MANIFEST).is_file():
-            raise EdgekitError(f"{output}: is no edgekit artifact, so `force` does not replace it")
+            raise EdgekitError(
+                f"{output}: is no edgekit artifact, so `force` does not replace it", field="output"
+            )
     check_parent(output)
 
 
