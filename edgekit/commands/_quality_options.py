@@ -15,6 +15,7 @@ from edgekit.errors import EdgekitError, Interrupted
 if TYPE_CHECKING:
     from edgekit.workflows.mixed_precision import Mixed
     from edgekit.workflows.quality import Quality
+    from edgekit.workflows.quantize import Quantized
 
 
 @dataclass(frozen=True)

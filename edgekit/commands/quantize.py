@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgekit.quantize.recipe import Recipe
     from edgekit.workflows.mixed_precision import Mixed
     from edgekit.workflows.quality import Quality
+    from edgekit.workflows.quantize import Quantized
 
 
 @click.command("quantize", short_help="Write the quantized tensors as safetensors.")
