@@ -29,7 +29,7 @@ def predict_artifact(path: Path, depth: int) -> tuple[Fit, str, str, str]:
         rows,
         file.context or 0,
         depth,
-        ENGINES.load(file.engine, "memory").HABITS,
+        ENGINES.load(file.engine, "memory").MEMORY_MODEL,
         [row.tensor for row in manifest.tensors if row.same_as is not None],
         file.file_bytes,
     )

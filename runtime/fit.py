@@ -38,7 +38,7 @@ from edgekit.errors import EdgekitError
 from edgekit.models.architecture import Block
 from edgekit.models.config import ModelConfig
 from edgekit.quantize.names import EMBEDDING, HEAD
-from edgekit.runtime.engines.habits import FLOAT_BYTES, Habits
+from edgekit.runtime.engines.memory_model import FLOAT_BYTES, MemoryModel
 
 PREFILL_CHUNK = 512  # tokens that attend at once, as the exported programs state
 USABLE_RAM = 0.75  # of what is installed; the rest is the operating system's and other programs'
@@ -46,7 +46,7 @@ USABLE_RAM = 0.75  # of what is installed; the rest is the operating system's an
 Verdict = Literal["fits", "tight", "does not fit"]
 
 
-_MOST = Habits()
+_MOST = MemoryModel()
 
 
 class WeightRow(Protocol):
@@ -123,13 +123,13 @@ def predict(
     rows: Sequence[WeightRow],
     context: int,
     depth: int = 0,
-    habits: Habits = _MOST,
+    memory_model: MemoryModel = _MOST,
     shared: Collection[str] = (),
     file_bytes: int | None = None,
 ) -> Fit:
     """Predict for a context of `context` positions, decoding after `depth` of them.
 
-    `habits` are the engine's, by default those that take most memory; `shared` names rows whose
+    `memory_model` is the engine's, by default the one that takes most; `shared` names rows whose
     bytes the file holds under another row; `file_bytes` is the size of a file that is there, by
     default that of its rows.
     Raises `EdgekitError` for a context that the model cannot take or a depth outside of it, and
@@ -141,10 +141,10 @@ def predict(
     repeated = sum(row.nbytes for row in rows if row.tensor in shared)
     file_bytes = weights - repeated if file_bytes is None else file_bytes
     embedding = sum(row.nbytes for row in rows if row.tensor == EMBEDDING)
-    packed = sum(row.nbytes for row in rows if is_linear(row)) if habits.packs_linears else 0
-    kv = kv_bytes_per_position(model, habits.cache_bytes)
+    packed = sum(row.nbytes for row in rows if is_linear(row)) if memory_model.packs_linears else 0
+    kv = kv_bytes_per_position(model, memory_model.cache_bytes)
     conv = conv_state_bytes(model)
-    prompt = context if habits.whole_prompt else min(PREFILL_CHUNK, context)
+    prompt = context if memory_model.whole_prompt else min(PREFILL_CHUNK, context)
     activations = activation_bytes(model, prompt)
     state = kv * context + conv + activations
     return Fit(
@@ -156,7 +156,7 @@ def predict(
         conv_state_bytes=conv,
         activation_bytes=activations,
         # The linears once: packed, or in the file.
-        resident_bytes=(weights if habits.packs_linears else file_bytes) + state,
+        resident_bytes=(weights if memory_model.packs_linears else file_bytes) + state,
         peak_bytes=file_bytes + packed + state,
         weight_bytes=weights - embedding + embedding_row,
         kv_bytes_per_position=kv,

@@ -159,7 +159,6 @@ NAMES_TARGETS = {
     "edgekit.workflows.api": "the default target",
     "edgekit.workflows.export_network": "the default target",
     "edgekit.runtime.open_model": "the reference is computed in torch",
-    "edgekit.commands.imatrix": "llama.cpp's importance matrix",
     "edgekit.workflows.importance": "llama.cpp's importance matrix",
 }
 TARGET = re.compile(

@@ -15,7 +15,7 @@ from edgekit.errors import EdgekitError, Interrupted
 if TYPE_CHECKING:
     from edgekit.workflows.mixed_precision import Mixed
     from edgekit.workflows.quality import Quality
-    from edgekit.workflows.quantize import Made
+    from edgekit.workflows.quantize import Quantized
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def resumable(quality: "Quality") -> Iterator[None]:
         ) from None
 
 
-def quality_text(mixed: "Mixed | None", made: "Made | None") -> list[str]:
+def quality_text(mixed: "Mixed | None", made: "Quantized | None") -> list[str]:
     """Return what a budget chose and what a calibration gained, as paragraphs."""
     parts = []
     if mixed is not None:
@@ -121,7 +121,7 @@ def quality_text(mixed: "Mixed | None", made: "Made | None") -> list[str]:
     return parts
 
 
-def quality_dict(mixed: "Mixed | None", made: "Made | None") -> dict[str, Any]:
+def quality_dict(mixed: "Mixed | None", made: "Quantized | None") -> dict[str, Any]:
     """Return the same as JSON data."""
     found: dict[str, Any] = {}
     if mixed is not None:

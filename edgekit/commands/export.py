@@ -24,7 +24,7 @@ from edgekit.commands._size import size_line
 if TYPE_CHECKING:
     from edgekit.formats.artifact.manifest import Manifest
     from edgekit.workflows.plan import Plan
-    from edgekit.workflows.quantize import Made
+    from edgekit.workflows.quantize import Quantized
 
 
 @click.command("export", short_help="Export a model for an engine and verify the file.")
@@ -206,7 +206,7 @@ def command(
 
 def _export(
     plan: "Plan", folder: Path, force: bool, as_json: bool
-) -> "tuple[Manifest, Made | None]":
+) -> "tuple[Manifest, Quantized | None]":
     """Choose the codes, where that was asked for, and export them."""
     from edgekit.common.progress import stage_printer
     from edgekit.workflows.export import export_plan, with_codes

@@ -54,7 +54,7 @@ def command(
         from edgekit.workflows.importance import write_imatrix
 
     with progress_line() as show:
-        found = write_imatrix(
+        written = write_imatrix(
             model,
             text_file,
             output,
@@ -65,6 +65,6 @@ def command(
             progress=show,
         )
     if as_json:
-        print_json(found.to_dict())
+        print_json(written.to_dict())
     else:
-        click.echo(found.text())
+        click.echo(written.sentence())

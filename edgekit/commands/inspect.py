@@ -1,5 +1,7 @@
 """`edgekit inspect`: what an artifact is made of, and which tensors of a model cost the most."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -41,39 +43,31 @@ def command(
     strays when one tensor alone is quantized. Figures are kept in the user's cache, tensor by
     tensor; an interrupted run goes on where it stopped.
     """
-    if sensitivity:
-        if check:
-            raise EdgekitError("--check and --sensitivity exclude each other")
-        _sensitivity(artifact, scheme or "w4g32", text_file, as_json)
-        return
-    if scheme is not None or text_file is not None:
+    if sensitivity and check:
+        raise EdgekitError("--check and --sensitivity exclude each other")
+    if not sensitivity and (scheme is not None or text_file is not None):
         raise EdgekitError("--scheme and --text are for --sensitivity")
     from edgekit.common.interrupts import interrupts_end_the_process
 
     with interrupts_end_the_process():
-        from edgekit.exporters.inspect.report import inspect
+        from edgekit.workflows.inspect import inspect_file, rank_tensors
 
-    report = inspect(Path(artifact), check)
+    if sensitivity:
+        with _resumable(), progress_line() as show:
+            report = rank_tensors(artifact, scheme, text_file, show)
+    else:
+        report = inspect_file(artifact, check)
     if as_json:
         print_json(report.to_dict())
     else:
         click.echo(report.text())
 
 
-def _sensitivity(name: str, scheme: str, text_file: Path | None, as_json: bool) -> None:
-    from edgekit.common.interrupts import interrupts_end_the_process
-
-    with interrupts_end_the_process():
-        from edgekit.workflows.sensitivity import sensitivity
-
+@contextmanager
+def _resumable() -> Iterator[None]:
     try:
-        with progress_line() as show:
-            found = sensitivity(name, scheme, text_file, show)
+        yield
     except KeyboardInterrupt:
         raise Interrupted(
             "interrupted; the figures so far are kept: the same command goes on from there"
         ) from None
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        click.echo(found.text())

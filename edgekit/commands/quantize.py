@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgekit.quantize.recipe import Recipe
     from edgekit.workflows.mixed_precision import Mixed
     from edgekit.workflows.quality import Quality
-    from edgekit.workflows.quantize import Made
+    from edgekit.workflows.quantize import Quantized
 
 
 @click.command("quantize", short_help="Write the quantized tensors as safetensors.")
@@ -144,7 +144,7 @@ def _choose(
         )
 
 
-def _write(source: "ModelSource", recipe: "Recipe", quality: "Quality", path: Path) -> "Made":
+def _write(source: "ModelSource", recipe: "Recipe", quality: "Quality", path: Path) -> "Quantized":
     from edgekit.workflows.quantize import quantize_model
 
     with progress_line() as show:
@@ -161,7 +161,7 @@ class _Report:
         self.source, self.mixed = source, mixed
         self.table = resolve(recipe, shapes, tied)
 
-    def text(self, path: Path | None, made: "Made | None") -> str:
+    def text(self, path: Path | None, made: "Quantized | None") -> str:
         from edgekit.commands._quality_options import quality_text
         from edgekit.quantize.table import format_table
 
@@ -170,7 +170,7 @@ class _Report:
         last = [] if path is None else [f"wrote {path}"]
         return "\n".join([table, *quality_text(self.mixed, made), *last])
 
-    def to_dict(self, path: Path | None, made: "Made | None") -> dict[str, Any]:
+    def to_dict(self, path: Path | None, made: "Quantized | None") -> dict[str, Any]:
         from edgekit.commands._quality_options import quality_dict
         from edgekit.quantize.table import table_json
 

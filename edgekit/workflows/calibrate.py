@@ -46,7 +46,7 @@ from edgekit.workflows.gains import Gains, measure
 from edgekit.workflows.quality import CODEBOOK_METHODS, WITH_TEXT
 
 VERSION = 2
-"""Of the computation: layers that another one kept are not used."""
+"""Version of the computation: layers that another version kept are not used."""
 
 CHUNK = 256
 """Tokens that are run together."""

@@ -27,14 +27,14 @@ from edgekit.runtime.engines.engine import EngineMissing, import_engine
 from edgekit.version import __version__
 from edgekit.workflows.calibrate import workspace_of
 from edgekit.workflows.plan import Plan
-from edgekit.workflows.quantize import Made, write_codes
+from edgekit.workflows.quantize import Quantized, write_codes
 from edgekit.workflows.verify import expected_logits, verification_tokens, verify_file
 
 
 @contextmanager
 def with_codes(
     plan: Plan, output: Path, steps: Steps | None = None
-) -> Iterator[tuple[Plan, Made | None]]:
+) -> Iterator[tuple[Plan, Quantized | None]]:
     """Give the plan to export, and what was found while its codes were chosen.
 
     Where a calibration or a budget was asked for, codes are written to a hidden file beside

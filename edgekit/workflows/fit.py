@@ -124,10 +124,10 @@ def _predict(
     table = stored(replace(resolve(recipe, shapes, tied), native=layout.NATIVE_SCHEMES))
     layout.check_rows(table)
     held = [Row(row.tensor, row.shape, layout.stored_bytes(row)) for row in table]
-    habits = ENGINES.load(target, "memory").HABITS
+    memory_model = ENGINES.load(target, "memory").MEMORY_MODEL
     positions = context or source.config.default_context
     shared = layout.stored_once(table)
-    return predict(source.config, held, positions, depth, habits, shared), source.id
+    return predict(source.config, held, positions, depth, memory_model, shared), source.id
 
 
 def _device(name: str) -> tuple[str, tuple[int, ...], tuple[float, str] | None]:

@@ -38,37 +38,38 @@ LEAST_CONTEXT = 2
 
 @dataclass(frozen=True)
 class WrittenImatrix:
-    """An importance matrix in the file `path`, measured on the text file named `text`."""
+    """A file with an importance matrix, and of which model and text it is."""
 
     path: Path
-    model: ModelSource
-    text_name: str
+    model_id: str
+    revision: str | None
+    text: str
     imatrix: Imatrix
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the facts for JSON; `context` is the tokens of a chunk."""
+        """Return what JSON takes."""
         return {
             "file": str(self.path),
-            "model": {"id": self.model.id, "revision": self.model.revision},
-            "text": self.text_name,
+            "model": {"id": self.model_id, "revision": self.revision},
+            "text": self.text,
             "matrices": len(self.imatrix.entries),
             "chunks": self.imatrix.chunk_count,
             "context": self.imatrix.chunk_size,
         }
 
-    def text(self) -> str:
-        """Return the same as a sentence."""
+    def sentence(self) -> str:
+        """Return it as a sentence."""
         found = self.imatrix
-        tokens = counted(found.chunk_count * found.chunk_size, "token")
         return (
             f"wrote {self.path}: {counted(len(found.entries), 'matrix', 'matrices')} over "
-            f"{tokens} in chunks of {found.chunk_size}"
+            f"{counted(found.chunk_count * found.chunk_size, 'token')} in chunks of "
+            f"{found.chunk_size}"
         )
 
 
 def write_imatrix(
     model: str,
-    text: Path,
+    text_file: Path,
     output: Path | None = None,
     *,
     context: int = 512,
@@ -77,25 +78,22 @@ def write_imatrix(
     force: bool = False,
     progress: Steps | None = None,
 ) -> WrittenImatrix:
-    """Measure a model on a UTF-8 file and write what `llama-imatrix` would: `edgekit imatrix`.
+    """Measure a model on a text and write the matrix to `output`, by default MODEL-imatrix.gguf.
 
-    `model` is a name of `edgekit models`, a hub id or a folder, `output` MODEL-imatrix.gguf by
-    default, which only `force` replaces; `context` and `chunks` as for `imatrix_of_text`.
-
-    Raises EdgekitError for what it raises it for, a file that cannot be read and an output that
-    cannot be written, the latter before anything is downloaded.
+    `model` is a name of `edgekit models`, a hub id or a folder, `context` the tokens of a chunk.
+    EdgekitError for what `imatrix_of_text` refuses, and for an output that exists unless `force`.
     """
-    words = read_text(text)
+    text = read_text(text_file)
     if output is not None:
-        check_output_file(output, force)
+        check_output_file(output, force)  # before anything is downloaded
     source = resolve_model(model, revision=revision)
     path = output or Path(f"{source.short_name}-imatrix.gguf")
     check_output_file(path, force)
     found = imatrix_of_text(
-        source, words, text.name, context=context, chunks=chunks, progress=progress
+        source, text, text_file.name, context=context, chunks=chunks, progress=progress
     )
     found.save(path)
-    return WrittenImatrix(path, source, text.name, found)
+    return WrittenImatrix(path, source.id, source.revision, text_file.name, found)
 
 
 def imatrix_of_text(

@@ -31,7 +31,7 @@ _END = 1000
 
 
 @dataclass(frozen=True)
-class Made:
+class Quantized:
     """What a file of codes was found to be: each tensor's SQNR in dB, and what was asked for.
 
     `gains` with a calibration, `measured`, to hold against `Mixed.predicted_kld`, with a budget.
@@ -91,7 +91,7 @@ def write_codes(
     path: Path,
     workspace: Path,
     progress: Steps | None = None,
-) -> Made:
+) -> Quantized:
     """Write the codes of a model to `path`; what is done of a calibration is kept in `workspace`.
 
     EdgekitError for a text that is none or too short, and for tensors that cannot be quantized.
@@ -110,7 +110,7 @@ def write_codes(
     if quality.budget is not None:
         codes = CodesFile.open(path, source.config)
         measured = divergence_of(source, codes.__getitem__, _text(quality))
-    return Made(sqnr, gains, measured)
+    return Quantized(sqnr, gains, measured)
 
 
 def quantize_model(
@@ -119,7 +119,7 @@ def quantize_model(
     quality: Quality,
     path: Path,
     progress: Steps | None = None,
-) -> Made:
+) -> Quantized:
     """Do what `write_codes` does, with the workspace beside the file."""
     with workspace_of(path) as workspace:
         return write_codes(source, recipe, quality, path, workspace, progress)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekit.common.files import cache_folder, make_folder, new_file, read_text
+from edgekit.common.files import cache_folder, make_folder, new_file
 from edgekit.common.plural import counted
 from edgekit.common.progress import Steps, no_steps
 from edgekit.common.tables import markdown_table
@@ -36,11 +36,11 @@ from edgekit.models.weights import ReadWeight
 from edgekit.quantize.by_scheme import quantize_weight
 from edgekit.quantize.names import EMBEDDING, HEAD
 from edgekit.quantize.schemes.floats import FLOAT
-from edgekit.quantize.schemes.names import Scheme, parse_scheme
+from edgekit.quantize.schemes.names import Scheme
 from edgekit.workflows.artifact_model import model_of
 
 VERSION = 1
-"""Of the computation: another one does not read these figures from the cache."""
+"""Version of the computation: figures cached by another version are ignored."""
 
 MAX_TOKENS = 256
 """Tokens of the text that are run."""
@@ -107,23 +107,18 @@ class Sensitivity:
 
 def sensitivity(
     name: str,
-    scheme: Scheme | str = "w4g32",
-    text: str | Path | None = None,
+    scheme: Scheme,
+    text: str = TEXT,
     progress: Steps | None = None,
 ) -> Sensitivity:
     """Measure every matrix of a model, or of the model that an artifact was made of.
 
-    `scheme` is what one matrix at a time is quantized to, or its name; `text` what is measured on,
-    a built-in one by default, a Path a UTF-8 file.
-
     Raises `EdgekitError` for the float scheme, a text that is too short, and a cache that cannot
     be written.
     """
-    scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    words = read_text(text) if isinstance(text, Path) else TEXT if text is None else text
     if scheme.is_float:
         raise EdgekitError("`scheme` float costs nothing: give one that quantizes, such as w4g32")
-    return next(sensitivities(_source(name), [scheme], words, lambda scheme: progress or no_steps))
+    return next(sensitivities(_source(name), [scheme], text, lambda scheme: progress or no_steps))
 
 
 def sensitivities(

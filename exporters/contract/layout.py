@@ -74,7 +74,7 @@ class Layout(Protocol):
         ...
 
     def requires(self, options: Options) -> dict[str, str]:
-        """Return what must be there to run the file: versions of formats and of run times."""
+        """Return what must be there to run the file: versions of formats and of runtimes."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What a target's file holds where it holds no codebooks: their entries, looked up, as int8 codes.
+"""How a target without codebooks stores them: each code looked up, as int8.
 
 Codebooks of `edgekit.quantize` have int8 entries, so that the product with the scale is the same
 number and the engine's 8-bit kernels run it; only the bits saved are lost, which the table says. So

@@ -8,7 +8,6 @@ from edgekit.exporters.registry import TARGETS
 from edgekit.formats.artifact.manifest import Manifest
 from edgekit.formats.artifact.read import MANIFEST, TARGET_OF, Artifact, DamagedArtifact
 from edgekit.formats.onnx.genai_config import GenaiConfig, is_genai_folder
-from edgekit.models.catalogue import find_model
 from edgekit.models.named_artifact import open_artifact
 
 
@@ -40,13 +39,8 @@ def inspect(path: Path, check: bool = False) -> Report:
     """Report on an artifact folder, one of onnxruntime-genai's, a model file or a calibration.
 
     `check` compares every file's sha256 with the manifest: VerificationError names those that
-    differ. EdgekitError for a model, and where something is missing, foreign or corrupt.
+    differ. EdgekitError where something is missing, foreign or corrupt.
     """
-    if _is_model(path):
-        raise EdgekitError(
-            f"{path}: is a model, not an artifact: give `sensitivity` to rank its tensors, or "
-            "inspect the folder that `edgekit export` makes of it"
-        )
     if path.is_file():
         if check:
             raise EdgekitError(
@@ -58,14 +52,6 @@ def inspect(path: Path, check: bool = False) -> Report:
     artifact = open_unchanged(path) if check else open_artifact(path)
     checked = len(artifact.manifest.files) if check else None
     return _inspector(artifact.target, path).report(artifact.model_path, artifact.manifest, checked)
-
-
-def _is_model(path: Path) -> bool:
-    """Whether a path is a name of the catalogue's, or a model's folder, and no artifact."""
-    if path.is_dir():
-        has_weights = any(path.glob("*.safetensors")) and (path / "config.json").is_file()
-        return has_weights and not (path / MANIFEST).exists() and not is_genai_folder(path)
-    return not path.exists() and find_model(str(path)) is not None
 
 
 def _bare_file(path: Path) -> Report:

@@ -30,7 +30,7 @@ class ContribBlocks:
     """`edgekit.exporters.onnx.wiring.Blocks` for ONNX Runtime.
 
     `twins` maps a tensor to the one whose bytes it shares; without `fused_conv` the convolutions
-    do without CausalConvWithState, which run times before onnxruntime 1.25.1 lack.
+    do without CausalConvWithState, which runtimes before onnxruntime 1.25.1 lack.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ def fake_quantize(x: Tensor, weight: QuantizedTensor) -> Tensor:
 
 
 def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
-    """Write the model, the file of its weights and what the run time wants beside them."""
+    """Write the model, the file of its weights and what the runtime wants beside them."""
     import onnx
 
     from edgekit.exporters.onnx.graph import CONTRIB, OnnxGraph, new_data_file
@@ -38,7 +38,7 @@ def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
     options = job.options
     path = folder / model_file(job.table, options)
     path.parent.mkdir(exist_ok=True)
-    # each run time has its own idea of how that file's name ends
+    # each runtime has its own idea of how that file's name ends
     data = path.with_name(path.name + (".data" if options.abi == "genai" else "_data"))
     opsets = {"": OPSET} if options.portable else {"": OPSET, CONTRIB: 1}
     with new_data_file(data) as file:
@@ -58,7 +58,7 @@ def write(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
 
 
 def check_tokenizer(path: Path, folder: Path) -> dict[str, int]:
-    """Return nothing: the run times read tokenizer.json beside the model."""
+    """Return nothing: the runtimes read tokenizer.json beside the model."""
     return {}
 
 

@@ -61,7 +61,7 @@ def stored_once(table: Table) -> list[str]:
 
 
 def model_file(rows: Sequence[Resolved], options: Options) -> str:
-    """Return the name that the run time looks for, with its folder."""
+    """Return the name that the runtime looks for, with its folder."""
     if options.abi == "genai":
         return "model.onnx"
     return f"onnx/model{dtype_names(rows)[1]}.onnx"

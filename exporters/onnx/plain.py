@@ -1,4 +1,4 @@
-"""The blocks of a decoder in operators that ONNX itself defines, for any run time.
+"""The blocks of a decoder in operators that ONNX itself defines, for any runtime.
 
 Weights lie as `[columns, rows]`, so that DequantizeLinear and MatMul are one product in ONNX
 Runtime (onnxruntime fuses them to MatMulNBits; an extra Transpose keeps it from doing so).
@@ -23,7 +23,7 @@ _UNSEEN = np.float32(np.finfo(np.float32).min)
 
 
 class PlainBlocks:
-    """`edgekit.exporters.onnx.wiring.Blocks` without any run time's own operators."""
+    """`edgekit.exporters.onnx.wiring.Blocks` without any runtime's own operators."""
 
     def __init__(
         self, graph: OnnxGraph, weights: Mapping[str, Weight], config: ModelConfig, context: int

@@ -1,4 +1,4 @@
-"""Names and shapes of a decoder's states, as the run times that keep them want them.
+"""Names and shapes of a decoder's states, as the runtimes that keep them want them.
 
 onnxruntime-genai 0.18 (models/builders/lfm2.py): `past.0.conv [batch, width, kernel - 1]`, and a
 graph input that it does not know needs a default. Transformers.js 4 (src/configs.js,

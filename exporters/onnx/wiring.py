@@ -1,7 +1,7 @@
 """The wiring of any decoder in ONNX: what `edgekit.models.decoder` is in torch, as nodes.
 
 Built directly, not traced: the graph is small, and this way each node, name and state is the one
-that the run times expect. What a linear, a norm or the attention is made of is given by `Blocks`.
+that the runtimes expect. What a linear, a norm or the attention is made of is given by `Blocks`.
 Activations are `[batch, tokens, width]`.
 """
 

@@ -37,7 +37,7 @@ from edgekit.runtime.bench.run import (
     read_bandwidth,
     run,
 )
-from edgekit.runtime.bench.traffic import Holdings, holdings_of
+from edgekit.runtime.bench.traffic import WeightSummary, holdings_of
 from edgekit.runtime.bench.worker_process import WorkerProcess
 from edgekit.runtime.decode_bytes import Shape, Traffic
 from edgekit.runtime.engines.engine import Threads
@@ -255,7 +255,7 @@ class _Decoder:
 
     name: str
     file: ModelFile
-    holdings: Holdings
+    holdings: WeightSummary
     tests: tuple[_ShapeTest, ...]
 
     def load(self, worker: WorkerProcess, host: Host, threads: int | None) -> Loaded:

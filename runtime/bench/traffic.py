@@ -15,7 +15,7 @@ from edgekit.runtime.model_files import ModelFile
 
 
 @dataclass(frozen=True)
-class Holdings:
+class WeightSummary:
     """Which model a file holds and in what; nothing where nobody says it.
 
     `model` has at least the key `id`; `schemes` counts tensors and bytes.
@@ -26,7 +26,7 @@ class Holdings:
     traffic: Traffic | None
 
 
-def holdings_of(file: ModelFile) -> Holdings:
+def holdings_of(file: ModelFile) -> WeightSummary:
     """Read an artifact's manifest, and a file's own table, which counts what is in the file."""
     stated = stated_by(file.path, file.engine)
     if file.manifest is not None:
@@ -34,10 +34,10 @@ def holdings_of(file: ModelFile) -> Holdings:
         traffic = None if stated is None else stated.traffic
         if stated is None:
             traffic = decode_traffic(rows, ModelConfig.load(file.place))
-        return Holdings(file.manifest.model.to_json(), count_schemes(rows), traffic)
+        return WeightSummary(file.manifest.model.to_json(), count_schemes(rows), traffic)
     if stated is not None:
-        return Holdings({"id": stated.model}, stated.schemes, stated.traffic)
-    return Holdings({"id": None}, {}, None)
+        return WeightSummary({"id": stated.model}, stated.schemes, stated.traffic)
+    return WeightSummary({"id": None}, {}, None)
 
 
 def decode_traffic(rows: Iterable[TensorRow], config: ModelConfig) -> Traffic:

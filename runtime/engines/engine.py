@@ -25,7 +25,7 @@ from edgekit.runtime.engines.registry import ENGINES
 TokenIds = NDArray[np.int64]
 
 DEFAULT_CONTEXT = 2048
-"""Positions that a file gets room for which leaves that open; fewer where its model takes fewer."""
+"""Context length where a file states none, capped at the model's own."""
 THREADS_PER_CPU = 4
 
 # Where a module's name is not what one installs.
@@ -190,13 +190,13 @@ class OneSequenceEngine(ABC):
 
 
 class EngineMissing(EdgekitError):
-    """The run time of an engine is not installed; the message says how to install it."""
+    """The runtime of an engine is not installed; the message says how to install it."""
 
 
 def import_engine(name: str) -> ModuleType:
     """Import the engine of that name: `open_engine(model_path, threads, context) -> Engine`.
 
-    EdgekitError for an unknown name; EngineMissing where its run time is not installed.
+    EdgekitError for an unknown name; EngineMissing where its runtime is not installed.
 
     EngineCrash where its library does not survive a first load, which is tried elsewhere.
     """

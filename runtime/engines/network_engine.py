@@ -87,7 +87,7 @@ def load_module(target: str, path: Path | str, threads: int | None = None) -> Mo
 def import_module_engine(target: str) -> ModuleType:
     """Import a target's engine: `open_module(path, threads) -> ModuleEngine`.
 
-    EdgekitError for a target whose engine runs no modules; EngineMissing where its run time is not
+    EdgekitError for a target whose engine runs no modules; EngineMissing where its runtime is not
     installed.
     """
     module = ENGINES.find(target, "network")

@@ -138,7 +138,7 @@ def test_per_channel_int4_warns_on_stderr(model: Path) -> None:
         (["--scheme", "w4g128"], "cannot hold it: group size 128"),
         (["--recipe", "absent.toml"], "absent.toml: cannot be read"),
         (["-o", "."], "is a folder"),
-        (["-o", "absent/q.safetensors"], "does not exist"),
+        (["-o", "small/config.json/q"], "config.json: is no folder"),
     ],
 )
 def test_mistakes_end_in_one_line(

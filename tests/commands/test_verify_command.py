@@ -86,7 +86,7 @@ def test_a_model_that_is_gone_asks_for_its_place(artifact: Path) -> None:
 
 
 def without_the_engine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Put an engine in the place of ExecuTorch whose run time is not installed."""
+    """Put an engine in the place of ExecuTorch whose runtime is not installed."""
     folder.mkdir()
     (folder / "__init__.py").touch()
     (folder / "decoder.py").write_text("import no_such_run_time\n")

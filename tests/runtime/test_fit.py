@@ -11,7 +11,7 @@ from edgekit.cli import main
 from edgekit.errors import EdgekitError
 from edgekit.exporters.executorch import blocks as xnnpack_blocks
 from edgekit.models.config import ModelConfig
-from edgekit.runtime.engines.habits import Habits
+from edgekit.runtime.engines.memory_model import MemoryModel
 from edgekit.runtime.fit import (
     PREFILL_CHUNK,
     Fit,
@@ -111,7 +111,7 @@ def test_depth_adds_the_cache_before_it() -> None:
 
 def test_engine_that_does_not_pack_needs_the_file_once(int8: Fit) -> None:
     mapped = predict(
-        LFM2_1_2B, int8_rows(LFM2_1_2B), context=2048, habits=Habits(packs_linears=False)
+        LFM2_1_2B, int8_rows(LFM2_1_2B), context=2048, memory_model=MemoryModel(packs_linears=False)
     )
     assert mapped.packed_bytes == 0
     assert mapped.peak_bytes == mapped.resident_bytes == int8.resident_bytes
@@ -121,9 +121,9 @@ def test_engine_that_does_not_pack_needs_the_file_once(int8: Fit) -> None:
 def test_a_shared_head_is_in_the_file_once_and_packed_all_the_same(packs: bool) -> None:
     """A vocabulary matrix is 134,479,872 bytes; all is read per token as before."""
     rows = int8_rows(LFM2_1_2B)
-    habits = Habits(packs_linears=packs)
-    once = predict(LFM2_1_2B, rows, 2048, habits=habits, shared=["lm_head.weight"])
-    twice = predict(LFM2_1_2B, rows, 2048, habits=habits)
+    memory_model = MemoryModel(packs_linears=packs)
+    once = predict(LFM2_1_2B, rows, 2048, memory_model=memory_model, shared=["lm_head.weight"])
+    twice = predict(LFM2_1_2B, rows, 2048, memory_model=memory_model)
     assert twice.file_bytes - once.file_bytes == 134_479_872
     assert twice.peak_bytes - once.peak_bytes == 134_479_872
     assert twice.resident_bytes - once.resident_bytes == (0 if packs else 134_479_872)

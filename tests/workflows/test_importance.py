@@ -19,7 +19,7 @@ from edgekit.errors import EdgekitError
 from edgekit.exporters.gguf.llama.imatrix import Imatrix
 from edgekit.exporters.gguf.names import gguf_names
 from edgekit.models.source import ModelSource, resolve_model
-from edgekit.workflows.importance import imatrix_of_text, write_imatrix
+from edgekit.workflows.importance import imatrix_of_text
 
 STORY = (
     "Once upon a time there was a boat <|im_end|> on a pond. A duck saw the boat, and the duck "
@@ -158,15 +158,3 @@ def test_random_weights_have_no_tokenizer() -> None:
     source = resolve_model("lfm2-350m", random_weights=True)
     with pytest.raises(EdgekitError, match="random weights have no tokenizer"):
         imatrix_of_text(source, TEXT, "")
-
-
-def test_the_workflow_writes_what_the_command_says(tmp_path: Path) -> None:
-    text, output = tmp_path / "story.txt", tmp_path / "new" / "folders" / "story.gguf"
-    text.write_text(TEXT)
-    found = write_imatrix("lfm2-tiny", text, output, context=CONTEXT, chunks=1)
-    assert Imatrix.load(output).entries.keys() == found.imatrix.entries.keys()
-    facts = found.to_dict()
-    assert (facts["file"], facts["text"], facts["chunks"]) == (str(output), "story.txt", 1)
-    with pytest.raises(EdgekitError, match="give `force` to replace it") as refused:
-        write_imatrix("lfm2-tiny", text, output)
-    assert refused.value.field == "output"

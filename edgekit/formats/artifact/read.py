@@ -22,7 +22,7 @@ from edgekit.formats.artifact.parts import FileFacts
 MANIFEST = "edgekit.json"
 _CONFIG = "config.json"
 TARGET_OF = {".gguf": "gguf", ".onnx": "onnx", ".pte": "executorch"}
-"""Whose a model file is that comes without a manifest, by the end of its name."""
+"""Target of a bare model file, by suffix."""
 _TRANSFORMERS_JS = "onnx"
 _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_DEPTH = 32

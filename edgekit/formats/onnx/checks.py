@@ -1,4 +1,4 @@
-"""What must hold before an ONNX graph is run, and is not left to the run time to find out."""
+"""What must hold before an ONNX graph is run, and is not left to the runtime to find out."""
 
 import re
 from pathlib import Path

@@ -35,7 +35,7 @@ def load_program(path: Path) -> Any:  # noqa: ANN401 - the binding is not typed
 def check_program_file(path: Path) -> None:
     """Refuse a file that is not a complete `.pte`.
 
-    The run time maps the file and trusts the sizes in its header: a truncated one would end the
+    The runtime maps the file and trusts the sizes in its header: a truncated one would end the
     process by a bus error when a missing page is read.
     """
     if not PteHeader.read(path).complete:

@@ -1,5 +1,5 @@
 """ExecuTorch packs the linears, keeps float32 caches and takes any prompt in one pass."""
 
-from edgekit.runtime.engines.habits import Habits
+from edgekit.runtime.engines.memory_model import MemoryModel
 
-HABITS = Habits()
+MEMORY_MODEL = MemoryModel()

@@ -1,4 +1,4 @@
-"""What llama.cpp takes for granted in a GGUF, and ends the process over where it is not so.
+"""Preconditions that llama.cpp asserts: a file that breaks one would abort the process.
 
 What it merely cannot load, it refuses with a reason. But some numbers it asserts (GGML_ASSERT
 in src/llama-model.cpp, src/llama-vocab.cpp and the operators of ggml), and those are looked at here

@@ -80,7 +80,7 @@ class OnnxEngine(OneSequenceEngine):
             logits = self._run(tokens, position, rows).reshape(-1, self.vocab_size)
             if len(logits) < rows:
                 raise ValueError(f"it gives logits for {len(logits)} tokens, not for {rows}")
-            # a copy, for the run time uses that memory again
+            # a copy, for the runtime uses that memory again
             return cast(Logits, logits[-rows:].astype(np.float32))
         except Exception as error:  # the exceptions of onnxruntime share no other base
             raise EdgekitError(

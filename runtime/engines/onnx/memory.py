@@ -1,5 +1,5 @@
 """ONNX Runtime is taken to pack the linears; it keeps float32 caches and takes prompts in parts."""
 
-from edgekit.runtime.engines.habits import Habits
+from edgekit.runtime.engines.memory_model import MemoryModel
 
-HABITS = Habits(whole_prompt=False)
+MEMORY_MODEL = MemoryModel(whole_prompt=False)

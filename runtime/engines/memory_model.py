@@ -6,7 +6,7 @@ FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Habits:
+class MemoryModel:
     """What an engine does with memory; by default what takes most.
 
     `packs_linears` False is an engine that multiplies from the file's bytes; `cache_bytes` are
