@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,12 +54,14 @@ class ActivationParameters:
         return steps.clamp_(0, LEVELS - 1).to(torch.uint8)
 
 
-def activation_parameters(least: float, most: float) -> ActivationParameters:
+def activation_parameters(
+    least: float, most: float, reciprocal: bool = False
+) -> ActivationParameters:
     """Return the parameters that cover [least, most] and 0, by `ranges.from_range`'s formulas.
 
     `D = (most - least) / 255` and `z = round(-least / D)`; of one value, a constant, D is its
-    magnitude, so that it has a code exactly. ValueError where the range is not finite or too small
-    for a float32 scale.
+    magnitude, so that it has a code exactly. With `reciprocal` D is the next 1/n above, n whole.
+    ValueError where the range is not finite or too small for a float32 scale.
     """
     if least == most == 0:
         return ActivationParameters(SCALE_OF_ZERO, 0)
@@ -70,7 +73,17 @@ def activation_parameters(least: float, most: float) -> ActivationParameters:
     scale = float(torch.tensor((most - least) / (LEVELS - 1), dtype=torch.float32))
     if not (torch.finfo(torch.float32).tiny <= scale < math.inf):  # also false for NaN
         raise ValueError(f"a range of [{least:g}, {most:g}] has no usable scale")
+    if reciprocal:
+        scale = _reciprocal_above(scale)
     return ActivationParameters(scale, min(max(round(-least / scale), 0), LEVELS - 1))
+
+
+def _reciprocal_above(scale: float) -> float:
+    """Return the smallest 1/n above a scale whose reciprocal in float32 is n again."""
+    n = int(1 / scale)
+    while n > 1 and np.float32(1) / np.float32(1 / n) != n:
+        n -= 1
+    return float(np.float32(1 / n)) if n else scale
 
 
 class Observer(Protocol):

@@ -72,6 +72,7 @@ class TracedTraining(Training, Prepared):
         self._observers = {node.name: MovingAverage() for node in placement.values()}
         self._members = placement.members()
         self._edges = placement.edges
+        self._of_softmax = placement.of_softmax()
         self._samples = 0
         self._batches = 0
         device = next((item.device for item in model.parameters()), torch.device("cpu"))
@@ -240,7 +241,8 @@ class TracedTraining(Training, Prepared):
         if least == most and not self._fixed.issuperset(members):
             raise self._error(node, EdgekitError(f"is {least:g} everywhere"))
         try:
-            return activation_parameters(least, most)
+            reciprocal = self._edges[node] in self._of_softmax
+            return activation_parameters(least, most, reciprocal)
         except ValueError as error:
             raise self._error(node, error) from error
 

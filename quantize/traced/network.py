@@ -125,11 +125,11 @@ def edge_parameters(
     if calibration is None:
         raise EdgekitError("quantized activations need a calibration: give calibration data")
     names = placement.traced.names
-    found = {}
+    found, of_softmax = {}, placement.of_softmax()
     for edge, members in placement.members().items():
         least, most = calibration.covering([names[node] for node in members])
         try:
-            found[edge] = activation_parameters(least, most)
+            found[edge] = activation_parameters(least, most, edge in of_softmax)
         except ValueError as error:
             raise EdgekitError(f"calibration: tensor {edge!r}: {error}") from error
     return {node: found[edge] for node, edge in placement.edges.items()}

@@ -55,6 +55,9 @@ Engines pool, move and join codes as they are. For joining this makes all operan
 are here for where nothing before them can fuse them.
 """
 
+SOFTMAX = (aten.softmax.int,)
+"""Float; ONNX Runtime's integer kernel takes the reciprocal of its output's scale for whole."""
+
 AVERAGES = (aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim)
 """Of those, the operators that compute new values; the others move or select old ones."""
 

@@ -22,6 +22,7 @@ from edgekit.quantize.traced.operators import (
     MATRIX_LAYERS,
     NEW_RANGE,
     PAIRS,
+    SOFTMAX,
     Layer,
     arguments,
     aten,
@@ -61,9 +62,25 @@ class Placement:
             found.setdefault(edge, []).append(node)
         return found
 
+    def of_softmax(self) -> set[str]:
+        """Return the edges with a value of a softmax, moved or not, whose scales are to be 1/n.
+
+        QLinearSoftmax of ONNX Runtime multiplies by floor(1 / scale)
+        (onnxruntime/contrib_ops/cpu/quantization/qlinear_softmax.cc): at 1/300.9 it would be a
+        code off.
+        """
+        return {self.edges[node.name] for node in self.values() if _is_softmax(node)}
+
     def schemes(self) -> dict[str, tuple[Layer, str]]:
         """Return each quantized layer with its scheme's name, by node name."""
         return {name: (layer, rule.scheme.name) for name, (layer, rule) in self.layers.items()}
+
+
+def _is_softmax(node: Node) -> bool:
+    """Whether a node is a softmax, or what such a one moved, pooled or joined is."""
+    if node.target in SOFTMAX:
+        return True
+    return node.target in KEEPS_RANGE and any(map(_is_softmax, node.all_input_nodes))
 
 
 def place(traced: TracedModule, recipe: LayerRecipe) -> Placement:

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from edgekit.errors import EdgekitError, VerificationError
 from edgekit.exporters.onnx import network as module_onnx
+from edgekit.exporters.onnx.optimised import kernels_run
 from edgekit.exporters.verify.network import (
     UNDECIDED,
     ModuleVerification,
@@ -29,9 +30,14 @@ from edgekit.exporters.verify.network import (
     reference_case,
     verify_module,
 )
+from edgekit.quantize.observers import activation_parameters
 from edgekit.quantize.traced.network import TIE, QuantizedNetwork
 from edgekit.runtime.engines.network_engine import load_module
-from edgekit.workflows.export_network import place_module, quantize_placement
+from edgekit.workflows.export_network import (
+    export_module,
+    place_module,
+    quantize_placement,
+)
 
 on_x86 = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="additions of other kernels are not float"
@@ -318,3 +324,38 @@ def test_an_artifact_from_before_says_what_to_do(tmp_path: Path) -> None:
     save_file(held, path)
     with pytest.raises(EdgekitError, match="holds no bound: export it again"):
         type(case).load(path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_softmax_before_a_layer_is_rounded_as_it_should(seed: int, tmp_path: Path) -> None:
+    """YOLO's distribution of distances: QLinearSoftmax multiplies by floor(1 / scale)."""
+
+    class Distances(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores, self.mean = nn.Conv2d(3, 16, 1), nn.Conv2d(4, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            shares = self.scores(x).reshape(-1, 4, 4, 25).transpose(1, 2).softmax(1)
+            found: Tensor = self.mean(shares.transpose(2, 3))
+            return found
+
+    torch.manual_seed(seed)
+    net, x = Distances().eval(), torch.randn(4, 3, 5, 5)
+    artifact = export_module(
+        net, (x,), tmp_path / "a", target="onnx", calibration=[x], max_batch=4
+    )
+    figures = artifact.manifest.verification
+    assert figures["codes_checked"] > 0
+    assert figures["max_from_rounding"] <= 0.5 + TIE
+    assert figures["rms_steps"] == 0
+    ran = [name for name, _ in kernels_run(artifact.model_path)]
+    assert "QLinearSoftmax" in ran
+
+
+def test_a_reciprocal_scale_covers_the_range() -> None:
+    for most in (1.0, 0.999, 0.3, 0.01):
+        usual = activation_parameters(0, most)
+        found = activation_parameters(0, most, reciprocal=True)
+        assert usual.scale <= found.scale < 1.01 * usual.scale
+        assert np.float32(1) / np.float32(found.scale) == round(1 / found.scale)
