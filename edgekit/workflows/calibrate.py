@@ -175,8 +175,9 @@ def workspace_of(output: Path) -> Iterator[Path]:
         with half_written(folder, keep_if_filled=True):
             yield folder
     except BaseException:
-        with suppress(OSError):  # there is none, or something is kept in it
-            folder.rmdir()
+        for empty in (*folder.glob("*"), folder):
+            with suppress(OSError):  # there is none, or something is kept in it
+                empty.rmdir()
         raise
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -309,3 +309,16 @@ def test_gptq_halves_the_divergence(tmp_path: Path) -> None:
     rtn, mse, best = (step["kld"]["value"] for step in record["gains"]["steps"])
     assert mse < rtn
     assert best < 0.5 * rtn
+
+
+def test_a_run_that_keeps_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    """As where the disk is full before a layer is done."""
+    with pytest.raises(OSError, match="full"), module.workspace_of(tmp_path / "q") as folder:
+        (folder / "digest").mkdir(parents=True)
+        raise OSError("full")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="full"), module.workspace_of(tmp_path / "q") as folder:
+        (folder / "digest").mkdir(parents=True)
+        (folder / "digest" / "layer-0.safetensors").touch()
+        raise OSError("full")
+    assert (tmp_path / ".q.calibration" / "digest" / "layer-0.safetensors").exists()
