@@ -13,9 +13,7 @@ from edgekit.commands._recipe_options import RecipeChoice
 from edgekit.errors import EdgekitError, Interrupted
 
 if TYPE_CHECKING:
-    from edgekit.workflows.mixed_precision import Mixed
     from edgekit.workflows.quality import Quality
-    from edgekit.workflows.quantize import Quantized
 
 
 @dataclass(frozen=True)
@@ -107,29 +105,6 @@ def resumable(quality: "Quality") -> Iterator[None]:
         raise Interrupted(
             "interrupted; what is done so far is kept: the same command goes on from there"
         ) from None
-
-
-def quality_text(mixed: "Mixed | None", made: "Quantized | None") -> list[str]:
-    """Return what a budget chose and what a calibration gained, as paragraphs."""
-    parts = []
-    if mixed is not None:
-        parts.append(f"\n{mixed.text()}")
-        if made is not None and made.measured is not None:
-            parts.append(f"measured KLD {made.measured.text(5)}")
-    if made is not None and made.gains is not None:
-        parts.append(f"\n{made.gains.text()}")
-    return parts
-
-
-def quality_dict(mixed: "Mixed | None", made: "Quantized | None") -> dict[str, Any]:
-    """Return the same as JSON data."""
-    found: dict[str, Any] = {}
-    if mixed is not None:
-        measured = None if made is None or made.measured is None else made.measured.to_dict()
-        found["mixed"] = {**mixed.to_dict(), "measured_kld": measured}
-    if made is not None and made.gains is not None:
-        found["gains"] = made.gains.to_dict()
-    return found
 
 
 def _bytes(text: str) -> int:

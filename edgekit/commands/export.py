@@ -13,9 +13,7 @@ from edgekit.commands._modules import export_module_of
 from edgekit.commands._progress import progress_line
 from edgekit.commands._quality_options import (
     QualityChoice,
-    quality_dict,
     quality_options,
-    quality_text,
     resumable,
 )
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options_of_any
@@ -198,6 +196,8 @@ def command(
             err=True,
         )
     if as_json:
+        from edgekit.workflows.quantize import quality_dict
+
         facts = manifest.to_json() | quality_dict(plan.mixed, made)
         print_json({"artifact": str(folder), **facts})
     else:
@@ -210,6 +210,7 @@ def _export(
     """Choose the codes, where that was asked for, and export them."""
     from edgekit.common.progress import stage_printer
     from edgekit.workflows.export import export_plan, with_codes
+    from edgekit.workflows.quantize import quality_text
 
     with ExitStack() as stack:
         with progress_line() as show:

@@ -1,7 +1,6 @@
 """`edgekit quantize`: codes and scales of a model in one safetensors file."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,13 +11,6 @@ from edgekit.commands._modules import quantize_module_of
 from edgekit.commands._progress import progress_line
 from edgekit.commands._quality_options import QualityChoice, quality_options, resumable
 from edgekit.commands._recipe_options import RecipeChoice, recipe_options_of_any
-
-if TYPE_CHECKING:
-    from edgekit.models.source import ModelSource
-    from edgekit.quantize.recipe import Recipe
-    from edgekit.workflows.mixed_precision import Mixed
-    from edgekit.workflows.quality import Quality
-    from edgekit.workflows.quantize import Quantized
 
 
 @click.command("quantize", short_help="Write the quantized tensors as safetensors.")
@@ -94,95 +86,28 @@ def command(
     module.refuse_for_a_model()
     quality = chosen.of_a_model(choice)
     with interrupts_end_the_process():
-        from edgekit.common.files import check_output_file
-        from edgekit.models.source import resolve_model
-        from edgekit.quantize.recipe import preset, warnings
+        from edgekit.workflows.codes_file import plan_codes, write_planned
 
-    if output is not None and not dry_run:
-        check_output_file(output, force)  # before anything is downloaded
-    # Shapes are all that a dry run needs, but for a budget: no weights are read or downloaded.
-    without_weights = dry_run and quality.budget is None
-    source = resolve_model(
-        model,
-        revision=revision,
-        random_weights=random_weights or without_weights,
-        adapter=adapter,
-    )
-    label = choice.label if quality.budget is None else quality.budget.label
-    path = None if dry_run else output or Path(f"{source.short_name}-{label}.safetensors")
-    if path is not None:
-        check_output_file(path, force)
-    recipe = choice.recipe() if quality.budget is None else preset("int8")
     with resumable(quality):
-        recipe, mixed = _choose(source, recipe, quality)
-        report = _Report(source, recipe, mixed)
-        for warning in [*source.notes(), *warnings(report.table)]:
+        with progress_line() as show:
+            codes = plan_codes(
+                model,
+                output,
+                choice.recipe(),
+                choice.label,
+                quality,
+                dry_run=dry_run,
+                force=force,
+                revision=revision,
+                random_weights=random_weights,
+                adapter=adapter,
+                progress=show,
+            )
+        for warning in codes.warnings():
             click.echo(f"edgekit: warning: {warning}", err=True)
-        made = None if path is None else _write(source, recipe, quality, path)
+        with progress_line() as show:
+            codes = write_planned(codes, show)
     if as_json:
-        print_json(report.to_dict(path, made))
+        print_json(codes.to_dict())
     else:
-        click.echo(report.text(path, made))
-
-
-def _choose(
-    source: "ModelSource", recipe: "Recipe", quality: "Quality"
-) -> "tuple[Recipe, Mixed | None]":
-    from edgekit.quantize.schemes.names import parse_scheme
-    from edgekit.workflows.mixed_precision import EVERYWHERE
-    from edgekit.workflows.quantize import choose_recipe, smaller_schemes
-
-    with progress_line() as show:
-        schemes = [parse_scheme(name) for name in EVERYWHERE]
-        return choose_recipe(
-            source,
-            recipe,
-            quality,
-            schemes,
-            progress=show,
-            others=lambda: smaller_schemes(source.config),
-        )
-
-
-def _write(source: "ModelSource", recipe: "Recipe", quality: "Quality", path: Path) -> "Quantized":
-    from edgekit.workflows.quantize import quantize_model
-
-    with progress_line() as show:
-        return quantize_model(source, recipe, quality, path, show)
-
-
-class _Report:
-    """What is printed: the table, the choices of a budget, what calibration gained."""
-
-    def __init__(self, source: "ModelSource", recipe: "Recipe", mixed: "Mixed | None") -> None:
-        from edgekit.quantize.recipe import resolve
-
-        shapes, tied = source.config.tied_shapes()
-        self.source, self.mixed = source, mixed
-        self.table = resolve(recipe, shapes, tied)
-
-    def text(self, path: Path | None, made: "Quantized | None") -> str:
-        from edgekit.commands._quality_options import quality_text
-        from edgekit.quantize.table import format_table
-
-        sqnr = None if made is None else made.sqnr
-        table = format_table(self.table, sqnr)
-        last = [] if path is None else [f"wrote {path}"]
-        return "\n".join([table, *quality_text(self.mixed, made), *last])
-
-    def to_dict(self, path: Path | None, made: "Quantized | None") -> dict[str, Any]:
-        from edgekit.commands._quality_options import quality_dict
-        from edgekit.quantize.table import table_json
-
-        sqnr = None if made is None else made.sqnr
-        return {
-            "model": {"id": self.source.id, "revision": self.source.revision, **self._adapter()},
-            "tensors": table_json(self.table, sqnr),
-            "bytes": self.table.nbytes,
-            "file": None if path is None else str(path),
-            **quality_dict(self.mixed, made),
-        }
-
-    def _adapter(self) -> dict[str, Any]:
-        adapter = self.source.adapter
-        return {} if adapter is None else {"adapter": adapter.to_dict()}
+        click.echo(codes.text())

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgekit.common.files import is_pipe, make_folder, read_text
 from edgekit.common.progress import Steps, no_steps
@@ -123,6 +124,29 @@ def quantize_model(
     """Do what `write_codes` does, with the workspace beside the file."""
     with workspace_of(path) as workspace:
         return write_codes(source, recipe, quality, path, workspace, progress)
+
+
+def quality_text(mixed: Mixed | None, made: Quantized | None) -> list[str]:
+    """Return what a budget chose and what a calibration gained, as paragraphs."""
+    parts = []
+    if mixed is not None:
+        parts.append(f"\n{mixed.text()}")
+        if made is not None and made.measured is not None:
+            parts.append(f"measured KLD {made.measured.text(5)}")
+    if made is not None and made.gains is not None:
+        parts.append(f"\n{made.gains.text()}")
+    return parts
+
+
+def quality_dict(mixed: Mixed | None, made: Quantized | None) -> dict[str, Any]:
+    """Return the same as JSON data."""
+    found: dict[str, Any] = {}
+    if mixed is not None:
+        measured = None if made is None or made.measured is None else made.measured.to_dict()
+        found["mixed"] = {**mixed.to_dict(), "measured_kld": measured}
+    if made is not None and made.gains is not None:
+        found["gains"] = made.gains.to_dict()
+    return found
 
 
 def _write_rounded(
