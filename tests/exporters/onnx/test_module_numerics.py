@@ -342,9 +342,7 @@ def test_a_softmax_before_a_layer_is_rounded_as_it_should(seed: int, tmp_path: P
 
     torch.manual_seed(seed)
     net, x = Distances().eval(), torch.randn(4, 3, 5, 5)
-    artifact = export_module(
-        net, (x,), tmp_path / "a", target="onnx", calibration=[x], max_batch=4
-    )
+    artifact = export_module(net, (x,), tmp_path / "a", target="onnx", calibration=[x], max_batch=4)
     figures = artifact.manifest.verification
     assert figures["codes_checked"] > 0
     assert figures["max_from_rounding"] <= 0.5 + TIE
