@@ -230,11 +230,17 @@ def test_traffic_of_a_gguf_is_what_gguf_py_counts(stock: Path) -> None:
 def test_a_test_beyond_a_files_context_is_refused(
     stock: Path, program: Path, genai_folder: Path
 ) -> None:
-    with pytest.raises(EdgekitError, match="genai: -p 65 needs .* context is 64: ask for less$"):
+    with pytest.raises(
+        EdgekitError, match="genai: `prompts` 65 needs .* context is 64: ask for less$"
+    ):
         bench([genai_folder], prompts=(65,), generates=(0,), threads=1)
-    with pytest.raises(EdgekitError, match="gguf: -p 2049 needs .* context is 2048: ask for less$"):
+    with pytest.raises(
+        EdgekitError, match="gguf: `prompts` 2049 needs .* context is 2048: ask for less$"
+    ):
         bench([stock], prompts=(2049,), generates=(0,), threads=1)
-    with pytest.raises(EdgekitError, match="pte: -p 513 needs .* context is 512: ask for less$"):
+    with pytest.raises(
+        EdgekitError, match="pte: `prompts` 513 needs .* context is 512: ask for less$"
+    ):
         bench([program], prompts=(513,), generates=(0,), threads=1)
 
 

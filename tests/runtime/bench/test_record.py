@@ -383,5 +383,7 @@ def test_save_writes_the_record_and_leaves_no_scratch_file(tmp_path: Path) -> No
 
 
 def test_save_names_a_place_it_cannot_write(tmp_path: Path) -> None:
-    with pytest.raises(EdgekitError, match="nowhere/r.json: cannot be written"):
-        two_artifacts().save(tmp_path / "nowhere" / "r.json")
+    (tmp_path / "r.json").mkdir()
+    (tmp_path / "r.json" / "inside").touch()
+    with pytest.raises(EdgekitError, match="r.json: cannot be written"):
+        two_artifacts().save(tmp_path / "r.json")
