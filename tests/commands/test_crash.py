@@ -238,7 +238,9 @@ def test_a_crash_under_a_module_is_one_line_and_leaves_nothing(
         ):
             done = _edgekit(command, crash, place)
             _assert_one_line(done, NAMES[target], "SIGABRT" if crash.endswith("loudly") else "SIGS")
-            assert done.stdout == ""
+            said = done.stderr.removeprefix("edgekit: ").rstrip("\n")
+            error = json.dumps({"error": {"message": said, "status": 1}})
+            assert done.stdout == (f"{error}\n" if "--json" in command else "")
     assert {path.name: path.read_bytes() for path in made.iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"net.py", "made"}
 
