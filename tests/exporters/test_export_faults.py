@@ -234,7 +234,7 @@ def test_an_export_that_fails_its_verification(
     small_model: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bound that no file can hold stands for a file that does not hold the real one."""
-    for bound in ("MAX_KLD", "SHARE_OF_QUANTIZATION"):
+    for bound in ("MAX_KLD", "SHARE_OF_QUANTIZATION", "TIMES"):
         monkeypatch.setattr(verify, bound, -1.0)
     done = export(small_model, place / "out")
     assert done.exit_code == 1
