@@ -135,7 +135,7 @@ def test_other_logits_leave_nothing(
     model: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bound that no file can hold stands for a file that does not hold the real one."""
-    for bound in ("MAX_KLD", "SHARE_OF_QUANTIZATION"):
+    for bound in ("MAX_KLD", "SHARE_OF_QUANTIZATION", "TIMES"):
         monkeypatch.setattr(verify, bound, -1.0)
     done = export(model, place / "out", "--int8")
     assert done.exit_code == VerificationError.exit_status
